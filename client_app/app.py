@@ -1,0 +1,222 @@
+"""The ClientApp: one message a round, answered with logits.
+
+``train`` learns and answers the new batch; ``train.distill`` learns a last time; ``evaluate`` changes nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from client_app.feedback import nearest_neighbour_votes, to_payload_logits
+from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, predict, train
+from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch
+from client_app.private_data import PrivateData, load_private_data
+from client_app.task_models import Inputs, build_task_model, tokenize
+from common.config import NodeConfig, RunConfig
+from common.datasets import Examples
+from common.devices import pick_device
+from common.images import decode_images
+from common.payloads import ClientReport, DistillationPayload, Instructions, PayloadError, Request, SyntheticBatch
+
+app = ClientApp()
+
+
+@app.train()
+def train_round(message: Message, context: Context) -> Message:
+    """Distil the last soft targets, train on private data, and answer the new batch."""
+    request = Request.from_content(message.content)
+    if not request.batches:
+        raise PayloadError("a round needs a synthetic batch, and the message holds none")
+    client = Client(context, request.instructions)
+    client.receive(request)
+    client.learn()
+    payload = client.answer(request.batches[-1])
+    return Message(RecordDict({**client.report().to_records("report"), **payload.to_records("payload")}), reply_to=message)
+
+
+@app.train("distill")
+def distill(message: Message, context: Context) -> Message:
+    """Distil the last soft targets and report, without a new batch."""
+    request = Request.from_content(message.content)
+    client = Client(context, request.instructions)
+    client.receive(request)
+    client.learn()
+    return Message(RecordDict(client.report().to_records("report")), reply_to=message)
+
+
+@app.evaluate()
+def evaluate_model(message: Message, context: Context) -> Message:
+    """Report on the model as it is."""
+    client = Client(context, Request.from_content(message.content).instructions)
+    return Message(RecordDict(client.report().to_records("report")), reply_to=message)
+
+
+class Client:
+    """One client in one message: its data, its model as it last was, and its memory.
+
+    Parameters
+    ----------
+    context : Context
+        Flower's; holds the run's and the node's configuration.
+    instructions : Instructions
+        The server's.
+
+    Raises
+    ------
+    ConfigError
+        If a setting cannot be used, or the private data cannot be read.
+    """
+
+    def __init__(self, context: Context, instructions: Instructions) -> None:
+        self.config = RunConfig.from_flower(context.run_config)
+        self.node = NodeConfig.from_flower(context.node_config)
+        self.instructions = instructions
+        self.device = pick_device(self.node.device)
+        torch.set_num_threads(self.config.client.threads)
+        models = self.config.client.models
+        self.model_name = self.node.model or models[(self.node.partition_id or 0) % len(models)]
+        identity = context.node_id if self.node.partition_id is None else self.node.partition_id
+        self.name = self.node.name or f"{self.model_name}-{identity}"
+        seed = zlib.crc32(f"{self.config.seed}/{self.name}".encode())
+        torch.manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed + instructions.round)
+
+        task_model = build_task_model(self.model_name, len(instructions.classes), self.config.data.image_size)
+        self.model = AlignedModel(task_model, instructions.anchor_size).to(self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), self.config.client.learning_rate, weight_decay=1e-3)
+        self.memory = ClientMemory(
+            Path(self.node.state_dir or self.config.client.state_dir or DEFAULT_FOLDER), instructions.run_key, self.name
+        )
+        self.is_new = not self.memory.has_model
+        if not self.is_new:
+            self.memory.load_model(self.model, self.optimizer)
+        modality = task_model.modality
+        self.reads_images, self.reads_texts = "image" in modality, "text" in modality
+        self.data = _private_data(self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
+
+    def receive(self, request: Request) -> None:
+        """Keep what the server sent, and forget what is too old."""
+        for batch in request.batches:
+            self.memory.add_batch(batch)
+        for targets in request.targets:
+            self.memory.add_targets(targets)
+        self.memory.prune(self.config.client.pool_rounds + 1)
+
+    def learn(self) -> None:
+        """Train on private and kept synthetic samples, and keep the new model."""
+        settings = self.config.client
+        epochs = settings.warmup_epochs if self.is_new else settings.local_epochs
+        train(self.model, self.optimizer, self._private_set(), self._synthetic_set(), settings, epochs, self.generator)
+        described = {
+            "client": self.name,
+            "model": self.model_name,
+            "classes": self.instructions.classes,
+            "image_size": self.config.data.image_size,
+            "anchor_size": self.instructions.anchor_size,
+            "round": self.instructions.round,
+        }
+        self.memory.save_model(self.model, self.optimizer, described)
+
+    def answer(self, batch: SyntheticBatch) -> DistillationPayload:
+        """Return logits on a batch, and votes where the run asks for them and the model sees images."""
+        inputs = self._synthetic_inputs(batch)
+        private = self._private_set()
+        votes_N: np.ndarray | None = None
+        if self.instructions.votes and inputs.images_BCHW is not None and private.inputs.images_BCHW is not None:
+            prompted_N = torch.from_numpy(batch.prompted_N)
+            votes_N = nearest_neighbour_votes(
+                private.inputs.images_BCHW.cpu(), private.labels_N.cpu(), inputs.images_BCHW.cpu(), prompted_N
+            ).numpy()
+        return DistillationPayload(
+            batch_id=batch.batch_id,
+            logits_NC=to_payload_logits(predict(self.model.task_model, inputs)),
+            class_counts_C=private.class_counts(len(self.instructions.classes)).cpu().numpy(),
+            votes_N=votes_N,
+        )
+
+    def report(self) -> ClientReport:
+        """Measure the present model."""
+        test = self.data.test
+        accuracy, loss = evaluate(self.model.task_model, self._inputs(test), self._to_tensor(test.labels_N))
+        return ClientReport(
+            client=self.name,
+            model=self.model_name,
+            modality=self.model.task_model.modality,
+            examples=len(self.data.train),
+            accuracy=accuracy,
+            loss=loss,
+            kept=tuple(kept.batch.batch_id for kept in self.memory.batches()),
+        )
+
+    def _private_set(self) -> PrivateSet:
+        return PrivateSet(self._inputs(self.data.train), self._to_tensor(self.data.train.labels_N))
+
+    def _synthetic_set(self) -> SyntheticSet | None:
+        """Join the kept batches that have soft targets; each is drawn half as often as the next newer one."""
+        kept = [item for item in self.memory.batches() if item.targets is not None]
+        kept = kept[-self.config.client.pool_rounds :]
+        parts = [self._synthetic_part(item, 0.5 ** (len(kept) - 1 - age)) for age, item in enumerate(kept)]
+        return _join(parts) if parts else None
+
+    def _synthetic_part(self, kept: KeptBatch, recency: float) -> SyntheticSet:
+        batch, targets = kept.batch, kept.targets
+        if targets is None or len(targets.weights_N) != len(batch):
+            raise PayloadError(f"soft targets do not match batch {batch.batch_id!r}")
+        anchors_ND = None
+        if batch.anchors_UD is not None and batch.anchor_index_N is not None:
+            anchors_ND = self._to_tensor(batch.anchors_UD[batch.anchor_index_N]).float()
+        return SyntheticSet(
+            self._synthetic_inputs(batch),
+            self._to_tensor(targets.probabilities_NC).float(),
+            self._to_tensor(batch.prompted_N),
+            torch.from_numpy(targets.weights_N) * recency,
+            anchors_ND,
+        )
+
+    def _synthetic_inputs(self, batch: SyntheticBatch) -> Inputs:
+        images_NHWC = None
+        if self.reads_images:
+            if batch.images is None or batch.offsets is None:
+                raise PayloadError(f"batch {batch.batch_id!r} came without images, which {self.model_name} reads")
+            images_NHWC = decode_images(batch.images, batch.offsets, self.config.data.image_size)
+        return self._inputs(Examples(batch.prompted_N, images_NHWC, list(batch.prompts)))
+
+    def _inputs(self, examples: Examples) -> Inputs:
+        images_BCHW = tokens_BL = None
+        if self.reads_images and examples.images_NHWC is not None:
+            pixels = torch.from_numpy(examples.images_NHWC).permute(0, 3, 1, 2)
+            images_BCHW = (pixels.float() / 127.5 - 1).contiguous().to(self.device)
+        if self.reads_texts and examples.texts is not None:
+            tokens_BL = tokenize(examples.texts).to(self.device)
+        return Inputs(images_BCHW, tokens_BL)
+
+    def _to_tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+# In simulation one process serves many messages of many clients.
+_private_data = lru_cache(maxsize=64)(load_private_data)
+
+
+def _join(parts: list[SyntheticSet]) -> SyntheticSet:
+    images = [part.inputs.images_BCHW for part in parts if part.inputs.images_BCHW is not None]
+    tokens = [part.inputs.tokens_BL for part in parts if part.inputs.tokens_BL is not None]
+    anchors = [part.anchors_ND for part in parts if part.anchors_ND is not None]
+    return SyntheticSet(
+        Inputs(torch.cat(images) if images else None, torch.cat(tokens) if tokens else None),
+        torch.cat([part.probabilities_NC for part in parts]),
+        torch.cat([part.prompted_N for part in parts]),
+        torch.cat([part.weights_N for part in parts]),
+        torch.cat(anchors) if len(anchors) == len(parts) else None,
+    )
+
+
+__all__ = ["Client", "PrivateData", "app"]

@@ -1,0 +1,296 @@
+"""Task models of different architectures and modalities, chosen by name.
+
+A model is an encoder of images, of texts, or one of each whose features are joined, and a linear head.
+``register_task_model`` adds one; a name with a colon, ``module:function``, is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.config import ConfigError
+from common.payloads import Modality
+
+TEXT_BUCKETS = 4096
+TEXT_LENGTH = 96
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What task models read.
+
+    Attributes
+    ----------
+    images_BCHW : torch.Tensor, optional
+        float32 in [-1, 1], RGB.
+    tokens_BL : torch.Tensor, optional
+        int64 of `tokenize`, zero where a text has ended.
+    """
+
+    images_BCHW: Tensor | None = None
+    tokens_BL: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> Inputs:
+        return Inputs(
+            None if self.images_BCHW is None else self.images_BCHW[index],
+            None if self.tokens_BL is None else self.tokens_BL[index],
+        )
+
+    def __len__(self) -> int:
+        present = self.images_BCHW if self.images_BCHW is not None else self.tokens_BL
+        return 0 if present is None else len(present)
+
+
+class TaskModel(nn.Module):
+    """A classifier over the features of one encoder, or of an image and a text encoder joined.
+
+    Parameters
+    ----------
+    classes : int
+        Size of the class space.
+    image_encoder : torch.nn.Module, optional
+        Maps float images (B, 3, S, S) to features (B, F_image).
+    text_encoder : torch.nn.Module, optional
+        Maps int64 tokens (B, L) to features (B, F_text).
+    feature_size : int
+        F_image + F_text.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        feature_size: int,
+        image_encoder: nn.Module | None = None,
+        text_encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if image_encoder is None and text_encoder is None:
+            raise ValueError("a task model needs an image encoder, a text encoder, or both")
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.feature_size = feature_size
+        self.head = nn.Linear(feature_size, classes)
+
+    @property
+    def modality(self) -> Modality:
+        """What the model reads."""
+        if self.image_encoder is None:
+            return "text"
+        return "image" if self.text_encoder is None else "image+text"
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """Return features (B, F)."""
+        parts = []
+        if self.image_encoder is not None:
+            parts.append(self.image_encoder(inputs.images_BCHW))
+        if self.text_encoder is not None:
+            parts.append(self.text_encoder(inputs.tokens_BL))
+        return torch.cat(parts, dim=1)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Return logits (B, C)."""
+        logits: Tensor = self.head(self.features(inputs))
+        return logits
+
+
+TaskModelFactory = Callable[[int, int], TaskModel]
+_FACTORIES: dict[str, TaskModelFactory] = {}
+
+
+def register_task_model(name: str) -> Callable[[TaskModelFactory], TaskModelFactory]:
+    """Register a function ``(classes, image_size) -> TaskModel`` under a name that run-config can choose."""
+
+    def register(factory: TaskModelFactory) -> TaskModelFactory:
+        _FACTORIES[name] = factory
+        return factory
+
+    return register
+
+
+def build_task_model(name: str, classes: int, image_size: int) -> TaskModel:
+    """Build a task model by registered name, or by ``module:function``.
+
+    Raises
+    ------
+    ConfigError
+        If the name is neither, or what it builds is no `TaskModel`.
+    """
+    factory = _FACTORIES.get(name)
+    if factory is None and ":" in name:
+        module, _, function = name.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"client model {name!r} cannot be imported: {error}") from None
+    if factory is None:
+        raise ConfigError(f"client model {name!r} is unknown; allowed: {', '.join(_FACTORIES)}, or module:function")
+    model = factory(classes, image_size)
+    if not isinstance(model, TaskModel):
+        raise ConfigError(f"client model {name!r} built a {type(model).__name__}; allowed: a TaskModel")
+    return model
+
+
+def tokenize(texts: list[str]) -> Tensor:
+    """Hash words and their letter trigrams into buckets, so that clients need agree on no vocabulary.
+
+    The bag of hashed n-grams is that of fastText (arXiv 1607.04606).
+
+    Returns
+    -------
+    torch.Tensor
+        int64, texts x `TEXT_LENGTH`; zero is padding.
+    """
+    tokens_NL = torch.zeros(len(texts), TEXT_LENGTH, dtype=torch.int64)
+    cache: dict[str, list[int]] = {}
+    for row, text in enumerate(texts):
+        ids = [token for word in text.lower().split() for token in _word_tokens(word.strip(".,;:!?'\"()"), cache)]
+        ids = ids[:TEXT_LENGTH]
+        tokens_NL[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return tokens_NL
+
+
+def _word_tokens(word: str, cache: dict[str, list[int]]) -> list[int]:
+    if word not in cache:
+        padded = f"<{word}>"
+        grams = [padded, *(padded[start : start + 3] for start in range(len(padded) - 2))]
+        cache[word] = [1 + zlib.crc32(gram.encode()) % (TEXT_BUCKETS - 1) for gram in dict.fromkeys(grams)]
+    return cache[word]
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a shortcut, with group norm, since clients' batches are small and skewed."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.first_norm, self.second_norm = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
+        self.shortcut = nn.Conv2d(channels_in, channels, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C_in, H, W) to (B, C, H / stride, W / stride)."""
+        y = self.second_norm(self.second(F.relu(self.first_norm(self.first(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class PatchTransformer(nn.Module):
+    """transformers' ViT on few patches; its tokens are flattened, since their mean loses place on small data."""
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        from transformers import ViTConfig, ViTModel  # Slow to import, and only this model needs it.
+
+        config = ViTConfig(
+            image_size=image_size,
+            patch_size=max(1, image_size // 8),
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=96,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.vit = ViTModel(config, add_pooling_layer=False)
+        self.reduce = nn.Linear(48, 16)
+        patches = (image_size // config.patch_size) ** 2
+        self.feature_size = 16 * patches
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Map images to features (B, 16 x patches)."""
+        tokens_BLD = self.vit(images_BCHW).last_hidden_state[:, 1:]
+        return F.gelu(self.reduce(tokens_BLD)).flatten(1)
+
+
+class TextBag(nn.Module):
+    """Mean of token embeddings, then a hidden layer."""
+
+    def __init__(self, size: int = 64, embedding: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(TEXT_BUCKETS, embedding, mode="mean", padding_idx=0)
+        self.hidden = nn.Linear(embedding, size)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Map tokens to features (B, size)."""
+        return F.relu(self.hidden(self.embedding(tokens_BL)))
+
+
+class TextTransformer(nn.Module):
+    """One transformer layer over token embeddings, averaged over the tokens that are there."""
+
+    def __init__(self, size: int = 32) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TEXT_BUCKETS, size, padding_idx=0)
+        self.layer = nn.TransformerEncoderLayer(size, 4, 2 * size, dropout=0.0, batch_first=True)
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Map tokens to features (B, size)."""
+        present_BL = tokens_BL > 0
+        present_BL[:, 0] = True  # An empty text still has one token to attend to.
+        states_BLD = self.layer(self.embedding(tokens_BL), src_key_padding_mask=~present_BL)
+        weight_BL1 = present_BL[..., None].to(states_BLD.dtype)
+        mean_BD: Tensor = (states_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)
+        return mean_BD
+
+
+def _cnn_encoder() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(4)),
+        *(nn.Flatten(), nn.Linear(1024, 64), nn.ReLU()),
+    )
+
+
+@register_task_model("cnn")
+def cnn(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+    """Three convolutions and a hidden layer; 90 thousand parameters."""
+    return TaskModel(classes, 64, image_encoder=_cnn_encoder())
+
+
+@register_task_model("mlp")
+def mlp(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+    """Two hidden layers over 16 x 16 pixels; 107 thousand parameters."""
+    layers = (nn.AdaptiveAvgPool2d(16), nn.Flatten(), nn.Linear(768, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
+    return TaskModel(classes, 64, image_encoder=nn.Sequential(*layers))
+
+
+@register_task_model("resnet")
+def resnet(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+    """Three residual blocks; 91 thousand parameters."""
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.GroupNorm(8, 16), nn.ReLU())
+    blocks = (ResidualBlock(16, 16, 1), ResidualBlock(16, 32, 2), ResidualBlock(32, 64, 2))
+    encoder = nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return TaskModel(classes, 256, image_encoder=encoder)
+
+
+@register_task_model("vit")
+def vit(classes: int, image_size: int) -> TaskModel:
+    """Two transformer layers over 8 x 8 patches."""
+    encoder = PatchTransformer(image_size)
+    return TaskModel(classes, encoder.feature_size, image_encoder=encoder)
+
+
+@register_task_model("text")
+def text(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+    """Bag of hashed words and letter trigrams."""
+    return TaskModel(classes, 64, text_encoder=TextBag())
+
+
+@register_task_model("text-transformer")
+def text_transformer(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+    """One transformer layer over hashed words and letter trigrams."""
+    return TaskModel(classes, 32, text_encoder=TextTransformer())
+
+
+@register_task_model("dual")
+def dual(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+    """A convolutional image encoder and a bag of words side by side."""
+    return TaskModel(classes, 128, image_encoder=_cnn_encoder(), text_encoder=TextBag())

@@ -1,0 +1,1 @@
+"""What server and clients share: configuration, messages, images, datasets and files."""

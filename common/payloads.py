@@ -1,0 +1,349 @@
+"""The three messages of a round, checked on both sides of the wire.
+
+The server sends `SyntheticBatch` and `SoftTargets`, a client answers with a `DistillationPayload`. Each is
+built from and parsed into a Flower `RecordDict`; whatever does not fit is refused with a `PayloadError`, so
+that a bad reply costs its sender's vote and never the run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+MAX_SAMPLES = 1_000_000
+MAX_CLASSES = 100_000
+Modality = Literal["image", "text", "image+text"]
+
+
+class PayloadError(ValueError):
+    """A message that does not fit; its text says what was found and what was expected."""
+
+
+def _array(dtype: str, dimensions: int) -> BeforeValidator:
+    def check(value: Any) -> np.ndarray:
+        if not isinstance(value, np.ndarray) or value.dtype != np.dtype(dtype) or value.ndim != dimensions:
+            found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+            raise ValueError(f"expected a {dtype} array of {dimensions} dimension(s), found {found}")
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ValueError(f"{np.count_nonzero(~np.isfinite(value))} of {value.size} values are not finite")
+        return value
+
+    return BeforeValidator(check)
+
+
+Float16Matrix = Annotated[np.ndarray, _array("float16", 2)]
+Float32Vector = Annotated[np.ndarray, _array("float32", 1)]
+Int64Vector = Annotated[np.ndarray, _array("int64", 1)]
+UInt8Vector = Annotated[np.ndarray, _array("uint8", 1)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class _Message(BaseModel):
+    """Arrays travel in an ArrayRecord, which Flower cuts into chunks; the rest in a ConfigRecord."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    def to_records(self, prefix: str) -> dict[str, ArrayRecord | ConfigRecord]:
+        """Make Flower records, named ``<prefix>`` and ``<prefix>.arrays``."""
+        content = {name: value for name, value in self if value is not None}
+        arrays = {name: Array(value) for name, value in content.items() if isinstance(value, np.ndarray)}
+        settings = {name: _to_setting(value) for name, value in content.items() if name not in arrays}
+        return {prefix: ConfigRecord(settings), f"{prefix}.arrays": ArrayRecord(arrays)}
+
+    @classmethod
+    def from_records(cls, records: Mapping[str, Any], prefix: str) -> Self:
+        """Parse and check what `to_records` made.
+
+        Raises
+        ------
+        PayloadError
+            If a record is missing, or a field is missing, unknown, of the wrong type, shape or range.
+        """
+        settings, arrays = records.get(prefix), records.get(f"{prefix}.arrays")
+        if not isinstance(settings, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+            raise PayloadError(f"no {cls.__name__} in the records {sorted(records)}; expected {prefix!r}")
+        try:
+            content: dict[str, Any] = dict(settings)
+            content |= {name: array.numpy() for name, array in arrays.items()}
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "fields"
+            raise PayloadError(f"{cls.__name__}.{field}: {first['msg'].removeprefix('Value error, ')}") from None
+        except Exception as error:  # Bytes from outside: numpy's parser may raise anything.
+            raise PayloadError(f"{cls.__name__} cannot be read: {error!r}") from None
+
+
+def _to_setting(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class Instructions(_Message):
+    """What a client is told beside the samples.
+
+    Attributes
+    ----------
+    run_key : str
+        Under which the client keeps its memory; the same for a run and those that resume it.
+    round : int
+        Present round; 0 before any learning.
+    classes : tuple of str
+        The class space: a client's logits have these columns.
+    votes : bool
+        Whether the run asks for votes.
+    anchor_size : int
+        Dimension of the text anchors that batches bring; 0 if they bring none.
+    """
+
+    run_key: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    round: int = Field(ge=0)
+    classes: tuple[Name, ...] = Field(min_length=2, max_length=MAX_CLASSES)
+    votes: bool
+    anchor_size: int = Field(ge=0, le=100_000)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _require(len(set(self.classes)) == len(self.classes), "classes are not distinct")
+        return self
+
+
+class SyntheticBatch(_Message):
+    """Samples that the server's T2I model made in one round.
+
+    Attributes
+    ----------
+    batch_id : str
+        Names the batch in every later message.
+    round : int
+        The round that it was made for, from 1.
+    prompts : tuple of str
+        One prompt a sample.
+    prompted_N : numpy.ndarray
+        int64; the class that the prompt names, -1 where it names none.
+    images, offsets : numpy.ndarray, optional
+        Encoded images as one uint8 buffer, and int64 offsets (N + 1); left out for text-only clients.
+    anchors_UD, anchor_index_N : numpy.ndarray, optional
+        float16 text embeddings of the distinct prompts, and int64 index of each sample's own.
+    """
+
+    batch_id: Name
+    round: int = Field(ge=1)
+    prompts: tuple[str, ...] = Field(min_length=1, max_length=MAX_SAMPLES)
+    prompted_N: Int64Vector
+    images: UInt8Vector | None = None
+    offsets: Int64Vector | None = None
+    anchors_UD: Float16Matrix | None = None
+    anchor_index_N: Int64Vector | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        count = len(self.prompts)
+        _require(len(self.prompted_N) == count, f"prompted_N has {len(self.prompted_N)} entries for {count} prompts")
+        _require(_within(self.prompted_N, -1, MAX_CLASSES), "prompted_N names a class that is not there")
+        _require((self.images is None) == (self.offsets is None), "images and offsets come together")
+        if self.images is not None and self.offsets is not None:
+            _require(len(self.offsets) == count + 1, f"{len(self.offsets)} offsets for {count} images")
+            _require(_within(self.offsets, 0, len(self.images) + 1), "an offset lies outside the image buffer")
+        _require((self.anchors_UD is None) == (self.anchor_index_N is None), "anchors and their index come together")
+        if self.anchors_UD is not None and self.anchor_index_N is not None:
+            _require(len(self.anchor_index_N) == count, f"{len(self.anchor_index_N)} anchor indices for {count} prompts")
+            _require(_within(self.anchor_index_N, 0, len(self.anchors_UD)), "an anchor index lies outside the anchors")
+        return self
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def without_images(self) -> SyntheticBatch:
+        """Return the batch as a text-only client gets it."""
+        return self.model_copy(update={"images": None, "offsets": None})
+
+
+class SoftTargets(_Message):
+    """What the clients together say of a batch.
+
+    Attributes
+    ----------
+    batch_id : str
+        The batch.
+    probabilities_NC : numpy.ndarray
+        float16; rows sum to one within half precision.
+    weights_N : numpy.ndarray
+        float32, not negative; how much each sample counts in distillation.
+    """
+
+    batch_id: Name
+    probabilities_NC: Float16Matrix
+    weights_N: Float32Vector
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _require(len(self.weights_N) == len(self.probabilities_NC), "weights_N does not match probabilities_NC")
+        _require(bool((self.weights_N >= 0).all()), "a weight is negative")
+        _require(_within(self.probabilities_NC, 0, 1.001), "a probability is outside [0, 1]")
+        sums_N = self.probabilities_NC.astype(np.float64).sum(axis=1)
+        _require(bool((np.abs(sums_N - 1) < 0.02).all()), "a row of probabilities does not sum to one")
+        return self
+
+
+class ClientReport(_Message):
+    """Who a client is and how it does; part of every reply.
+
+    Attributes
+    ----------
+    client : str
+        Its name in logs and reports.
+    model, modality : str
+        What it runs and what that reads.
+    examples : int
+        Number of private training examples.
+    accuracy, loss : float
+        Of its present model: on the common test set in simulation, on private held-out data elsewhere.
+    kept : tuple of str
+        The batches that it still holds on disk, so that the server can resend what is lost.
+    """
+
+    client: Name
+    model: Name
+    modality: Modality
+    examples: int = Field(ge=1)
+    accuracy: float = Field(ge=0, le=1, allow_inf_nan=False)
+    loss: float = Field(ge=0, allow_inf_nan=False)
+    kept: tuple[Name, ...] = Field((), max_length=1000)
+
+    def to_records(self, prefix: str) -> dict[str, Any]:
+        """Numbers go in a MetricRecord, where Flower's own tools look for them."""
+        records: dict[str, Any] = super().to_records(prefix)
+        settings = dict(records[prefix])
+        numbers = {name: settings.pop(name) for name in ("examples", "accuracy", "loss")}
+        return {prefix: ConfigRecord(settings), f"{prefix}.metrics": MetricRecord(numbers)}
+
+    @classmethod
+    def from_records(cls, records: Mapping[str, Any], prefix: str) -> Self:
+        """Parse and check what `to_records` made; see `_Message.from_records`."""
+        settings, numbers = records.get(prefix), records.get(f"{prefix}.metrics")
+        if not isinstance(settings, ConfigRecord) or not isinstance(numbers, MetricRecord):
+            raise PayloadError(f"no {cls.__name__} in the records {sorted(records)}; expected {prefix!r}")
+        joined = {prefix: ConfigRecord({**settings, **numbers}), f"{prefix}.arrays": ArrayRecord()}
+        return super().from_records(joined, prefix)
+
+
+class DistillationPayload(_Message):
+    """All that a client tells of a batch: no image, no text, no weight, no gradient.
+
+    Attributes
+    ----------
+    batch_id : str
+        The batch.
+    logits_NC : numpy.ndarray
+        float16, samples by classes of the class space.
+    class_counts_C : numpy.ndarray
+        int64; private examples of each class, zero where the client has none and does not vote.
+    votes_N : numpy.ndarray, optional
+        float32, not negative: how often a sample is among the nearest synthetic neighbours of the client's
+        private images (arXiv 2305.15560). Only from clients that see images, where the run asks for it.
+    """
+
+    batch_id: Name
+    logits_NC: Float16Matrix
+    class_counts_C: Int64Vector
+    votes_N: Float32Vector | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        samples, classes = self.logits_NC.shape
+        _require(len(self.class_counts_C) == classes, f"{len(self.class_counts_C)} class counts for {classes} logits")
+        _require(_within(self.class_counts_C, 0, np.inf), "a class count is negative")
+        _require(bool(self.class_counts_C.sum() > 0), "no class has a private example")
+        if self.votes_N is not None:
+            _require(len(self.votes_N) == samples, f"{len(self.votes_N)} votes for {samples} samples")
+            _require(_within(self.votes_N, 0, np.inf), "a vote is negative")
+        return self
+
+    def check_answers(self, batch_id: str, samples: int, classes: int, votes: bool) -> None:
+        """Check that the payload speaks of the batch that was asked about.
+
+        Raises
+        ------
+        PayloadError
+            If the batch, the number of samples or the class space is another, or votes were not asked for.
+        """
+        if self.batch_id != batch_id:
+            raise PayloadError(f"answers batch {self.batch_id!r}; expected {batch_id!r}")
+        if self.logits_NC.shape != (samples, classes):
+            raise PayloadError(f"logits have shape {self.logits_NC.shape}; expected ({samples}, {classes})")
+        if self.votes_N is not None and not votes:
+            raise PayloadError("votes were sent where the run asks for logits alone")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server sends a client in one message.
+
+    Attributes
+    ----------
+    instructions : Instructions
+    batches : tuple of SyntheticBatch
+        Batches that the client does not have yet, oldest first; the last one is to be answered.
+    targets : tuple of SoftTargets
+        Soft targets of these batches, or of earlier ones that the client keeps.
+    """
+
+    instructions: Instructions
+    batches: tuple[SyntheticBatch, ...] = ()
+    targets: tuple[SoftTargets, ...] = ()
+
+    def to_content(self) -> RecordDict:
+        """Make the content of a Flower message."""
+        content = RecordDict(self.instructions.to_records("instructions"))
+        for name, messages in (("batch", self.batches), ("targets", self.targets)):
+            for index, message in enumerate(messages):
+                for key, record in message.to_records(f"{name}-{index}").items():
+                    content[key] = record
+        return content
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> Self:
+        """Parse and check the content of a Flower message.
+
+        Raises
+        ------
+        PayloadError
+            If any part of it does not fit.
+        """
+        return cls(
+            Instructions.from_records(content, "instructions"),
+            tuple(SyntheticBatch.from_records(content, name) for name in _numbered(content, "batch")),
+            tuple(SoftTargets.from_records(content, name) for name in _numbered(content, "targets")),
+        )
+
+
+def _numbered(content: RecordDict, name: str) -> list[str]:
+    found = (re.fullmatch(rf"{name}-(\d{{1,4}})", key) for key in content)
+    return [match[0] for match in sorted((match for match in found if match), key=lambda match: int(match[1]))]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _within(values: np.ndarray, low: float, high: float) -> bool:
+    return bool(((values >= low) & (values < high)).all())
+
+
+def record_bytes(records: RecordDict) -> int:
+    """Count the bytes of a message's content as Flower sends it, without framing."""
+    total = 0
+    for record in records.values():
+        if isinstance(record, ArrayRecord):
+            total += sum(len(array.data) for array in record.values())
+        else:
+            total += len(json.dumps(dict(record), default=str).encode())
+    return total

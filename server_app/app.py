@@ -1,0 +1,90 @@
+"""The ServerApp: configuration, then the parts, then the strategy's rounds."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from logging import ERROR, INFO
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore import log
+
+from common.config import ConfigError, RunConfig
+from common.datasets import load_splits, to_examples
+from server_app.evaluation import Judge
+from server_app.generator import Generator
+from server_app.prompts import build_prompt_source
+from server_app.run_folder import RunFolder
+from server_app.strategy import FedMMKT, RunError
+
+app = ServerApp()
+
+PACKAGES = ("flwr", "torch", "diffusers", "transformers", "peft")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run FedMMKT as the run-config says."""
+    try:
+        build_strategy(RunConfig.from_flower(context.run_config), context.run_id).start(grid)
+    except (ConfigError, RunError) as error:
+        log(ERROR, "%s", error)
+        raise
+
+
+def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = FedMMKT) -> FedMMKT:
+    """Build a strategy and its parts; whatever is wrong shows here, before anything is generated.
+
+    Parameters
+    ----------
+    config : RunConfig
+    run_id : int
+        Flower's; names the run.
+    strategy : type
+        `FedMMKT` or a subclass.
+
+    Raises
+    ------
+    ConfigError
+        If a setting cannot be used.
+    """
+    path = Path(config.output_dir or f"~/.fedmmkt/runs/{run_id}").expanduser()
+    run_folder = RunFolder.create(path, config.tensorboard)
+    log(INFO, "Run folder: %s", path)
+    classes, judge = _classes_and_judge(config)
+    prompts = build_prompt_source(config.t2i, classes)
+    generator = Generator(config.t2i, config.seed)
+    run_folder.write_config(
+        {
+            "config": config.model_dump(mode="json", by_alias=True),
+            "classes": list(classes),
+            "versions": {package: version(package) for package in PACKAGES},
+            "run_id": str(run_id),
+            "threads": torch.get_num_threads(),
+        }
+    )
+    return strategy(config, classes, generator, prompts, run_folder, str(run_id), judge)
+
+
+def _classes_and_judge(config: RunConfig) -> tuple[tuple[str, ...], Judge | None]:
+    """Take the class space from the run-config or the dataset; train the judge where the dataset is at hand."""
+    if config.data.classes and not config.judge:
+        return config.data.classes, None
+    splits = load_splits(config.data, config.seed)
+    classes = config.data.classes or splits.classes
+    if set(classes) != set(splits.classes):
+        raise ConfigError(
+            f"run-config key 'data.classes' is {', '.join(classes)!r}, but the dataset {config.data.dataset!r} "
+            f"has {', '.join(splits.classes)!r}; allowed: the dataset's classes, or empty"
+        )
+    if not config.judge or config.data.image_column not in splits.train.column_names:
+        return classes, None
+    log(INFO, "Training the judge on %s images", len(splits.train))
+    train, test = (to_examples(part, config.data, images=True, texts=False) for part in (splits.train, splits.test))
+    if train.images_NHWC is None or test.images_NHWC is None:
+        return classes, None
+    judge = Judge(train.images_NHWC, train.labels_N, test.images_NHWC, test.labels_N, len(classes), config.seed)
+    log(INFO, "The judge recognises %.1f%% of the real test images", 100 * judge.accuracy)
+    return classes, judge

@@ -1,0 +1,102 @@
+"""Where prompts come from: templates filled with class names, or a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from common.config import ConfigError, T2IConfig
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and the index of the class that it names, -1 for none."""
+
+    text: str
+    class_index: int = -1
+
+
+class PromptSource(Protocol):
+    """Gives the prompts of one round."""
+
+    def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
+        """Return ``count`` prompts."""
+
+
+def build_prompt_source(config: T2IConfig, classes: tuple[str, ...]) -> PromptSource:
+    """Build the source that ``t2i.prompts`` names.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or names a class that is not in ``classes``.
+    """
+    if config.prompts == "templates":
+        return TemplatePrompts(config.prompt_templates, classes)
+    return FilePrompts(Path(config.prompts).expanduser(), classes)
+
+
+class TemplatePrompts:
+    """Fills templates with class names: as many prompts of each class as fit, in random order."""
+
+    def __init__(self, templates: tuple[str, ...], classes: tuple[str, ...]) -> None:
+        self.templates = templates
+        self.classes = classes
+
+    def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
+        """Return ``count`` prompts."""
+        classes = _balanced(np.arange(len(self.classes)), count, rng)
+        chosen = rng.integers(len(self.templates), size=count)
+        return [
+            Prompt(self.templates[template].format(self.classes[index]), int(index))
+            for template, index in zip(chosen, classes, strict=True)
+        ]
+
+
+class FilePrompts:
+    """Draws from a JSONL file of ``{"prompt": text}`` or ``{"prompt": text, "class": name}``."""
+
+    def __init__(self, path: Path, classes: tuple[str, ...]) -> None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"run-config key 't2i.prompts' is {str(path)!r}, which cannot be read ({error}); "
+                "allowed: 'templates', or the absolute path of a JSONL file"
+            ) from None
+        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        self.prompts = [_parse_line(path, number, line, classes) for number, line in numbered]
+        if not self.prompts:
+            raise ConfigError(f"run-config key 't2i.prompts': {path} holds no prompt")
+
+    def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
+        """Return ``count`` prompts, each as often as the others."""
+        return [self.prompts[index] for index in _balanced(np.arange(len(self.prompts)), count, rng)]
+
+
+def _parse_line(path: Path, number: int, line: str, classes: tuple[str, ...]) -> Prompt:
+    where = f"run-config key 't2i.prompts': {path}, line {number}"
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is no JSON ({error})") from None
+    text = content.get("prompt") if isinstance(content, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f'{where} is {line!r}; allowed: {{"prompt": text, "class": name}}, the class optional')
+    name = content.get("class")
+    if name is None:
+        return Prompt(text)
+    if name not in classes:
+        raise ConfigError(f"{where} names class {name!r}; allowed: {', '.join(classes)}")
+    return Prompt(text, classes.index(name))
+
+
+def _balanced(values: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Repeat shuffled values until there are ``count``, in random order."""
+    repeats = -(-count // len(values))
+    drawn = np.concatenate([rng.permutation(values) for _ in range(repeats)])[:count]
+    return rng.permutation(drawn)

@@ -1,0 +1,614 @@
+"""The FedMMKT strategy: rounds of mutual transfer between a T2I model and clients' task models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore import log
+from PIL import Image
+from torch import Tensor
+
+from common.config import ConfigError, RunConfig
+from common.images import encode_images, resize_images
+from common.payloads import (
+    ClientReport,
+    DistillationPayload,
+    Instructions,
+    Request,
+    SoftTargets,
+    SyntheticBatch,
+)
+from server_app.adaptation import Feedback, get_scores, get_update
+from server_app.aggregation import get_aggregation
+from server_app.evaluation import Judge
+from server_app.exchange import Answer, Replies, exchange
+from server_app.generator import Generated, Generator
+from server_app.prompts import Prompt, PromptSource
+from server_app.report import write_report
+from server_app.run_folder import RunFolder
+
+GRID_COLUMNS = 6
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; its text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One round's samples: what the generator keeps of them, and what clients get."""
+
+    generated: Generated
+    batch: SyntheticBatch
+    prompted_N: Tensor
+
+
+@dataclass
+class RoundRecord:
+    """What is measured in one round, on its way to ``metrics.jsonl``."""
+
+    round: int
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("generate", "clients", "aggregate", "adapt", "measure", "total"), 0.0)
+    )
+    bytes_down: int = 0
+    bytes_up: int = 0
+    reports: list[ClientReport] = field(default_factory=list)
+    rejected: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    generator_loss: float | None = None
+    alignment: float | None = None
+    frechet: float | None = None
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the block's wall time to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+    def add(self, replies: Replies) -> None:
+        """Add an exchange; the newest report of a client stands."""
+        self.bytes_down += replies.bytes_down
+        self.bytes_up += replies.bytes_up
+        self.rejected |= replies.rejected
+        self.missing = sorted({*self.missing, *replies.missing})
+        newest = {report.client: report for report in self.reports}
+        newest |= {answer.report.client: answer.report for answer in replies.answers}
+        self.reports = [newest[name] for name in sorted(newest)]
+
+    def accuracy(self, modality: str | None = None) -> float | None:
+        """Mean accuracy of the clients, or of those of one modality; None if there is none."""
+        values = [report.accuracy for report in self.reports if modality in (None, report.modality)]
+        return float(np.mean(values)) if values else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Make a line of ``metrics.jsonl``."""
+        per_client = {
+            report.client: report.model_dump(include={"accuracy", "loss", "modality", "model", "examples"})
+            for report in self.reports
+        }
+        modalities = sorted({report.modality for report in self.reports})
+        return {
+            "round": self.round,
+            "clients": {
+                "accuracy": self.accuracy(),
+                "by_modality": {modality: self.accuracy(modality) for modality in modalities},
+                "per_client": per_client,
+            },
+            "generator": {"alignment": self.alignment, "frechet": self.frechet, "loss": self.generator_loss},
+            "bytes": {"down": self.bytes_down, "up": self.bytes_up},
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            "replies": {
+                "received": len(self.reports),
+                "rejected": len(self.rejected),
+                "missing": len(self.missing),
+                "reasons": self.rejected | dict.fromkeys(self.missing, "no answer before the round closed"),
+            },
+        }
+
+
+class FedMMKT(Strategy):
+    """Federated multi-modal knowledge transfer (arXiv 2510.12254), one message a round.
+
+    Each round the T2I model generates a batch; each client distils the last soft targets, learns its private
+    data and answers the new batch with logits; the answers become soft targets, and scores by which the
+    T2I's LoRA adapter is fine-tuned. Override `make_prompts`, `generate`, `aggregate_logits`,
+    `score_samples` or `adapt_generator` to change a step; rules registered by name change it by run-config.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+    classes : tuple of str
+        The class space.
+    generator : Generator
+        The T2I model.
+    prompts : PromptSource
+        Where prompts come from.
+    run_folder : RunFolder
+        Where the run leaves its results.
+    run_key : str
+        Names the run to its clients' memories.
+    judge : Judge, optional
+        Measures the generated images; measures only.
+
+    Raises
+    ------
+    ConfigError
+        If the configuration names a rule that is not registered.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        classes: tuple[str, ...],
+        generator: Generator,
+        prompts: PromptSource,
+        run_folder: RunFolder,
+        run_key: str,
+        judge: Judge | None = None,
+    ) -> None:
+        self.config = config
+        self.classes = classes
+        self.generator = generator
+        self.prompts = prompts
+        self.run_folder = run_folder
+        self.run_key = run_key
+        self.judge = judge
+        self.aggregation = get_aggregation(config.t2i.aggregation)
+        self.scores = get_scores(config.t2i.scores)
+        get_update(config.t2i.update)
+        self.samples: Samples | None = None
+        self.pool: list[tuple[Generated, Tensor]] = []
+        self.history: list[tuple[SyntheticBatch, SoftTargets]] = []
+        self.reports: dict[int, ClientReport] = {}
+        self.record = RoundRecord(0)
+
+    # ------------------------------------------------------------------ steps that a subclass may replace
+
+    def make_prompts(self, server_round: int) -> list[Prompt]:
+        """Choose the prompts of a round."""
+        rng = np.random.default_rng((self.config.seed, server_round))
+        return self.prompts(self.config.t2i.samples_per_round, rng)
+
+    def generate(self, server_round: int, prompts: list[Prompt]) -> Generated:
+        """Generate one image a prompt, at the round's guidance."""
+        state = np.random.SeedSequence((self.config.seed, server_round)).generate_state(len(prompts))
+        texts = [prompt.text for prompt in prompts]
+        return self.generator.generate(texts, [int(s) for s in state], self.guidance(server_round), self._progress(len(texts)))
+
+    def aggregate_logits(self, answers: list[Answer], prompted_N: Tensor) -> Tensor:
+        """Turn the clients' logits into soft targets (samples x classes)."""
+        logits_KNC = torch.stack([torch.from_numpy(_payload(answer).logits_NC).float() for answer in answers])
+        counts_KC = torch.stack([torch.from_numpy(_payload(answer).class_counts_C) for answer in answers])
+        return self.aggregation(logits_KNC, counts_KC, prompted_N)
+
+    def score_samples(self, answers: list[Answer], prompted_N: Tensor) -> Tensor:
+        """Weigh each sample for the T2I's update (not negative, samples).
+
+        Only clients that see images without their prompts judge an image; where there is none, all do.
+        """
+        judges = [answer for answer in answers if answer.report.modality == "image"] or answers
+        votes = [torch.from_numpy(_payload(a).votes_N) for a in answers if _payload(a).votes_N is not None]
+        consensus_NC = self.aggregate_logits(judges, prompted_N)
+        return self.scores(Feedback(consensus_NC, prompted_N, torch.stack(votes).sum(0) if votes else None))
+
+    def adapt_generator(self, server_round: int, generated: Generated, scores_N: Tensor) -> float | None:
+        """Fine-tune the T2I on the scored samples of the last rounds; the mean loss, None if none scored."""
+        self.pool = [*self.pool, (generated, scores_N)][-self.config.t2i.pool_rounds :]
+        scores = torch.cat([scores for _, scores in self.pool])
+        if not bool(scores.any()):
+            return None
+        pooled = Generated(
+            tuple(prompt for samples, _ in self.pool for prompt in samples.prompts),
+            np.concatenate([samples.images_NHWC for samples, _ in self.pool]),
+            torch.cat([samples.latents_NCHW for samples, _ in self.pool]),
+        )
+        seed = int(np.random.SeedSequence((self.config.seed, server_round, 1)).generate_state(1)[0])
+        return self.generator.adapt(pooled, scores, self.config.t2i.adaptation_steps, seed)
+
+    def guidance(self, server_round: int) -> float:
+        """Guidance scale of a round, from 1; annealed, since guided samples of a tuned model saturate."""
+        schedule = self.config.t2i.guidance
+        return schedule[min(max(server_round, 1), len(schedule)) - 1]
+
+    # ------------------------------------------------------------------ Flower's interface
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+    ) -> Iterable[Message]:
+        """Make one request a node: the new batch, the last soft targets, and what the node has missed."""
+        if self.samples is None:
+            self.samples = self._make_samples(server_round)
+        contents: dict[tuple[bool, tuple[str, ...]], Any] = {}
+        for node_id in sorted(grid.get_node_ids()):
+            batches, targets = self._due(node_id)
+            # Equal requests share one content, which Flower stores and sends as one object.
+            key = (self._sees_images(node_id), tuple(batch.batch_id for batch in batches))
+            if key not in contents:
+                sent = [*batches, self.samples.batch]
+                shown = sent if key[0] else [batch.without_images() for batch in sent]
+                contents[key] = Request(self._instructions(server_round), tuple(shown), targets).to_content()
+            yield Message(contents[key], dst_node_id=node_id, message_type=MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Learn from replies: soft targets for the clients, an update of the adapter."""
+        answers = sorted((self._parse_payload(reply) for reply in replies), key=lambda answer: answer.report.client)
+        return self._learn(server_round, answers)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+    ) -> Iterable[Message]:
+        """Ask every node for a report on its model as it is."""
+        content = Request(self._instructions(server_round)).to_content()
+        for node_id in sorted(grid.get_node_ids()):
+            yield Message(content, dst_node_id=node_id, message_type=MessageType.EVALUATE)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:  # noqa: ARG002
+        """Average the clients' accuracy."""
+        reports = [self._parse_report(reply).report for reply in replies]
+        return MetricRecord({"accuracy": float(np.mean([report.accuracy for report in reports]))}) if reports else None
+
+    def summary(self) -> None:
+        """Log the configuration that matters most."""
+        config, t2i, client = self.config, self.config.t2i, self.config.client
+        log(INFO, "\t├──> Classes: %s", ", ".join(self.classes))
+        log(INFO, "\t├──> T2I: %s, LoRA rank %s, %s parameters", t2i.model, t2i.lora_rank, self._adapter_parameters())
+        log(INFO, "\t├──> A round: %s images, guidance %s", t2i.samples_per_round, ", ".join(map(str, t2i.guidance)))
+        log(INFO, "\t├──> Aggregation: %s; scores: %s; update: %s", t2i.aggregation, t2i.scores, t2i.update)
+        log(INFO, "\t├──> Feedback: %s", config.feedback)
+        log(
+            INFO,
+            "\t└──> Clients: %s; distillation %s, prompts %s, alignment %s",
+            ", ".join(client.models),
+            client.distillation_weight,
+            client.prompt_weight,
+            client.alignment_weight,
+        )
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,  # noqa: ARG002
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds.
+
+        Parameters
+        ----------
+        grid : Grid
+            Flower's connection to the nodes.
+        initial_arrays : ArrayRecord, optional
+            Not used: the adapter starts from the T2I model, and clients' weights never travel.
+        num_rounds, timeout : optional
+            Override ``rounds`` and ``round-deadline`` of the configuration.
+        train_config, evaluate_config : ConfigRecord, optional
+            Handed to `configure_train` and `configure_evaluate` for subclasses.
+        evaluate_fn : callable, optional
+            Called with the round and the adapter's arrays before the first round and after each.
+
+        Returns
+        -------
+        Result
+            ``arrays`` is the final adapter; metrics by round.
+
+        Raises
+        ------
+        ConfigError
+            If too few nodes connect.
+        RunError
+            If no client gives a valid reply.
+        """
+        rounds = num_rounds or self.config.rounds
+        deadline = timeout or self.config.round_deadline
+        train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        log(INFO, "Starting %s:", type(self).__name__)
+        self.summary()
+        self._wait_for_nodes(grid)
+        result = Result()
+
+        log(INFO, "")
+        log(INFO, "[BEFORE] clients as they start")
+        with self._round(0, rounds):
+            arrays = self._adapter_arrays()
+            self._ask(grid, self.configure_evaluate(0, arrays, evaluate_config, grid), self._parse_report, deadline)
+            self.samples = self._make_samples(1)
+            self._measure(self.samples)
+        self._call(evaluate_fn, 0, arrays, result)
+
+        for server_round in range(1, rounds + 1):
+            log(INFO, "")
+            log(INFO, "[ROUND %s/%s]", server_round, rounds)
+            with self._round(server_round, rounds):
+                messages = self.configure_train(server_round, arrays, train_config, grid)
+                replies = self._ask(grid, messages, self._parse_payload, deadline)
+                _, metrics = self._learn(server_round, replies.answers)
+                if server_round == rounds:
+                    self._ask(grid, self._configure_distill(server_round, grid), self._parse_report, deadline)
+                self.samples = self._make_samples(server_round + 1)
+                self._measure(self.samples)
+                arrays = self._adapter_arrays()
+            if metrics is not None:
+                result.train_metrics_clientapp[server_round] = metrics
+            self._call(evaluate_fn, server_round, arrays, result)
+        result.arrays = arrays
+        self._log_end()
+        return result
+
+    # ------------------------------------------------------------------ one round's parts
+
+    def _wait_for_nodes(self, grid: Grid) -> None:
+        needed, closing = self.config.min_nodes, time.monotonic() + self.config.node_timeout
+        while (connected := len(list(grid.get_node_ids()))) < needed:
+            if time.monotonic() > closing:
+                raise ConfigError(
+                    f"run-config key 'min-nodes' is {needed}, but {connected} node(s) connected within "
+                    f"{self.config.node_timeout:g} s ('node-timeout'); start more (in simulation: num-supernodes), "
+                    "or lower min-nodes"
+                )
+            time.sleep(0.5)
+        log(INFO, "%s nodes connected", connected)
+
+    @contextmanager
+    def _round(self, server_round: int, rounds: int) -> Iterator[None]:
+        """Time a round, then leave its record, pictures, adapter and report in the run folder."""
+        self.record = RoundRecord(server_round)
+        with self.record.timed("total"):
+            yield
+            self._save_pictures(server_round)
+            self.generator.save_adapter(self.run_folder.lora)
+        self.run_folder.append_metrics(self.record.to_json())
+        write_report(self.run_folder.path)
+        self._log_round(rounds)
+
+    def _ask(
+        self, grid: Grid, messages: Iterable[Message], parse: Callable[[Message], Answer], deadline: float
+    ) -> Replies:
+        outgoing = list(messages)
+        start = time.perf_counter()
+
+        def on_answer(answer: Answer, count: int) -> None:
+            self.reports[answer.node_id] = answer.report
+            log(
+                INFO,
+                "  clients   %s/%s  %-12s accuracy %.3f  (%.1f s)",
+                count,
+                len(outgoing),
+                answer.report.client,
+                answer.report.accuracy,
+                time.perf_counter() - start,
+            )
+
+        def on_rejected(node: str, reason: str) -> None:
+            log(WARNING, "  clients   %s is left out of this round: %s", node, reason)
+
+        with self.record.timed("clients"):
+            replies = exchange(
+                grid, outgoing, parse, self._node_name, deadline, self.config.quorum, on_answer, on_rejected
+            )
+        self.record.add(replies)
+        if replies.missing:
+            log(WARNING, "  clients   closed without %s", ", ".join(replies.missing))
+        if not replies.answers:
+            reasons = "; ".join(f"{node}: {reason}" for node, reason in replies.rejected.items()) or "no reply came"
+            raise RunError(f"round {self.record.round}: none of {len(outgoing)} nodes gave a valid reply ({reasons})")
+        return replies
+
+    def _learn(self, server_round: int, answers: list[Answer]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        if self.samples is None or not answers:
+            return None, None
+        samples = self.samples
+        with self.record.timed("aggregate"):
+            probabilities_NC = self.aggregate_logits(answers, samples.prompted_N)
+            scores_N = self.score_samples(answers, samples.prompted_N)
+            targets = self._soft_targets(samples, probabilities_NC)
+            self.history = [*self.history, (samples.batch, targets)][-self.config.client.pool_rounds :]
+        with self.record.timed("adapt"):
+            loss = self.adapt_generator(server_round, samples.generated, scores_N)
+        self.record.generator_loss = loss
+        if loss is not None:
+            log(INFO, "  adapt     loss %.4f  (%.1f s)", loss, self.record.seconds["adapt"])
+        accuracy = float(np.mean([answer.report.accuracy for answer in answers]))
+        return self._adapter_arrays(), MetricRecord({"accuracy": accuracy, "replies": len(answers)})
+
+    def _soft_targets(self, samples: Samples, probabilities_NC: Tensor) -> SoftTargets:
+        agreement_N = Feedback(probabilities_NC, samples.prompted_N, None).agreement_N()
+        # Half precision must not take a row's sum or a weight's last digit away from what is allowed.
+        return SoftTargets(
+            batch_id=samples.batch.batch_id,
+            probabilities_NC=probabilities_NC.clamp(0, 1).numpy().astype(np.float16),
+            weights_N=agreement_N.clamp_min(0.02).numpy().astype(np.float32),
+        )
+
+    def _make_samples(self, server_round: int) -> Samples:
+        with self.record.timed("generate"):
+            prompts = self.make_prompts(server_round)
+            start = time.perf_counter()
+            generated = self.generate(server_round, prompts)
+            seconds = time.perf_counter() - start
+            log(INFO, "  generate  %s images, guidance %g  (%.1f s)", len(prompts), self.guidance(server_round), seconds)
+            batch = self._encode_batch(server_round, prompts, generated)
+        return Samples(generated, batch, torch.from_numpy(batch.prompted_N))
+
+    def _encode_batch(self, server_round: int, prompts: list[Prompt], generated: Generated) -> SyntheticBatch:
+        images_NHWC = resize_images(generated.images_NHWC, min(self.config.data.image_size, self.generator.image_size))
+        data, offsets = encode_images(images_NHWC)
+        distinct = list(dict.fromkeys(generated.prompts))
+        row = {prompt: index for index, prompt in enumerate(distinct)}
+        anchored = self._anchor_size() > 0
+        return SyntheticBatch(
+            batch_id=f"{self.run_key}-{server_round}",
+            round=server_round,
+            prompts=generated.prompts,
+            prompted_N=np.array([prompt.class_index for prompt in prompts], dtype=np.int64),
+            images=data,
+            offsets=offsets,
+            anchors_UD=self.generator.text_embeddings(distinct) if anchored else None,
+            anchor_index_N=np.array([row[prompt] for prompt in generated.prompts]) if anchored else None,
+        )
+
+    def _configure_distill(self, server_round: int, grid: Grid) -> Iterator[Message]:
+        """Make the last message: the last soft targets, and no new batch."""
+        for node_id in sorted(grid.get_node_ids()):
+            batches, targets = self._due(node_id)
+            if not self._sees_images(node_id):
+                batches = tuple(batch.without_images() for batch in batches)
+            # Round + 1: what a client draws at random is not what it drew in its last round.
+            request = Request(self._instructions(server_round + 1), batches, targets)
+            yield Message(request.to_content(), dst_node_id=node_id, message_type=f"{MessageType.TRAIN}.distill")
+
+    def _due(self, node_id: int) -> tuple[tuple[SyntheticBatch, ...], tuple[SoftTargets, ...]]:
+        """Past batches that a node does not hold, with their soft targets; and the last soft targets in any case."""
+        report = self.reports.get(node_id)
+        kept = set(report.kept) if report else set()
+        absent = [(batch, targets) for batch, targets in self.history if batch.batch_id not in kept]
+        targets = [*(targets for _, targets in absent), *(targets for _, targets in self.history[-1:])]
+        distinct = {message.batch_id: message for message in targets}
+        return tuple(batch for batch, _ in absent), tuple(distinct.values())
+
+    def _sees_images(self, node_id: int) -> bool:
+        """Whether a node is sent images; one that has not said what it reads is."""
+        return node_id not in self.reports or self.reports[node_id].modality != "text"
+
+    def _instructions(self, server_round: int) -> Instructions:
+        return Instructions(
+            run_key=self.run_key,
+            round=server_round,
+            classes=self.classes,
+            votes=self.config.feedback == "logits+votes",
+            anchor_size=self._anchor_size(),
+        )
+
+    def _anchor_size(self) -> int:
+        return self.generator.anchor_size if self.config.client.alignment_weight else 0
+
+    def _parse_report(self, reply: Message) -> Answer:
+        return Answer(reply.metadata.src_node_id, ClientReport.from_records(reply.content, "report"))
+
+    def _parse_payload(self, reply: Message) -> Answer:
+        if self.samples is None:
+            raise RunError("a reply came before any batch was made")
+        batch = self.samples.batch
+        payload = DistillationPayload.from_records(reply.content, "payload")
+        payload.check_answers(batch.batch_id, len(batch), len(self.classes), self.config.feedback == "logits+votes")
+        return Answer(reply.metadata.src_node_id, self._parse_report(reply).report, payload)
+
+    # ------------------------------------------------------------------ measures, files and logs
+
+    def _measure(self, samples: Samples) -> None:
+        if self.judge is None:
+            return
+        with self.record.timed("measure"):
+            images_NHWC = resize_images(samples.generated.images_NHWC, self.config.data.image_size)
+            measures = self.judge.measure(images_NHWC, samples.prompted_N.numpy())
+        self.record.alignment, self.record.frechet = measures.alignment, measures.frechet
+
+    def _save_pictures(self, server_round: int) -> None:
+        """Draw the same prompts with the same seeds each round, at the guidance of the next batch."""
+        rng = np.random.default_rng(self.config.seed)
+        rows = min(len(self.classes), 20)
+        drawn = self.prompts(len(self.classes) * GRID_COLUMNS, rng)
+        chosen = sorted(drawn, key=lambda prompt: prompt.class_index)[: rows * GRID_COLUMNS]
+        with self.record.timed("measure"):
+            texts = [prompt.text for prompt in chosen]
+            made = self.generator.generate(texts, list(range(len(texts))), self.guidance(server_round + 1))
+        images = [Image.fromarray(image) for image in made.images_NHWC]
+        self.run_folder.write_images(server_round, images, GRID_COLUMNS)
+
+    def _adapter_arrays(self) -> ArrayRecord:
+        return ArrayRecord(self.generator.adapter_state())
+
+    def _adapter_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.generator.adapter_state().values())
+
+    def _node_name(self, node_id: int) -> str:
+        return self.reports[node_id].client if node_id in self.reports else f"node {node_id}"
+
+    @staticmethod
+    def _call(
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+        server_round: int,
+        arrays: ArrayRecord,
+        result: Result,
+    ) -> None:
+        metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
+        if metrics is not None:
+            result.evaluate_metrics_serverapp[server_round] = metrics
+
+    @staticmethod
+    def _progress(total: int) -> Callable[[int], None]:
+        """Log how far a generation is, at most every five seconds."""
+        last = time.monotonic()
+
+        def progress(done: int) -> None:
+            nonlocal last
+            if done < total and time.monotonic() - last > 5:
+                last = time.monotonic()
+                log(INFO, "  generate  %s/%s images", done, total)
+
+        return progress
+
+    def _log_round(self, rounds: int) -> None:
+        record = self.record
+        if record.round == 0:
+            log(INFO, "")
+        log(
+            INFO,
+            "round %s/%s | clients %s | image %s text %s both %s | alignment %s | Frechet %s | %.2f MB down %.2f MB up | %.0f s",
+            record.round,
+            rounds,
+            _figure(record.accuracy()),
+            _figure(record.accuracy("image")),
+            _figure(record.accuracy("text")),
+            _figure(record.accuracy("image+text")),
+            _figure(record.alignment),
+            _figure(record.frechet, 1),
+            record.bytes_down / 1e6,
+            record.bytes_up / 1e6,
+            record.seconds["total"],
+        )
+
+    def _log_end(self) -> None:
+        lines = self.run_folder.read_metrics()
+        first, last = lines[0], lines[-1]
+        log(INFO, "")
+        log(INFO, "%-28s %8s %8s", "", "before", "after")
+        rows = [("clients' mean accuracy", "clients", "accuracy", 3), ("T2I alignment", "generator", "alignment", 3)]
+        rows.append(("T2I Frechet distance", "generator", "frechet", 1))
+        for name, section, key, digits in rows:
+            log(INFO, "%-28s %8s %8s", name, _figure(first[section][key], digits), _figure(last[section][key], digits))
+        for client, values in last["clients"]["per_client"].items():
+            before = first["clients"]["per_client"].get(client, {}).get("accuracy")
+            name = f"  {client} ({values['modality']})"
+            log(INFO, "%-28s %8s %8s", name, _figure(before), _figure(values["accuracy"]))
+        log(INFO, "")
+        log(INFO, "Report: %s", self.run_folder.report)
+
+
+def _payload(answer: Answer) -> DistillationPayload:
+    if answer.payload is None:
+        raise ValueError(f"the reply of {answer.report.client} holds no payload")
+    return answer.payload
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
