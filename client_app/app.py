@@ -15,7 +15,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from client_app.feedback import nearest_neighbour_votes, to_payload_logits
+from client_app.feedback import nearest_neighbour_votes, to_payload_logits, vote_features
 from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, predict, train
 from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch
 from client_app.private_data import PrivateData, load_private_data
@@ -130,10 +130,16 @@ class Client:
         inputs = self._synthetic_inputs(batch)
         private = self._private_set()
         votes_N: np.ndarray | None = None
-        if self.instructions.votes and inputs.images_BCHW is not None and private.inputs.images_BCHW is not None:
-            prompted_N = torch.from_numpy(batch.prompted_N)
+        encoder = self.model.task_model.image_encoder
+        if (
+            self.instructions.votes
+            and encoder is not None
+            and inputs.images_BCHW is not None
+            and private.inputs.images_BCHW is not None
+        ):
+            features = vote_features(encoder, private.inputs.images_BCHW, inputs.images_BCHW)
             votes_N = nearest_neighbour_votes(
-                private.inputs.images_BCHW.cpu(), private.labels_N.cpu(), inputs.images_BCHW.cpu(), prompted_N
+                features[0], private.labels_N, features[1], self._to_tensor(batch.prompted_N)
             ).numpy()
         return DistillationPayload(
             batch_id=batch.batch_id,

@@ -50,7 +50,8 @@ class ClientMemory:
     def __init__(self, root: Path, run_key: str, client: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_key):
             raise PayloadError(f"run key {run_key!r} is no plain name of letters, digits, - and _")
-        self.folder = root.expanduser() / run_key / re.sub(r"[^A-Za-z0-9_.-]", "_", client)
+        self.folder = root.expanduser() / run_key / re.sub(r"[^A-Za-z0-9_-]", "_", client)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @property
     def has_model(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import ConfigError, NodeConfig, RunConfig
-from common.datasets import Examples, load_splits, partition, relabel, to_examples
+from common.datasets import Examples, load_splits, partition_rows, relabel, to_examples
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,6 @@ def load_private_data(
     if not node.data_path:
         if node.partition_id is None or node.num_partitions is None:
             raise ConfigError("node-config needs `data-path`, or `partition-id` with `num-partitions`")
-        train = partition(train, data, node.partition_id, node.num_partitions, config.seed)
+        train = train.select(partition_rows(data, node.num_partitions, config.seed)[node.partition_id])
     examples = [to_examples(part, data, images=images, texts=texts) for part in (train, splits.test)]
     return PrivateData(*(relabel(part, splits.classes, class_space) for part in examples))

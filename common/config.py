@@ -90,7 +90,7 @@ class ClientConfig(_Section):
     batch_size: int = Field(16, ge=1, le=4096, description="private samples a step")
     synthetic_batch_size: int = Field(32, ge=1, le=4096, description="synthetic samples a step")
     distillation_steps: int = Field(
-        60, ge=0, le=100_000, description="steps a round with synthetic samples, whatever the private epochs"
+        150, ge=0, le=100_000, description="steps a round with synthetic samples, whatever the private epochs"
     )
     learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's learning rate")
     balanced_softmax: bool = Field(
@@ -124,6 +124,14 @@ class T2IConfig(_Section):
     guidance: tuple[float, ...] = Field(
         (3.0, 1.5, 1.2, 1.0), min_length=1, description="guidance scale by round; the last one stays"
     )
+    explore: Fraction = Field(
+        0.5, description="part of the samples that vary well-scored ones of the last round (image to image)"
+    )
+    explore_strength: float = Field(0.5, gt=0, le=1, description="how far these are noised before denoising")
+    evaluation_samples: int = Field(
+        200, ge=1, le=100_000, description="images of fixed prompts and seeds by which the T2I is measured"
+    )
+    evaluation_guidance: float = Field(2.0, ge=0, le=100, description="guidance scale of these images")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
     aggregation: str = Field("mask", description="rule that turns clients' logits into soft targets")
     scores: str = Field("votes", description="rule that weights samples for the T2I: votes, consensus, none")

@@ -64,13 +64,14 @@ def get_scores(name: str) -> ScoreRule:
 
 @register_scores("votes")
 def votes(feedback: Feedback) -> Tensor:
-    """Votes, made to average one within each prompted class, times the agreement on that class.
+    """Votes, made to average one within each prompted class, times the squared agreement on that class.
 
-    Without votes (``feedback = "logits"``, or no client sees images) the agreement alone.
+    Votes say how real a sample looks among those of its class, not that it is of the class: squared, the
+    agreement keeps out samples that show another one. Without votes (``feedback = "logits"``, or no client sees images) the agreement alone.
     """
     if feedback.votes_N is None or not bool(feedback.votes_N.any()):
         return consensus(feedback)
-    return _class_normalised(feedback.votes_N, feedback.prompted_N) * feedback.agreement_N().clamp_min(0.02)
+    return _class_normalised(feedback.votes_N, feedback.prompted_N) * feedback.agreement_N().clamp_min(0.02).square()
 
 
 @register_scores("consensus")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import version
 from logging import ERROR, INFO
 from pathlib import Path
@@ -27,6 +28,7 @@ PACKAGES = ("flwr", "torch", "diffusers", "transformers", "peft")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run FedMMKT as the run-config says."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers")
     try:
         build_strategy(RunConfig.from_flower(context.run_config), context.run_id).start(grid)
     except (ConfigError, RunError) as error:
@@ -52,7 +54,7 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
     """
     path = Path(config.output_dir or f"~/.fedmmkt/runs/{run_id}").expanduser()
     run_folder = RunFolder.create(path, config.tensorboard)
-    log(INFO, "Run folder: %s", path)
+    log(INFO, "Run folder: %s", run_folder.path)
     classes, judge = _classes_and_judge(config)
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed)

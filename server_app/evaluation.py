@@ -104,8 +104,9 @@ def frechet_distance(first_NF: np.ndarray, second_MF: np.ndarray) -> float:
     """Frechet distance of two Gaussians fitted to features (FID, arXiv 1706.08500, eq. 6)."""
     difference_F = first_NF.mean(0, dtype=np.float64) - second_MF.mean(0, dtype=np.float64)
     first_FF, second_FF = np.cov(first_NF, rowvar=False), np.cov(second_MF, rowvar=False)
-    root_FF = linalg.sqrtm(first_FF @ second_FF)
-    trace = np.trace(first_FF) + np.trace(second_FF) - 2 * np.trace(np.real(root_FF))
+    # The trace of the product's square root, by eigenvalues: sqrtm fails where a feature never fires.
+    roots_F = np.sqrt(np.clip(linalg.eigvals(first_FF @ second_FF).real, 0, None))
+    trace = np.trace(first_FF) + np.trace(second_FF) - 2 * roots_F.sum()
     return max(0.0, float(difference_F @ difference_F + trace))
 
 

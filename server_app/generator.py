@@ -12,7 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -53,6 +58,15 @@ class Generated:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @classmethod
+    def join(cls, parts: Sequence[Generated]) -> Generated:
+        """Put samples one after the other."""
+        return cls(
+            tuple(prompt for part in parts for prompt in part.prompts),
+            np.concatenate([part.images_NHWC for part in parts]),
+            torch.cat([part.latents_NCHW for part in parts]),
+        )
 
     def select(self, index: np.ndarray) -> Generated:
         """Return some of the samples."""
@@ -106,7 +120,6 @@ class Generator:
         """Dimension of `text_embeddings`."""
         return int(self.pipeline.text_encoder.config.hidden_size)
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str],
@@ -125,22 +138,58 @@ class Generator:
         progress : callable
             Is told how many images are done.
         """
+        return self._denoise(self.pipeline, prompts, seeds, guidance, progress, lambda part: {})
+
+    def vary(
+        self, parents_NCHW: Tensor, prompts: Sequence[str], seeds: Sequence[int], guidance: float, strength: float
+    ) -> Generated:
+        """Generate variations of samples: noise them part of the way, and denoise them again (SDEdit, arXiv 2108.01073).
+
+        Parameters
+        ----------
+        parents_NCHW : torch.Tensor
+            Latents of the samples to vary.
+        prompts, seeds, guidance
+            As in `generate`.
+        strength : float
+            How much of the way, in (0, 1]; at 1 little of the parents is left.
+        """
+        pipeline = StableDiffusionImg2ImgPipeline.from_pipe(self.pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        return self._denoise(
+            pipeline,
+            prompts,
+            seeds,
+            guidance,
+            lambda done: None,
+            lambda part: {"image": parents_NCHW[part].to(self.device), "strength": strength},
+        )
+
+    @torch.no_grad()
+    def _denoise(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        guidance: float,
+        progress: Callable[[int], object],
+        extra: Callable[[slice], dict[str, Any]],
+    ) -> Generated:
         images, latents = [], []
         size = self.config.generation_batch_size
-        distinct = list(dict.fromkeys(prompts))
-        row = {prompt: index for index, prompt in enumerate(distinct)}
-        embeddings_ULD, empty_1LD = self._encode(distinct), self._encode([""])
+        text = self._conditioning(prompts)
         with self._merged_adapter():
             for start in range(0, len(prompts), size):
                 part = slice(start, start + size)
-                index = torch.tensor([row[prompt] for prompt in prompts[part]], device=self.device)
-                latent = self.pipeline(
-                    prompt_embeds=embeddings_ULD[index],
-                    negative_prompt_embeds=empty_1LD.expand(len(index), -1, -1) if guidance > 1 else None,
+                text_BLD, empty_BLD = text(torch.arange(len(prompts))[part])
+                latent = pipeline(
+                    prompt_embeds=text_BLD,
+                    negative_prompt_embeds=empty_BLD if guidance > 1 else None,
                     guidance_scale=guidance,
                     num_inference_steps=self.config.inference_steps,
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                     output_type="latent",
+                    **extra(part),
                 ).images
                 images.append(self._decode(latent))
                 latents.append(latent.float().cpu())
@@ -174,10 +223,7 @@ class Generator:
         generator = torch.Generator().manual_seed(seed)
         chances_N = scores_N.double() if rule.draws_by_score else torch.ones(len(samples)).double()
         rewards_N = rewards(scores_N)
-        distinct = list(dict.fromkeys(samples.prompts))
-        row = {prompt: index for index, prompt in enumerate(distinct)}
-        embeddings_ULD, empty_1LD = self._encode(distinct), self._encode([""])
-        rows_N = torch.tensor([row[prompt] for prompt in samples.prompts])
+        conditioning = self._conditioning(samples.prompts)
         total = 0.0
         self.unet.train()
         for _ in range(steps):
@@ -187,7 +233,7 @@ class Generator:
             last = int(self.noise_scheduler.config.num_train_timesteps)
             times_B = torch.randint(last, (len(index),), generator=generator).to(self.device)
             dropped_B11 = (torch.rand(len(index), 1, 1, generator=generator) < config.caption_dropout).to(self.device)
-            text = torch.where(dropped_B11, empty_1LD, embeddings_ULD[rows_N[index].to(self.device)])
+            text = torch.where(dropped_B11, *reversed(conditioning(index)))
             noisy = self.noise_scheduler.add_noise(clean, noise, times_B)
             predicted = self.unet(noisy, times_B, text).sample
             reference = self._reference(noisy, times_B, text) if rule.needs_reference else None
@@ -253,6 +299,18 @@ class Generator:
             raise ConfigError(f"{path} is an adapter of another model, or of other LoRA targets or rank")
         set_peft_model_state_dict(self.unet, state)
 
+    def _conditioning(self, prompts: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Encode distinct prompts once; give the text states of some samples, and as many of the empty prompt."""
+        distinct = list(dict.fromkeys(prompts))
+        row = {prompt: index for index, prompt in enumerate(distinct)}
+        rows_N = torch.tensor([row[prompt] for prompt in prompts])
+        states_ULD, empty_1LD = self._encode(distinct), self._encode([""])
+
+        def conditioning(index: Tensor) -> tuple[Tensor, Tensor]:
+            return states_ULD[rows_N[index].to(self.device)], empty_1LD.expand(len(index), -1, -1)
+
+        return conditioning
+
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Tensor:
         parts = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]
@@ -302,7 +360,7 @@ def _load_pipeline(model: str) -> Any:
             "allowed: 'starter', a diffusers pipeline folder, or a hub id"
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path if is_local else model, torch_dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(path if is_local else model, dtype=torch.float32)
     except (OSError, ValueError, EnvironmentError, AttributeError, ImportError) as error:
         hint = "" if is_local else f" (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')})"
         raise ConfigError(f"{key} is {model!r}, which diffusers cannot load{hint}: {error}") from None

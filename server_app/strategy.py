@@ -37,7 +37,7 @@ from server_app.prompts import Prompt, PromptSource
 from server_app.report import write_report
 from server_app.run_folder import RunFolder
 
-GRID_COLUMNS = 6
+GRID_ROWS, GRID_COLUMNS = 10, 6
 
 
 class RunError(RuntimeError):
@@ -176,6 +176,8 @@ class FedMMKT(Strategy):
         self.history: list[tuple[SyntheticBatch, SoftTargets]] = []
         self.reports: dict[int, ClientReport] = {}
         self.record = RoundRecord(0)
+        self.measured: tuple[float | None, float | None] = (None, None)
+        self.pictures: list[Image.Image] = []
 
     # ------------------------------------------------------------------ steps that a subclass may replace
 
@@ -185,10 +187,32 @@ class FedMMKT(Strategy):
         return self.prompts(self.config.t2i.samples_per_round, rng)
 
     def generate(self, server_round: int, prompts: list[Prompt]) -> Generated:
-        """Generate one image a prompt, at the round's guidance."""
-        state = np.random.SeedSequence((self.config.seed, server_round)).generate_state(len(prompts))
+        """Generate one image a prompt, at the round's guidance.
+
+        For the first ``explore`` part of the prompts, a well-scored sample of the last round of the same class
+        is varied, as in Private Evolution (arXiv 2305.15560); the others are new.
+        """
+        seeds = self._seeds(server_round, len(prompts))
         texts = [prompt.text for prompt in prompts]
-        return self.generator.generate(texts, [int(s) for s in state], self.guidance(server_round), self._progress(len(texts)))
+        guidance = self.guidance(server_round)
+        parents = self._parents(server_round, prompts[: int(len(prompts) * self.config.t2i.explore)])
+        varied, new = list(parents), [index for index in range(len(prompts)) if index not in parents]
+        made = np.argsort(varied + new)
+        parts = []
+        if varied:
+            latents_NCHW = torch.stack([parents[index] for index in varied])
+            strength = self.config.t2i.explore_strength
+            parts.append(
+                self.generator.vary(
+                    latents_NCHW, [texts[i] for i in varied], [seeds[i] for i in varied], guidance, strength
+                )
+            )
+        if new:
+            progress = self._progress(len(new))
+            parts.append(
+                self.generator.generate([texts[i] for i in new], [seeds[i] for i in new], guidance, progress)
+            )
+        return Generated.join(parts).select(made)
 
     def aggregate_logits(self, answers: list[Answer], prompted_N: Tensor) -> Tensor:
         """Turn the clients' logits into soft targets (samples x classes)."""
@@ -212,11 +236,7 @@ class FedMMKT(Strategy):
         scores = torch.cat([scores for _, scores in self.pool])
         if not bool(scores.any()):
             return None
-        pooled = Generated(
-            tuple(prompt for samples, _ in self.pool for prompt in samples.prompts),
-            np.concatenate([samples.images_NHWC for samples, _ in self.pool]),
-            torch.cat([samples.latents_NCHW for samples, _ in self.pool]),
-        )
+        pooled = Generated.join([samples for samples, _ in self.pool])
         seed = int(np.random.SeedSequence((self.config.seed, server_round, 1)).generate_state(1)[0])
         return self.generator.adapt(pooled, scores, self.config.t2i.adaptation_steps, seed)
 
@@ -230,9 +250,8 @@ class FedMMKT(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
     ) -> Iterable[Message]:
-        """Make one request a node: the new batch, the last soft targets, and what the node has missed."""
-        if self.samples is None:
-            self.samples = self._make_samples(server_round)
+        """Generate a batch; make one request a node: the batch, the last soft targets, and what the node has missed."""
+        self.samples = self._make_samples(server_round)
         contents: dict[tuple[bool, tuple[str, ...]], Any] = {}
         for node_id in sorted(grid.get_node_ids()):
             batches, targets = self._due(node_id)
@@ -331,8 +350,6 @@ class FedMMKT(Strategy):
         with self._round(0, rounds):
             arrays = self._adapter_arrays()
             self._ask(grid, self.configure_evaluate(0, arrays, evaluate_config, grid), self._parse_report, deadline)
-            self.samples = self._make_samples(1)
-            self._measure(self.samples)
         self._call(evaluate_fn, 0, arrays, result)
 
         for server_round in range(1, rounds + 1):
@@ -344,14 +361,13 @@ class FedMMKT(Strategy):
                 _, metrics = self._learn(server_round, replies.answers)
                 if server_round == rounds:
                     self._ask(grid, self._configure_distill(server_round, grid), self._parse_report, deadline)
-                self.samples = self._make_samples(server_round + 1)
-                self._measure(self.samples)
                 arrays = self._adapter_arrays()
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             self._call(evaluate_fn, server_round, arrays, result)
         result.arrays = arrays
         self._log_end()
+        self.run_folder.close()
         return result
 
     # ------------------------------------------------------------------ one round's parts
@@ -374,7 +390,7 @@ class FedMMKT(Strategy):
         self.record = RoundRecord(server_round)
         with self.record.timed("total"):
             yield
-            self._save_pictures(server_round)
+            self._measure(server_round)
             self.generator.save_adapter(self.run_folder.lora)
         self.run_folder.append_metrics(self.record.to_json())
         write_report(self.run_folder.path)
@@ -514,25 +530,58 @@ class FedMMKT(Strategy):
 
     # ------------------------------------------------------------------ measures, files and logs
 
-    def _measure(self, samples: Samples) -> None:
-        if self.judge is None:
+    def _measure(self, server_round: int) -> None:
+        """Measure and picture the T2I on the same prompts, seeds and guidance each round.
+
+        A T2I that has not learned since makes the same images: their measures and picture are kept.
+        """
+        if server_round > 0 and self.record.generator_loss is None:
+            self.record.alignment, self.record.frechet = self.measured
+            self.run_folder.write_images(server_round, self.pictures, GRID_COLUMNS)
             return
         with self.record.timed("measure"):
-            images_NHWC = resize_images(samples.generated.images_NHWC, self.config.data.image_size)
-            measures = self.judge.measure(images_NHWC, samples.prompted_N.numpy())
-        self.record.alignment, self.record.frechet = measures.alignment, measures.frechet
+            count = self.config.t2i.evaluation_samples if self.judge else len(self.classes) * GRID_COLUMNS
+            prompts = sorted(self.prompts(count, np.random.default_rng(self.config.seed)), key=lambda p: p.class_index)
+            texts, seeds = [prompt.text for prompt in prompts], self._seeds(0, count)
+            made = self.generator.generate(texts, seeds, self.config.t2i.evaluation_guidance)
+            if self.judge:
+                images_NHWC = resize_images(made.images_NHWC, self.config.data.image_size)
+                measures = self.judge.measure(images_NHWC, np.array([prompt.class_index for prompt in prompts]))
+                self.record.alignment, self.record.frechet = measures.alignment, measures.frechet
+            drawn = self._pictured([prompt.class_index for prompt in prompts])
+            self.pictures = [Image.fromarray(made.images_NHWC[index]) for index in drawn]
+            self.measured = self.record.alignment, self.record.frechet
+            self.run_folder.write_images(server_round, self.pictures, GRID_COLUMNS)
 
-    def _save_pictures(self, server_round: int) -> None:
-        """Draw the same prompts with the same seeds each round, at the guidance of the next batch."""
-        rng = np.random.default_rng(self.config.seed)
-        rows = min(len(self.classes), 20)
-        drawn = self.prompts(len(self.classes) * GRID_COLUMNS, rng)
-        chosen = sorted(drawn, key=lambda prompt: prompt.class_index)[: rows * GRID_COLUMNS]
-        with self.record.timed("measure"):
-            texts = [prompt.text for prompt in chosen]
-            made = self.generator.generate(texts, list(range(len(texts))), self.guidance(server_round + 1))
-        images = [Image.fromarray(image) for image in made.images_NHWC]
-        self.run_folder.write_images(server_round, images, GRID_COLUMNS)
+    @staticmethod
+    def _pictured(class_indices: list[int]) -> list[int]:
+        """Choose the samples of the image grid: a row of each class, as far as there are enough."""
+        rows: dict[int, list[int]] = {}
+        for index, class_index in enumerate(class_indices):
+            rows.setdefault(class_index, []).append(index)
+        if len(rows) == 1:
+            return list(range(min(len(class_indices), GRID_ROWS * GRID_COLUMNS)))
+        return [index for row in list(rows.values())[:GRID_ROWS] for index in row[:GRID_COLUMNS]]
+
+    def _seeds(self, server_round: int, count: int) -> list[int]:
+        return [int(state) for state in np.random.SeedSequence((self.config.seed, server_round)).generate_state(count)]
+
+    def _parents(self, server_round: int, prompts: list[Prompt]) -> dict[int, Tensor]:
+        """Draw a latent of the last round by score for each prompt whose class (or text) has one."""
+        if not self.pool or self.samples is None:
+            return {}
+        generated, scores_N = self.pool[-1]
+        generator = torch.Generator().manual_seed(self._seeds(server_round, 1)[0])
+        parents = {}
+        for index, prompt in enumerate(prompts):
+            if prompt.class_index >= 0:
+                alike_N = self.samples.prompted_N == prompt.class_index
+            else:
+                alike_N = torch.tensor([text == prompt.text for text in generated.prompts])
+            chances_N = scores_N.double() * alike_N
+            if bool(chances_N.any()):
+                parents[index] = generated.latents_NCHW[int(torch.multinomial(chances_N, 1, generator=generator))]
+        return parents
 
     def _adapter_arrays(self) -> ArrayRecord:
         return ArrayRecord(self.generator.adapter_state())

@@ -1,0 +1,1 @@
+"""Learning and speed, each a command that prints a table."""

@@ -1,0 +1,133 @@
+"""A Flower grid without Flower's processes: the same messages and apps, called directly.
+
+Tests and learning benchmarks use it where starting SuperLink and Ray would cost more than the run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import count
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.metadata import Metadata
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+RunConfigValues = Mapping[str, bool | int | float | str]
+
+
+class InProcessGrid(Grid):
+    """Answers messages by calling a ClientApp, once a node, in order or in worker processes.
+
+    Parameters
+    ----------
+    app : str
+        The ClientApp of all nodes, as ``module:name``.
+    run_config : mapping
+        Flower's flat run-config.
+    node_configs : list of mapping
+        One a node.
+    workers : int
+        Worker processes; 0 calls the app in this one.
+    """
+
+    def __init__(
+        self,
+        app: str,
+        run_config: RunConfigValues,
+        node_configs: list[Mapping[str, bool | int | float | str]],
+        workers: int = 0,
+    ) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0  # Flower's Message asks for it.
+        self.app = app
+        self.contexts = {
+            node_id: Context(1, node_id, dict(node_config), RecordDict(), dict(run_config))
+            for node_id, node_config in enumerate(node_configs, start=1)
+        }
+        self.pending: dict[str, Future[Message] | Message] = {}
+        self.ids = count(1)
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(workers, mp_context=context) if workers else None
+
+    def set_run(self, run: Any) -> None:
+        """Do nothing: there is one run."""
+
+    @property
+    def run(self) -> Any:
+        """Flower's run, which there is none of."""
+        raise RuntimeError("an in-process grid belongs to no Flower run")
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Refuse: Flower deprecated it for ``Message(...)``."""
+        raise RuntimeError("use Message(...)")
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes' ids."""
+        return list(self.contexts)
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Refuse: nothing is known of nodes but their ids."""
+        raise RuntimeError("an in-process grid knows its nodes by id only")
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Hand messages to the app."""
+        pushed = []
+        for message in messages:
+            message_id = f"message-{next(self.ids)}"
+            arguments = (self.app, _identified(message, message_id), self.contexts[message.metadata.dst_node_id])
+            self.pending[message_id] = self.pool.submit(_answer, *arguments) if self.pool else _answer(*arguments)
+            pushed.append(message_id)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there."""
+        replies = []
+        for message_id in message_ids:
+            reply = self.pending.get(message_id)
+            if isinstance(reply, Future):
+                if not reply.done():
+                    continue
+                reply = reply.result()
+            if reply is not None:
+                del self.pending[message_id]
+                replies.append(reply)
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push messages and wait for all replies."""
+        raise RuntimeError("use push_messages and pull_messages")
+
+    def close(self) -> None:
+        """Stop the worker processes."""
+        if self.pool:
+            self.pool.shutdown()
+
+
+def _identified(message: Message, message_id: str) -> Message:
+    sent = message.metadata
+    metadata = Metadata(
+        run_id=1,
+        message_id=message_id,
+        src_node_id=0,
+        dst_node_id=sent.dst_node_id,
+        reply_to_message_id="",
+        group_id=sent.group_id,
+        created_at=sent.created_at,
+        ttl=sent.ttl,
+        message_type=sent.message_type,
+    )
+    return Message(metadata=metadata, content=message.content)
+
+
+def _answer(app: str, message: Message, context: Context) -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, context.node_id
+    module, _, name = app.partition(":")
+    try:
+        reply: Message = getattr(importlib.import_module(module), name)(message, context)
+    except Exception as error:  # As in Flower, what a client raises becomes an error reply.
+        return Message(Error(2, f"{type(error).__name__}: {error}"), reply_to=message)
+    return reply

@@ -1,0 +1,47 @@
+"""Parts that several tests need: tiny settings, and a whole federation in one process."""
+
+import os
+
+# Before anything imports torch: small models are slower on many threads than on one.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest  # noqa: E402
+
+from common.config import RunConfig, to_flower  # noqa: E402
+from deploy.in_process import InProcessGrid  # noqa: E402
+
+TINY = {
+    "rounds": 2,
+    "tensorboard": False,
+    "client.warmup-epochs": 1,
+    "client.local-epochs": 1,
+    "client.distillation-steps": 4,
+    "t2i.samples-per-round": 30,
+    "t2i.evaluation-samples": 30,
+    "t2i.inference-steps": 3,
+    "t2i.adaptation-steps": 2,
+}
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """Return a function that gives the flat run-config of a tiny run in ``tmp_path``, with changes."""
+
+    def make(name="run", **changes):
+        settings = to_flower(RunConfig()) | TINY
+        settings |= {"output-dir": str(tmp_path / name), "client.state-dir": str(tmp_path / f"{name}-clients")}
+        return settings | {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
+
+    return make
+
+
+@pytest.fixture
+def make_grid():
+    """Return a function that makes an in-process grid of simulated nodes."""
+
+    def make(run_config, nodes=6, app="client_app.app:app"):
+        return InProcessGrid(app, run_config, [{"partition-id": i, "num-partitions": nodes} for i in range(nodes)])
+
+    return make

@@ -1,0 +1,176 @@
+"""The T2I model: the real starter pipeline, and its adapter through plain diffusers."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from peft import get_peft_model_state_dict
+
+from common.config import ConfigError, T2IConfig
+from server_app.generator import LORA_GROUPS, Generated, Generator
+
+STARTER = Path(__file__).parent.parent / "starter" / "model"
+PROMPTS = ["the digit three", "the digit seven", "the digit three"]
+SEEDS = [1, 2, 3]
+FAST = T2IConfig(inference_steps=3)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return Generator(FAST, seed=0)
+
+
+@pytest.fixture
+def adapted():
+    generator = Generator(FAST, seed=0)
+    samples = generator.generate(PROMPTS, SEEDS, 1.0)
+    generator.adapt(samples, torch.ones(3), steps=4, seed=0)
+    return generator
+
+
+def plain(pipeline, guidance):
+    pipeline.set_progress_bar_config(disable=True)
+    noise = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    made = pipeline(PROMPTS, guidance_scale=guidance, num_inference_steps=3, generator=noise, output_type="np")
+    return made.images
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_it_generates_what_plain_diffusers_generates(generator, guidance):
+    ours = generator.generate(PROMPTS, SEEDS, guidance).images_NHWC
+    theirs = plain(DiffusionPipeline.from_pretrained(STARTER), guidance)
+    assert ours.shape == (3, 32, 32, 3)
+    assert np.abs(ours / 255 - theirs).max() <= 0.5 / 255 + 1e-4
+
+
+def test_a_sample_depends_on_its_own_prompt_and_seed_only(generator):
+    together = generator.generate(PROMPTS, SEEDS, 1.5)
+    alone = generator.generate(PROMPTS[1:2], SEEDS[1:2], 1.5)
+    assert np.abs(together.images_NHWC[1].astype(int) - alone.images_NHWC[0]).max() <= 1
+    assert not np.array_equal(together.images_NHWC[0], together.images_NHWC[2])
+
+
+def test_variations_stay_near_their_parents_and_strength_one_does_not(generator):
+    parents = generator.generate(PROMPTS, SEEDS, 1.5)
+    near = generator.vary(parents.latents_NCHW, PROMPTS, [7, 8, 9], 1.5, 0.4)
+    far = generator.vary(parents.latents_NCHW, PROMPTS, [7, 8, 9], 1.5, 1.0)
+
+    def distance(made):
+        return np.abs(made.images_NHWC.astype(float) - parents.images_NHWC).mean()
+
+    assert 0 < distance(near) < distance(far)
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("convolution", "attention"), tuple(LORA_GROUPS)])
+def test_the_adapter_round_trips_through_plain_diffusers(tmp_path, targets):
+    generator = Generator(FAST.model_copy(update={"lora_targets": targets, "lora_rank": 3}), seed=0)
+    samples = generator.generate(PROMPTS, SEEDS, 1.0)
+    generator.adapt(samples, torch.ones(3), steps=3, seed=0)
+    generator.save_adapter(tmp_path / "lora")
+
+    pipeline = StableDiffusionPipeline.from_pretrained(STARTER)
+    pipeline.load_lora_weights(tmp_path / "lora")
+
+    (name,) = pipeline.unet.peft_config
+    loaded, saved = get_peft_model_state_dict(pipeline.unet, adapter_name=name), generator.adapter_state()
+    assert set(loaded) == set(saved)
+    assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+    adapted_images = generator.generate(PROMPTS, SEEDS, 1.5).images_NHWC
+    assert np.abs(adapted_images / 255 - plain(pipeline, 1.5)).max() <= 0.5 / 255 + 1e-4
+    assert not np.array_equal(adapted_images, Generator(FAST, 0).generate(PROMPTS, SEEDS, 1.5).images_NHWC)
+
+
+def test_a_saved_adapter_loads_into_a_new_generator(adapted, tmp_path):
+    adapted.save_adapter(tmp_path / "lora")
+    other = Generator(FAST, seed=5)
+    other.load_adapter(tmp_path / "lora")
+    first, second = (g.generate(PROMPTS, SEEDS, 1.0).images_NHWC for g in (adapted, other))
+    assert np.array_equal(first, second)
+
+
+def test_an_adapter_of_another_rank_is_refused(adapted, tmp_path):
+    adapted.save_adapter(tmp_path / "lora")
+    other = Generator(FAST.model_copy(update={"lora_rank": 2}), seed=0)
+    with pytest.raises(ConfigError, match="an adapter of another model, or of other LoRA targets or rank"):
+        other.load_adapter(tmp_path / "lora")
+
+
+def test_generating_leaves_the_base_weights_bit_for_bit(adapted):
+    def base():
+        return {k: v.clone() for k, v in adapted.unet.state_dict().items() if "lora_" not in k}
+
+    before = base()
+    adapted.generate(PROMPTS, SEEDS, 1.5)
+    after = base()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_adapting_lowers_the_loss_on_the_same_samples(generator):
+    own = Generator(T2IConfig(inference_steps=3, adaptation_learning_rate=2e-3), seed=0)
+    latents_NCHW = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
+    samples = Generated(("the digit one",) * 8, np.zeros((8, 32, 32, 3), np.uint8), latents_NCHW)
+    first = own.adapt(samples, torch.ones(8), steps=8, seed=0)
+    own.adapt(samples, torch.ones(8), steps=30, seed=1)
+    assert own.adapt(samples, torch.ones(8), steps=8, seed=0) < 0.9 * first
+
+
+def test_samples_without_score_teach_nothing(generator):
+    before = generator.adapter_state()
+    samples = generator.generate(PROMPTS, SEEDS, 1.0)
+    assert generator.adapt(samples, torch.zeros(3), steps=5, seed=0) == 0.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in generator.adapter_state().items())
+
+
+def test_text_embeddings_tell_classes_apart(generator):
+    embeddings_ND = generator.text_embeddings(["the digit one", "the number one", "the digit two"]).astype(float)
+    assert np.linalg.norm(embeddings_ND, axis=1) == pytest.approx(np.ones(3), abs=1e-2)
+    assert embeddings_ND[0] @ embeddings_ND[1] > embeddings_ND[0] @ embeddings_ND[2] + 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "/no/such/folder"}, r"'t2i.model' is '/no/such/folder'.*holds no model_index.json"),
+        ({"lora_targets": ("attention", "nose")}, r"'t2i.lora-targets' has 'nose'.*allowed: attention, convolution"),
+        ({"device": "warp"}, r"device 'warp' cannot be used"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Generator(FAST.model_copy(update=changes), seed=0)
+
+
+def test_a_folder_that_holds_another_kind_of_pipeline_is_refused(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+                       up_block_types=("UpBlock2D",), norm_num_groups=4, layers_per_block=1)  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unconditional")
+    with pytest.raises(ConfigError, match="a DDPMPipeline; allowed: a StableDiffusionPipeline"):
+        Generator(FAST.model_copy(update={"model": str(tmp_path / "unconditional")}), seed=0)
+
+
+def test_a_full_disk_leaves_the_old_adapter(adapted, tmp_path):
+    """In a process of its own, files may grow to 64 kB: saving fails as it does on a full disk."""
+    adapted.save_adapter(tmp_path / "lora")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from common.config import T2IConfig; from server_app.generator import Generator\n"
+        "generator = Generator(T2IConfig(), 3)\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "generator.save_adapter(Path(sys.argv[1]))\n"
+    )
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "lora")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]

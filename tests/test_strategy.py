@@ -1,0 +1,274 @@
+"""The whole round with the real starter model and real clients, in one process."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+import client_app.app
+from client_app.memory import ClientMemory
+from client_app.task_models import _FACTORIES, register_task_model
+from common.config import ConfigError, RunConfig
+from server_app.aggregation import _RULES, register_aggregation
+from server_app.app import build_strategy
+from server_app.prompts import Prompt
+from server_app.strategy import FedMMKT, RunError
+
+
+def run(run_config, grid, run_id=1, strategy=FedMMKT):
+    built = build_strategy(RunConfig.from_flower(run_config), run_id, strategy)
+    result = built.start(grid)
+    return built, result, built.run_folder.read_metrics()
+
+
+def without_seconds(lines):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
+    run_config = tiny_run(tensorboard=True)
+
+    strategy, result, lines = run(run_config, make_grid(run_config))
+
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    last = lines[-1]
+    assert set(last) == {"round", "clients", "generator", "bytes", "seconds", "replies"}
+    assert last["replies"] == {"received": 6, "rejected": 0, "missing": 0, "reasons": {}}
+    assert set(last["seconds"]) == {"generate", "clients", "aggregate", "adapt", "measure", "total"}
+    assert len(last["clients"]["per_client"]) == 6
+    accuracies = [client["accuracy"] for client in last["clients"]["per_client"].values()]
+    assert last["clients"]["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert 0 <= last["generator"]["alignment"] <= 1
+    assert last["generator"]["frechet"] > 0
+    assert last["bytes"]["down"] > last["bytes"]["up"] > 0
+    folder = tmp_path / "run"
+    assert {path.name for path in (folder / "images").iterdir()} == {f"round-{i:03d}.png" for i in range(3)}
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert json.loads((folder / "config.json").read_text())["config"]["rounds"] == 2
+    assert list(folder.rglob("events.out.tfevents*"))
+    state = strategy.generator.adapter_state()
+    assert set(result.arrays) == set(state)
+    assert all(torch.equal(torch.from_numpy(result.arrays[name].numpy()), tensor) for name, tensor in state.items())
+    assert sorted(result.train_metrics_clientapp) == [1, 2]
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(tiny_run, make_grid):
+    first, second, other = (tiny_run(name=name) for name in ("first", "second", "other"))
+    other["seed"] = 1
+    lines = [without_seconds(run(config, make_grid(config), run_id)[2]) for run_id, config in enumerate((first, second, other))]
+    assert lines[0] == lines[1]
+    assert lines[0] != lines[2]
+
+
+@pytest.mark.parametrize("feedback", ["logits", "logits+votes"])
+def test_nothing_but_the_named_payload_leaves_a_client(tiny_run, make_grid, feedback):
+    run_config = tiny_run(feedback=feedback)
+    grid = make_grid(run_config, nodes=7)
+    models = ["cnn", "mlp", "vit", "resnet", "text", "text-transformer", "dual"]
+    for context, model in zip(grid.contexts.values(), models, strict=True):
+        context.node_config["model"] = model
+    sent = []
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: [sent.append(reply) or reply for reply in pull(ids)]
+
+    run(run_config, grid)
+
+    assert len(sent) == 7 * (1 + 2 + 1)
+    for reply in sent:
+        kind, content = reply.metadata.message_type, reply.content
+        expected = {"report", "report.metrics"} | ({"payload", "payload.arrays"} if kind == "train" else set())
+        assert set(content) == expected
+        report, numbers = content["report"], content["report.metrics"]
+        assert set(report) == {"client", "model", "modality", "kept"}
+        assert set(numbers) == {"examples", "accuracy", "loss"}
+        assert all(isinstance(value, int | float) for value in numbers.values())
+        if kind != "train":
+            continue
+        assert set(content["payload"]) == {"batch_id"}
+        shapes = {name: (array.dtype, tuple(array.shape)) for name, array in content["payload.arrays"].items()}
+        votes = feedback == "logits+votes" and "image" in report["modality"]
+        assert shapes == {"logits_NC": ("float16", (30, 10)), "class_counts_C": ("int64", (10,))} | (
+            {"votes_N": ("float32", (30,))} if votes else {}
+        )
+
+
+def test_text_clients_are_sent_no_images_once_they_are_known(tiny_run, make_grid):
+    run_config = tiny_run(client__models="cnn,text", rounds=1)
+    grid = make_grid(run_config, nodes=2)
+    sent = {}
+    push = grid.push_messages
+
+    def spy(messages):
+        for message in messages:
+            if message.metadata.message_type == "train":
+                sent[message.metadata.dst_node_id] = set(message.content["batch-0.arrays"])
+        return push(messages)
+
+    grid.push_messages = spy
+    run(run_config, grid)
+    assert "images" in sent[1]
+    assert "images" not in sent[2]
+
+
+# ---------------------------------------------------------------------- clients that go wrong
+
+hostile = ClientApp()
+
+
+@hostile.evaluate()
+def _evaluate(message: Message, context):
+    return client_app.app.evaluate_model(message, context)
+
+
+@hostile.train("distill")
+def _distill(message: Message, context):
+    return client_app.app.distill(message, context)
+
+
+@hostile.train()
+def _train(message: Message, context):
+    """Client 0 is honest; each other client goes wrong in its own way."""
+    reply = client_app.app.train_round(message, context)
+    arrays, partition = reply.content["payload.arrays"], context.node_config["partition-id"]
+    logits_NC = arrays["logits_NC"].numpy()
+    if partition == 1:
+        raise RuntimeError("the disk of this hospital is on fire")
+    if partition == 2:
+        arrays["logits_NC"] = Array(np.full_like(logits_NC, np.nan))
+    if partition == 3:
+        arrays["logits_NC"] = Array(logits_NC[:-1])
+    if partition == 4:
+        reply.content["payload"]["batch_id"] = "another"
+    if partition == 5:
+        arrays["logits_NC"] = Array(np.zeros((len(logits_NC), 7), np.float16))
+        arrays["class_counts_C"] = Array(np.ones(7, np.int64))
+    if partition == 6:
+        arrays["logits_NC"] = Array("float16", logits_NC.shape, "numpy.ndarray", b"random bytes")
+    return Message(RecordDict(dict(reply.content)), reply_to=message)
+
+
+def test_bad_clients_are_named_and_left_out_and_the_run_goes_on(tiny_run, make_grid):
+    run_config = tiny_run(client__models="mlp")
+    _, _, lines = run(run_config, make_grid(run_config, nodes=7, app="tests.test_strategy:hostile"))
+    replies = lines[1]["replies"]
+    assert replies["received"] == 1
+    assert replies["rejected"] == 6
+    expected = {
+        "mlp-1": "the disk of this hospital is on fire",
+        "mlp-2": "300 of 300 values are not finite",
+        "mlp-3": "logits have shape (29, 10); expected (30, 10)",
+        "mlp-4": "answers batch 'another'; expected '1-1'",
+        "mlp-5": "logits have shape (30, 7); expected (30, 10)",
+        "mlp-6": "cannot be read",
+    }
+    assert set(replies["reasons"]) == set(expected)
+    assert all(reason in replies["reasons"][client] for client, reason in expected.items())
+
+
+def test_a_run_ends_in_a_clear_error_when_no_valid_reply_is_left(tiny_run, make_grid):
+    run_config = tiny_run(client__models="no-such-model")
+    with pytest.raises(RunError, match=r"round 0: none of 2 nodes gave a valid reply .*client model 'no-such-model' is unknown"):
+        run(run_config, make_grid(run_config, nodes=2))
+
+
+def test_too_few_nodes_end_the_run_before_anything_is_generated(tiny_run, make_grid):
+    run_config = tiny_run(min_nodes=3, node_timeout=0.1)
+    with pytest.raises(ConfigError, match=r"'min-nodes' is 3, but 2 node\(s\) connected within 0.1 s"):
+        run(run_config, make_grid(run_config, nodes=2))
+
+
+def test_a_client_that_joins_late_or_loses_its_disk_gets_what_it_missed(tiny_run, make_grid):
+    run_config = tiny_run(client__models="mlp", rounds=4)
+    grid = make_grid(run_config, nodes=3)
+    late = grid.contexts.pop(3)
+    batches, push = {}, grid.push_messages
+    state = tiny_run()["client.state-dir"]
+
+    def spy(messages):
+        messages = list(messages)
+        for message in messages:
+            if message.metadata.message_type == "train":
+                key = (message.content["instructions"]["round"], message.metadata.dst_node_id)
+                batches[key] = sum(name.startswith("batch-") and "." not in name for name in message.content)
+        if messages[0].content["instructions"]["round"] == 2:
+            ClientMemory(__import__("pathlib").Path(state), "1", "mlp-0").forget()
+        return push(messages)
+
+    class Joining(FedMMKT):
+        def configure_train(self, server_round, arrays, config, grid):
+            if server_round == 3:
+                grid.contexts[3] = late
+            return super().configure_train(server_round, arrays, config, grid)
+
+    grid.push_messages = spy
+    _, _, lines = run(run_config, grid, strategy=Joining)
+
+    # Node 1 lost batch 1 before round 2 and says so in its reply; node 3 joins in round 3 and gets both.
+    assert [batches[round_, 2] for round_ in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    assert [batches[round_, 1] for round_ in (1, 2, 3, 4)] == [1, 1, 2, 1]
+    assert [batches[round_, 3] for round_ in (3, 4)] == [3, 1]
+    assert [line["replies"]["received"] for line in lines] == [2, 2, 2, 3, 3]
+
+
+# ---------------------------------------------------------------------- extending
+
+
+class LoudPrompts(FedMMKT):
+    """A strategy whose prompts are upper case."""
+
+    def make_prompts(self, server_round):
+        return [Prompt(prompt.text.upper(), prompt.class_index) for prompt in super().make_prompts(server_round)]
+
+
+def test_a_subclass_replaces_one_step(tiny_run, make_grid):
+    run_config = tiny_run(rounds=1, client__models="mlp")
+    strategy, _, _ = run(run_config, make_grid(run_config, nodes=2), strategy=LoudPrompts)
+    assert all(prompt.isupper() for prompt in strategy.samples.batch.prompts)
+
+
+def test_registered_functions_are_chosen_by_run_config(tiny_run, make_grid):
+    called = []
+
+    @register_aggregation("spy")
+    def spy(logits_KNC, class_counts_KC, prompted_N):
+        called.append(tuple(logits_KNC.shape))
+        return logits_KNC.softmax(-1).mean(0)
+
+    register_task_model("my-mlp")(_FACTORIES["mlp"])
+    try:
+        run_config = tiny_run(rounds=1, client__models="my-mlp", t2i__aggregation="spy")
+        _, _, lines = run(run_config, make_grid(run_config, nodes=2))
+    finally:
+        del _RULES["spy"], _FACTORIES["my-mlp"]
+    assert called == [(2, 30, 10), (2, 30, 10)]
+    assert set(lines[-1]["clients"]["per_client"]) == {"my-mlp-0", "my-mlp-1"}
+
+
+@pytest.mark.parametrize("update", ["reward", "negative-aware"])
+def test_update_rules_change_the_adapter(tiny_run, make_grid, update):
+    run_config = tiny_run(rounds=1, client__models="mlp", t2i__update=update)
+    strategy, _, lines = run(run_config, make_grid(run_config, nodes=2))
+    moved = [tensor for name, tensor in strategy.generator.adapter_state().items() if "lora_B" in name]
+    assert any(tensor.any() for tensor in moved)
+    assert lines[-1]["generator"]["loss"] is not None
+
+
+def test_a_frozen_t2i_stays_as_it_is(tiny_run, make_grid):
+    run_config = tiny_run(client__models="mlp", t2i__scores="none", t2i__aggregation="mean")
+    strategy, _, lines = run(run_config, make_grid(run_config, nodes=2))
+    moved = [tensor for name, tensor in strategy.generator.adapter_state().items() if "lora_B" in name]
+    assert not any(tensor.any() for tensor in moved)
+    assert lines[0]["generator"] == lines[-1]["generator"]
+
+
+def test_prompts_without_classes_work(tiny_run, make_grid, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"the digit {name}"}) for name in ("one", "two", "six")))
+    run_config = tiny_run(t2i__prompts=str(file))
+    _, _, lines = run(run_config, make_grid(run_config))
+    assert lines[-1]["generator"]["alignment"] is None
+    assert lines[-1]["generator"]["frechet"] > 0
+    assert lines[-1]["replies"]["rejected"] == 0
