@@ -27,9 +27,11 @@ from server_app.evaluation import Judge
 from server_app.generator import Generated, Generator
 
 NODES = 6
-FROZEN = {"t2i.scores": "none"}
-PLAIN = {"client.balanced-softmax": False, "client.prompt-weight": 0.0, "client.alignment-weight": 0.0}
-ROWS: dict[str, dict[str, bool | int | float | str]] = {
+Overrides = dict[str, bool | int | float | str]
+
+FROZEN: Overrides = {"t2i.scores": "none"}
+PLAIN: Overrides = {"client.balanced-softmax": False, "client.prompt-weight": 0.0, "client.alignment-weight": 0.0}
+ROWS: dict[str, Overrides] = {
     # Without weight on anything synthetic, no client learns from it; ten samples a round are then enough.
     "local-only": FROZEN | PLAIN | {"client.distillation-weight": 0.0, "t2i.samples-per-round": 10},
     "plain averaging, frozen T2I (FedMD-style)": FROZEN | PLAIN | {"t2i.aggregation": "mean"},
@@ -82,7 +84,9 @@ def references(seed: int) -> list[tuple[str, float | None, float]]:
     with torch.no_grad():
         vae = generator.pipeline.vae
         latents_NCHW = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-    measured("their reconstructions by the autoencoder", generator._decode(latents_NCHW[:count]), train.labels_N[:count])
+    measured(
+        "their reconstructions by the autoencoder", generator._decode(latents_NCHW[:count]), train.labels_N[:count]
+    )
     captions = [t2i.prompt_templates[i % len(t2i.prompt_templates)].format(splits.classes[label])
                 for i, label in enumerate(train.labels_N)]  # fmt: skip
     private = Generated(tuple(captions), train.images_NHWC, latents_NCHW)
@@ -107,7 +111,7 @@ def spread(values: list[float | None], digits: int = 3) -> str:
 def table(runs: dict[str, list[list[dict[str, Any]]]]) -> str:
     """Make a Markdown table, a row a method, mean and standard deviation over seeds."""
     lines = [
-        "| | all clients | image clients | text | image+text | T2I alignment | T2I Frechet | MB down | MB up | seconds |",
+        "| | all clients | image clients | text | image+text | alignment | Frechet | MB down | MB up | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, seeds in runs.items():
@@ -148,7 +152,9 @@ def main() -> None:
                 runs[name].append(lines)
                 seconds = time.perf_counter() - started
                 accuracy = lines[-1]["clients"]["accuracy"]
-                print(f"alpha {alpha:g} seed {seed} {name}: {accuracy:.3f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+                print(
+                    f"alpha {alpha:g} seed {seed} {name}: {accuracy:.3f} ({seconds:.0f} s)", file=sys.stderr, flush=True
+                )
         print(f"\n### alpha {alpha:g}, {arguments.seeds} seeds, {arguments.rounds} rounds\n\n{table(runs)}")
         first = [run[0]["generator"] for run in runs[arguments.rows[-1]]]
         alignment, frechet = spread([g["alignment"] for g in first]), spread([g["frechet"] for g in first], 0)

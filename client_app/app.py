@@ -39,7 +39,9 @@ def train_round(message: Message, context: Context) -> Message:
     client.receive(request)
     client.learn()
     payload = client.answer(request.batches[-1])
-    return Message(RecordDict({**client.report().to_records("report"), **payload.to_records("payload")}), reply_to=message)
+    return Message(
+        RecordDict({**client.report().to_records("report"), **payload.to_records("payload")}), reply_to=message
+    )
 
 
 @app.train("distill")

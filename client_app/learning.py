@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from client_app.task_models import Inputs, TaskModel
+from common.augmentation import augment
 from common.config import ClientConfig
 
 ALIGNMENT_TEMPERATURE = 0.1
@@ -94,21 +95,6 @@ def alignment_loss(projected_BD: Tensor, anchors_BD: Tensor) -> Tensor:
     return F.cross_entropy(similarity_BB, target_BB)
 
 
-def augment(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, scale, rotate, shear and re-contrast each image at random; corners keep the border's colour."""
-    count = len(images_BCHW)
-    uniform = torch.rand(count, 7, generator=generator) * 2 - 1
-    angle, shear = uniform[:, 0] * 0.2, uniform[:, 1] * 0.15
-    scale_x, scale_y = 1 + uniform[:, 2] * 0.12, 1 + uniform[:, 3] * 0.12
-    cosine, sine = torch.cos(angle), torch.sin(angle)
-    rows = (scale_x * cosine, shear - sine, uniform[:, 4] * 0.12, sine + shear, scale_y * cosine, uniform[:, 5] * 0.12)
-    theta_B23 = torch.stack(rows, dim=1).view(count, 2, 3).to(images_BCHW.device)
-    grid = F.affine_grid(theta_B23, list(images_BCHW.shape), align_corners=False)
-    moved = F.grid_sample(images_BCHW, grid, padding_mode="border", align_corners=False)
-    contrast = (1 + uniform[:, 6] * 0.2).view(-1, 1, 1, 1).to(images_BCHW.device)
-    return ((moved + 1) * contrast - 1).clamp(-1, 1)
-
-
 def train(
     model: AlignedModel,
     optimizer: torch.optim.Optimizer,
@@ -142,7 +128,10 @@ def train(
     ):
         loss = torch.zeros(())
         if private_index is not None:
-            inputs, labels_B = _augmented(private.inputs[private_index], config, generator), private.labels_N[private_index]
+            inputs, labels_B = (
+                _augmented(private.inputs[private_index], config, generator),
+                private.labels_N[private_index],
+            )
             loss = loss + balanced_softmax_loss(model.task_model(inputs), labels_B, log_prior_C)
         if synthetic_index is not None and synthetic is not None:
             loss = loss + _synthetic_loss(model, synthetic, synthetic_index, config, generator)
@@ -181,9 +170,7 @@ def _epoch_batches(count: int, size: int, epochs: int, generator: torch.Generato
         yield from torch.randperm(count, generator=generator).split(size)
 
 
-def _drawn_batches(
-    synthetic: SyntheticSet | None, config: ClientConfig, generator: torch.Generator
-) -> list[Tensor]:
+def _drawn_batches(synthetic: SyntheticSet | None, config: ClientConfig, generator: torch.Generator) -> list[Tensor]:
     if synthetic is None or not (config.distillation_weight or config.prompt_weight or config.alignment_weight):
         return []
     count = config.distillation_steps * config.synthetic_batch_size

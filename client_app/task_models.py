@@ -250,20 +250,20 @@ def _cnn_encoder() -> nn.Sequential:
 
 
 @register_task_model("cnn")
-def cnn(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+def cnn(classes: int, image_size: int) -> TaskModel:
     """Three convolutions and a hidden layer; 90 thousand parameters."""
     return TaskModel(classes, 64, image_encoder=_cnn_encoder())
 
 
 @register_task_model("mlp")
-def mlp(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+def mlp(classes: int, image_size: int) -> TaskModel:
     """Two hidden layers over 16 x 16 pixels; 107 thousand parameters."""
     layers = (nn.AdaptiveAvgPool2d(16), nn.Flatten(), nn.Linear(768, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU())
     return TaskModel(classes, 64, image_encoder=nn.Sequential(*layers))
 
 
 @register_task_model("resnet")
-def resnet(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+def resnet(classes: int, image_size: int) -> TaskModel:
     """Three residual blocks; 91 thousand parameters."""
     stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.GroupNorm(8, 16), nn.ReLU())
     blocks = (ResidualBlock(16, 16, 1), ResidualBlock(16, 32, 2), ResidualBlock(32, 64, 2))
@@ -279,18 +279,18 @@ def vit(classes: int, image_size: int) -> TaskModel:
 
 
 @register_task_model("text")
-def text(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+def text(classes: int, image_size: int) -> TaskModel:
     """Bag of hashed words and letter trigrams."""
     return TaskModel(classes, 64, text_encoder=TextBag())
 
 
 @register_task_model("text-transformer")
-def text_transformer(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+def text_transformer(classes: int, image_size: int) -> TaskModel:
     """One transformer layer over hashed words and letter trigrams."""
     return TaskModel(classes, 32, text_encoder=TextTransformer())
 
 
 @register_task_model("dual")
-def dual(classes: int, image_size: int) -> TaskModel:  # noqa: ARG001
+def dual(classes: int, image_size: int) -> TaskModel:
     """A convolutional image encoder and a bag of words side by side."""
     return TaskModel(classes, 128, image_encoder=_cnn_encoder(), text_encoder=TextBag())

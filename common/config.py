@@ -93,9 +93,7 @@ class ClientConfig(_Section):
         150, ge=0, le=100_000, description="steps a round with synthetic samples, whatever the private epochs"
     )
     learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's learning rate")
-    balanced_softmax: bool = Field(
-        True, description="add the log class prior to private logits (arXiv 2007.10740)"
-    )
+    balanced_softmax: bool = Field(True, description="add the log class prior to private logits (arXiv 2007.10740)")
     augmentation: bool = Field(True, description="random shift, scale, rotation and contrast of training images")
     distillation_weight: Weight = Field(1.0, description="weight of the KL divergence to the soft targets")
     temperature: float = Field(2.0, gt=0, le=100, description="temperature of that KL divergence")
@@ -170,9 +168,7 @@ class RunConfig(_Section):
     node_timeout: float = Field(120, gt=0, description="seconds to wait for them")
     round_deadline: float = Field(3600, gt=0, description="seconds after which a round closes")
     quorum: Fraction = Field(0.5, description="part of the asked nodes that must have answered by then")
-    judge: bool = Field(
-        True, description="measure both sides with a classifier trained centrally; simulation only"
-    )
+    judge: bool = Field(True, description="measure both sides with a classifier trained centrally; simulation only")
     tensorboard: bool = Field(True, description="write TensorBoard events")
     data: DataConfig = DataConfig()
     client: ClientConfig = ClientConfig()
@@ -232,7 +228,9 @@ def to_flower(config: RunConfig) -> dict[str, bool | int | float | str]:
     """Flatten a configuration into Flower's dotted keys, lists as comma-separated strings."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in config.model_dump(by_alias=True).items():
-        items = {f"{key}.{inner}": content for inner, content in value.items()} if isinstance(value, dict) else {key: value}
+        items = (
+            {f"{key}.{inner}": content for inner, content in value.items()} if isinstance(value, dict) else {key: value}
+        )
         for name, content in items.items():
             flat[name] = ",".join(map(str, content)) if isinstance(content, tuple) else content
     return flat

@@ -165,7 +165,9 @@ def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, tex
         raise ConfigError(f"run-config key 'data.dataset' is {config.dataset!r}: no row is complete")
     return Examples(
         labels[complete],
-        None if pixels is None else np.stack([pixels[row] for row in complete]),
+        None
+        if pixels is None
+        else np.stack([image for image in (pixels[row] for row in complete) if image is not None]),
         None if words is None else [str(words[row]) for row in complete],
     )
 
@@ -182,7 +184,9 @@ def relabel(examples: Examples, own_classes: tuple[str, ...], class_space: tuple
         return examples
     held = {own_classes[label] for label in np.unique(examples.labels_N)}
     if unknown := sorted(held - set(class_space)):
-        raise ConfigError(f"the data's classes {', '.join(unknown)!r} are not in the run; allowed: {', '.join(class_space)}")
+        raise ConfigError(
+            f"the data's classes {', '.join(unknown)!r} are not in the run; allowed: {', '.join(class_space)}"
+        )
     index_C = np.array([class_space.index(name) if name in class_space else -1 for name in own_classes])
     return Examples(index_C[examples.labels_N], examples.images_NHWC, examples.texts)
 
@@ -217,7 +221,9 @@ def _local(config: DataConfig) -> dict[str, datasets.Dataset]:
     path = Path(config.dataset).expanduser()
     key = f"run-config key 'data.dataset' is {config.dataset!r}"
     if not path.exists():
-        raise ConfigError(f"{key}, which is not there; allowed: 'digits', a parquet file, or a folder of parquet or images")
+        raise ConfigError(
+            f"{key}, which is not there; allowed: 'digits', a parquet file, or a folder of parquet or images"
+        )
     try:
         if path.is_file():
             loaded = datasets.load_dataset("parquet", data_files={"train": str(path)})
@@ -309,7 +315,9 @@ def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> dict[str
     held = round(len(labels) * config.test_fraction)
     stratify = labels if counts[counts > 0].min() >= 2 and held >= np.count_nonzero(counts) else None
     if stratify is None:
-        logger.warning("%s: too few examples of a class to hold out some of each; the test part is random", config.dataset)
+        logger.warning(
+            "%s: too few examples of a class to hold out some of each; the test part is random", config.dataset
+        )
     if not 0 < held < len(labels):
         raise ConfigError(
             f"run-config key 'data.test-fraction' is {config.test_fraction}, which leaves nothing to train or "

@@ -35,7 +35,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written ({error.strerror}); its old content is kept") from error
+        raise OSError(
+            error.errno, f"{path} could not be written ({error.strerror}); its old content is kept"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -79,7 +79,7 @@ def decode_images(data: Images, offsets: NDArray[np.integer[Any]], size: int | N
         another size than the first; names the image's index.
     """
     _check_offsets(data, offsets)
-    images = []
+    images: list[Images] = []
     for index in range(len(offsets) - 1):
         image_HWC = _decode(data[offsets[index] : offsets[index + 1]].tobytes(), index, size)
         if images and image_HWC.shape != images[0].shape:

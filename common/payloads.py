@@ -50,7 +50,7 @@ class _Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    def to_records(self, prefix: str) -> dict[str, ArrayRecord | ConfigRecord]:
+    def to_records(self, prefix: str) -> dict[str, Any]:
         """Make Flower records, named ``<prefix>`` and ``<prefix>.arrays``."""
         content = {name: value for name, value in self if value is not None}
         arrays = {name: Array(value) for name, value in content.items() if isinstance(value, np.ndarray)}
@@ -153,7 +153,9 @@ class SyntheticBatch(_Message):
             _require(_within(self.offsets, 0, len(self.images) + 1), "an offset lies outside the image buffer")
         _require((self.anchors_UD is None) == (self.anchor_index_N is None), "anchors and their index come together")
         if self.anchors_UD is not None and self.anchor_index_N is not None:
-            _require(len(self.anchor_index_N) == count, f"{len(self.anchor_index_N)} anchor indices for {count} prompts")
+            _require(
+                len(self.anchor_index_N) == count, f"{len(self.anchor_index_N)} anchor indices for {count} prompts"
+            )
             _require(_within(self.anchor_index_N, 0, len(self.anchors_UD)), "an anchor index lies outside the anchors")
         return self
 

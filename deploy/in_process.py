@@ -120,7 +120,7 @@ def _identified(message: Message, message_id: str) -> Message:
         ttl=sent.ttl,
         message_type=sent.message_type,
     )
-    return Message(metadata=metadata, content=message.content)
+    return Message(metadata=metadata, content=message.content)  # type: ignore[call-overload]
 
 
 def _answer(app: str, message: Message, context: Context) -> Message:

@@ -67,7 +67,8 @@ def votes(feedback: Feedback) -> Tensor:
     """Votes, made to average one within each prompted class, times the squared agreement on that class.
 
     Votes say how real a sample looks among those of its class, not that it is of the class: squared, the
-    agreement keeps out samples that show another one. Without votes (``feedback = "logits"``, or no client sees images) the agreement alone.
+    agreement keeps out samples that show another one. Without votes (``feedback = "logits"``, or no client sees
+    images) the agreement alone.
     """
     if feedback.votes_N is None or not bool(feedback.votes_N.any()):
         return consensus(feedback)
@@ -131,11 +132,11 @@ def _squared_error_B(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted.float() - target.float()).square().flatten(1).mean(1)
 
 
-def _supervised(predicted: Tensor, target: Tensor, reference: Tensor | None, reward_B: Tensor) -> Tensor:  # noqa: ARG001
+def _supervised(predicted: Tensor, target: Tensor, reference: Tensor | None, reward_B: Tensor) -> Tensor:
     return _squared_error_B(predicted, target).mean()
 
 
-def _reward_weighted(predicted: Tensor, target: Tensor, reference: Tensor | None, reward_B: Tensor) -> Tensor:  # noqa: ARG001
+def _reward_weighted(predicted: Tensor, target: Tensor, reference: Tensor | None, reward_B: Tensor) -> Tensor:
     return (reward_B * _squared_error_B(predicted, target)).sum() / reward_B.sum().clamp_min(1e-8)
 
 

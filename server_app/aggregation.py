@@ -44,7 +44,7 @@ def get_aggregation(name: str) -> AggregationRule:
 
 
 @register_aggregation("mask")
-def coverage_mask(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:  # noqa: ARG001
+def coverage_mask(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:
     """Let each client vote on the classes that it holds, in proportion to its examples of each.
 
     q(c) = sum_k n_kc p_k(c) / sum_k n_kc, renormalised. A class that no client holds gets no mass.
@@ -55,13 +55,13 @@ def coverage_mask(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tenso
 
 
 @register_aggregation("mean")
-def mean(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:  # noqa: ARG001
+def mean(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:
     """Average the clients' probabilities (FedMD, arXiv 1910.03581)."""
     return logits_KNC.softmax(-1).mean(0)
 
 
 @register_aggregation("entropy")
-def entropy(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:  # noqa: ARG001
+def entropy(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:
     """Average probabilities, each client weighted on each sample by exp(-entropy) (as in arXiv 2105.10056)."""
     log_KNC = logits_KNC.log_softmax(-1)
     entropy_KN = -(log_KNC.exp() * log_KNC).sum(-1)
@@ -69,7 +69,7 @@ def entropy(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> 
 
 
 @register_aggregation("energy")
-def energy(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:  # noqa: ARG001
+def energy(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:
     """Average probabilities, each client weighted by how familiar a sample is to it.
 
     Familiarity is the negative free energy, logsumexp of the logits (arXiv 2010.03759, eq. 4).
@@ -85,13 +85,13 @@ def entropy_reduction(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: T
 
 
 @register_aggregation("median")
-def median(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:  # noqa: ARG001
+def median(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:
     """Take the median by class, renormalised: a minority of clients cannot move it far (arXiv 1803.01498)."""
     return _normalised(logits_KNC.softmax(-1).quantile(0.5, dim=0))
 
 
 @register_aggregation("min-ce")
-def minimum_cross_entropy(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:  # noqa: ARG001
+def minimum_cross_entropy(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:
     """Take each sample's probabilities from the client with the least cross entropy on the prompted class.
 
     FedMKT's selection (DualMinCE, arXiv 2406.02224). Where a prompt names no class, from the client with the

@@ -14,8 +14,10 @@ from scipy import linalg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.augmentation import augment
+
 FEATURES = 64
-JUDGE_EPOCHS = 12
+JUDGE_EPOCHS = 25
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Judge:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(JUDGE_EPOCHS):
             for index in torch.randperm(len(labels_N), generator=generator).split(64):
-                loss = F.cross_entropy(network(images_NCHW[index]), labels_N[index])
+                loss = F.cross_entropy(network(augment(images_NCHW[index], generator)), labels_N[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

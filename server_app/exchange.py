@@ -109,7 +109,7 @@ def _checked(
     reply: Message, parse: Callable[[Message], Answer], node_id: int, clients: dict[str, int], replies: Replies
 ) -> Answer:
     if reply.has_error():
-        raise PayloadError(f"error {reply.error.code}: {reply.error.reason.strip()}")
+        raise PayloadError(f"error {reply.error.code}: {(reply.error.reason or '').strip()}")
     replies.bytes_up += record_bytes(reply.content)
     answer = parse(reply)
     if clients.setdefault(answer.report.client, node_id) != node_id:

@@ -93,8 +93,12 @@ class Generator:
     def __init__(self, config: T2IConfig, seed: int) -> None:
         self.config = config
         self.device = pick_device(config.device)
-        self.pipeline = _load_pipeline(config.model).to(self.device)
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = load_pipeline(config.model).to(self.device)
+        self.image_to_image = StableDiffusionImg2ImgPipeline(
+            **self.pipeline.components, requires_safety_checker=False
+        )  # The same parts, not copies.
+        for pipeline in (self.pipeline, self.image_to_image):
+            pipeline.set_progress_bar_config(disable=True)
         self.seed = seed
         self.unet = self.pipeline.unet
         for part in (self.pipeline.vae, self.pipeline.text_encoder, self.unet):
@@ -143,7 +147,7 @@ class Generator:
     def vary(
         self, parents_NCHW: Tensor, prompts: Sequence[str], seeds: Sequence[int], guidance: float, strength: float
     ) -> Generated:
-        """Generate variations of samples: noise them part of the way, and denoise them again (SDEdit, arXiv 2108.01073).
+        """Generate variations of samples: noise them part of the way and denoise them (SDEdit, arXiv 2108.01073).
 
         Parameters
         ----------
@@ -154,10 +158,8 @@ class Generator:
         strength : float
             How much of the way, in (0, 1]; at 1 little of the parents is left.
         """
-        pipeline = StableDiffusionImg2ImgPipeline.from_pipe(self.pipeline)
-        pipeline.set_progress_bar_config(disable=True)
         return self._denoise(
-            pipeline,
+            self.image_to_image,
             prompts,
             seeds,
             guidance,
@@ -233,10 +235,11 @@ class Generator:
             last = int(self.noise_scheduler.config.num_train_timesteps)
             times_B = torch.randint(last, (len(index),), generator=generator).to(self.device)
             dropped_B11 = (torch.rand(len(index), 1, 1, generator=generator) < config.caption_dropout).to(self.device)
-            text = torch.where(dropped_B11, *reversed(conditioning(index)))
+            text_BLD, empty_BLD = conditioning(index)
+            text_BLD = torch.where(dropped_B11, empty_BLD, text_BLD)
             noisy = self.noise_scheduler.add_noise(clean, noise, times_B)
-            predicted = self.unet(noisy, times_B, text).sample
-            reference = self._reference(noisy, times_B, text) if rule.needs_reference else None
+            predicted = self.unet(noisy, times_B, text_BLD).sample
+            reference = self._reference(noisy, times_B, text_BLD) if rule.needs_reference else None
             target = self._target(clean, noise, times_B)
             loss = rule.loss(predicted, target, reference, rewards_N[index].to(self.device))
             optimizer.zero_grad()
@@ -350,7 +353,8 @@ class Generator:
                 layer.get_base_layer().weight.data.copy_(weight)
 
 
-def _load_pipeline(model: str) -> Any:
+def load_pipeline(model: str) -> Any:
+    """Load a Stable Diffusion pipeline in single precision; `ConfigError` if that cannot be."""
     key = "run-config key 't2i.model'"
     path = _starter_folder() if model == "starter" else Path(model).expanduser()
     is_local = path.exists() or model.startswith(("/", "~", "."))
@@ -361,7 +365,7 @@ def _load_pipeline(model: str) -> Any:
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(path if is_local else model, dtype=torch.float32)
-    except (OSError, ValueError, EnvironmentError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, AttributeError, ImportError) as error:
         hint = "" if is_local else f" (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')})"
         raise ConfigError(f"{key} is {model!r}, which diffusers cannot load{hint}: {error}") from None
     if not isinstance(pipeline, StableDiffusionPipeline):
@@ -381,9 +385,7 @@ def _starter_folder() -> Path:
 
 def _lora_layers(unet: torch.nn.Module, targets: Sequence[str]) -> list[str]:
     """List the layers that the targets name, each a group of `LORA_GROUPS` or the end of layer names."""
-    layers = [
-        name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
-    ]
+    layers = [name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
     chosen: list[str] = []
     for target in targets:
         endings = LORA_GROUPS.get(target, (target,))

@@ -209,9 +209,7 @@ class FedMMKT(Strategy):
             )
         if new:
             progress = self._progress(len(new))
-            parts.append(
-                self.generator.generate([texts[i] for i in new], [seeds[i] for i in new], guidance, progress)
-            )
+            parts.append(self.generator.generate([texts[i] for i in new], [seeds[i] for i in new], guidance, progress))
         return Generated.join(parts).select(made)
 
     def aggregate_logits(self, answers: list[Answer], prompted_N: Tensor) -> Tensor:
@@ -248,7 +246,11 @@ class FedMMKT(Strategy):
     # ------------------------------------------------------------------ Flower's interface
 
     def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
     ) -> Iterable[Message]:
         """Generate a batch; make one request a node: the batch, the last soft targets, and what the node has missed."""
         self.samples = self._make_samples(server_round)
@@ -271,14 +273,18 @@ class FedMMKT(Strategy):
         return self._learn(server_round, answers)
 
     def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
     ) -> Iterable[Message]:
         """Ask every node for a report on its model as it is."""
         content = Request(self._instructions(server_round)).to_content()
         for node_id in sorted(grid.get_node_ids()):
             yield Message(content, dst_node_id=node_id, message_type=MessageType.EVALUATE)
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:  # noqa: ARG002
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Average the clients' accuracy."""
         reports = [self._parse_report(reply).report for reply in replies]
         return MetricRecord({"accuracy": float(np.mean([report.accuracy for report in reports]))}) if reports else None
@@ -303,7 +309,7 @@ class FedMMKT(Strategy):
     def start(
         self,
         grid: Grid,
-        initial_arrays: ArrayRecord | None = None,  # noqa: ARG002
+        initial_arrays: ArrayRecord | None = None,
         num_rounds: int | None = None,
         timeout: float | None = None,
         train_config: ConfigRecord | None = None,
@@ -461,7 +467,9 @@ class FedMMKT(Strategy):
             start = time.perf_counter()
             generated = self.generate(server_round, prompts)
             seconds = time.perf_counter() - start
-            log(INFO, "  generate  %s images, guidance %g  (%.1f s)", len(prompts), self.guidance(server_round), seconds)
+            log(
+                INFO, "  generate  %s images, guidance %g  (%.1f s)", len(prompts), self.guidance(server_round), seconds
+            )
             batch = self._encode_batch(server_round, prompts, generated)
         return Samples(generated, batch, torch.from_numpy(batch.prompted_N))
 
@@ -622,7 +630,8 @@ class FedMMKT(Strategy):
             log(INFO, "")
         log(
             INFO,
-            "round %s/%s | clients %s | image %s text %s both %s | alignment %s | Frechet %s | %.2f MB down %.2f MB up | %.0f s",
+            "round %s/%s | clients %s | image %s text %s both %s | alignment %s | Frechet %s | "
+            "%.2f MB down %.2f MB up | %.0f s",
             record.round,
             rounds,
             _figure(record.accuracy()),

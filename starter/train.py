@@ -221,9 +221,7 @@ def train_diffusion(
     average = EMAModel(parameters, decay=0.998, use_ema_warmup=True)
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.05)
-    tokens_NL = tokenizer(
-        captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
-    ).input_ids
+    tokens_NL = tokenizer(captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
     empty_L = tokenizer("", padding="max_length", max_length=16, return_tensors="pt").input_ids[0]
     generator = torch.Generator().manual_seed(seed)
     progress = tqdm(batches(len(latents_NCHW), 64, steps, seed), total=steps, desc="diffusion", mininterval=2)
@@ -300,9 +298,7 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=1_800)
     parser.add_argument("--diffusion-steps", type=int, default=2_900)
     arguments = parser.parse_args()
-    pipeline = train_starter(
-        arguments.images, arguments.autoencoder_steps, arguments.diffusion_steps, arguments.seed
-    )
+    pipeline = train_starter(arguments.images, arguments.autoencoder_steps, arguments.diffusion_steps, arguments.seed)
     save(pipeline, arguments.out)
     draw_samples(arguments.out)
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())

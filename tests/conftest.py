@@ -7,10 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from common.config import RunConfig, to_flower  # noqa: E402
-from deploy.in_process import InProcessGrid  # noqa: E402
+from common.config import RunConfig, to_flower
+from deploy.in_process import InProcessGrid
 
 TINY = {
     "rounds": 2,

@@ -28,9 +28,7 @@ def test_mask_lets_clients_vote_on_their_classes_by_number_of_examples():
 
 
 def test_mask_is_uniform_where_nobody_covers_what_it_sees():
-    probabilities_NC = get_aggregation("mask")(
-        torch.tensor([[[0.0, -1e4]]]), torch.tensor([[0, 5]]), NO_PROMPT
-    )
+    probabilities_NC = get_aggregation("mask")(torch.tensor([[[0.0, -1e4]]]), torch.tensor([[0, 5]]), NO_PROMPT)
     assert probabilities_NC[0].tolist() == [0.5, 0.5]
 
 

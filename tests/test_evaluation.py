@@ -10,7 +10,7 @@ def test_frechet_distance_of_equal_spreads_is_the_squared_distance_of_means():
     rng = np.random.default_rng(0)
     features_NF = rng.normal(size=(500, 3))
     assert frechet_distance(features_NF, features_NF) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(features_NF, features_NF + [3.0, 4.0, 0.0]) == pytest.approx(25, abs=1e-6)
+    assert frechet_distance(features_NF, features_NF + np.array([3.0, 4.0, 0.0])) == pytest.approx(25, abs=1e-6)
 
 
 def test_frechet_distance_of_equal_means_compares_spreads():
@@ -24,7 +24,9 @@ def test_frechet_distance_of_equal_means_compares_spreads():
 def test_the_judge_recognises_prompted_classes():
     rng = np.random.default_rng(0)
     labels_N = np.arange(60) % 2
-    images_NHWC = np.clip(labels_N[:, None, None, None] * 150 + rng.integers(0, 80, (60, 16, 16, 3)), 0, 255).astype(np.uint8)
+    images_NHWC = np.clip(labels_N[:, None, None, None] * 150 + rng.integers(0, 80, (60, 16, 16, 3)), 0, 255).astype(
+        np.uint8
+    )
     judge = Judge(images_NHWC, labels_N, images_NHWC, labels_N, 2, seed=0)
 
     assert judge.accuracy == 1.0

@@ -14,7 +14,6 @@ from client_app.learning import (
     SyntheticSet,
     _spread,
     alignment_loss,
-    augment,
     balanced_softmax_loss,
     distillation_loss,
     evaluate,
@@ -22,6 +21,7 @@ from client_app.learning import (
     train,
 )
 from client_app.task_models import Inputs, build_task_model, tokenize
+from common.augmentation import augment
 from common.config import ClientConfig
 
 
@@ -81,7 +81,9 @@ def test_every_model_learns_from_private_and_synthetic_samples(name):
     generator = torch.Generator().manual_seed(0)
     model = AlignedModel(build_task_model(name, 2, 16), 4)
     inputs, labels_N = two_classes(24)
-    private = PrivateSet(inputs[labels_N == 0], labels_N[labels_N == 0])  # Class 1 is known from synthetic samples alone.
+    private = PrivateSet(
+        inputs[labels_N == 0], labels_N[labels_N == 0]
+    )  # Class 1 is known from synthetic samples alone.
     synthetic = SyntheticSet(
         inputs, torch.eye(2)[labels_N] * 0.98 + 0.01, labels_N, torch.ones(24), torch.eye(4)[labels_N]
     )
@@ -133,8 +135,6 @@ def test_tokens_are_the_same_everywhere_and_forgive_case_and_punctuation():
     tokens_NL = tokenize(["The digit three.", "the DIGIT three", "", "x" * 500])
     assert torch.equal(tokens_NL[0], tokens_NL[1])
     assert not tokens_NL[2].any()
-
-
 
 
 def test_votes_go_to_the_nearest_of_the_same_class():

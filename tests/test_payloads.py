@@ -43,7 +43,9 @@ def make_payload(**changes):
 
 def equal(first, second):
     return all(
-        np.array_equal(value, getattr(second, name)) if isinstance(value, np.ndarray) else value == getattr(second, name)
+        np.array_equal(value, getattr(second, name))
+        if isinstance(value, np.ndarray)
+        else value == getattr(second, name)
         for name, value in first
     )
 
@@ -63,9 +65,7 @@ def test_a_request_survives_the_wire():
     assert equal(parsed.targets[0], targets)
 
 
-@given(
-    samples=st.integers(1, 6), classes=st.integers(2, 6), votes=st.booleans(), seed=st.integers(0, 1000)
-)
+@given(samples=st.integers(1, 6), classes=st.integers(2, 6), votes=st.booleans(), seed=st.integers(0, 1000))
 def test_a_payload_survives_the_wire(samples, classes, votes, seed):
     rng = np.random.default_rng(seed)
     payload = DistillationPayload(
@@ -172,4 +172,6 @@ def test_a_run_key_cannot_leave_the_state_folder():
 def test_bytes_count_arrays_as_they_are_sent():
     payload = make_payload()
     # Three .npy buffers of 128 bytes of header each and 12, 16 and 12 bytes of data, and the JSON of the rest.
-    assert record_bytes(RecordDict(payload.to_records("payload"))) == 3 * 128 + 12 + 16 + 12 + len('{"batch_id": "run-1"}')
+    assert record_bytes(RecordDict(payload.to_records("payload"))) == 3 * 128 + 12 + 16 + 12 + len(
+        '{"batch_id": "run-1"}'
+    )

@@ -45,7 +45,11 @@ def test_every_run_config_shown_is_accepted():
         changed = parse_config_args([overrides])
         flat = {}
         for key, value in changed.items():
-            flat |= {f"{key}.{inner}": content for inner, content in value.items()} if isinstance(value, dict) else {key: value}
+            flat |= (
+                {f"{key}.{inner}": content for inner, content in value.items()}
+                if isinstance(value, dict)
+                else {key: value}
+            )
         assert flat.keys() <= to_flower(RunConfig()).keys()
         RunConfig.from_flower(to_flower(RunConfig()) | flat)
 

@@ -58,7 +58,10 @@ def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(tiny_run, make_grid):
     first, second, other = (tiny_run(name=name) for name in ("first", "second", "other"))
     other["seed"] = 1
-    lines = [without_seconds(run(config, make_grid(config), run_id)[2]) for run_id, config in enumerate((first, second, other))]
+    lines = [
+        without_seconds(run(config, make_grid(config), run_id)[2])
+        for run_id, config in enumerate((first, second, other))
+    ]
     assert lines[0] == lines[1]
     assert lines[0] != lines[2]
 
@@ -170,7 +173,9 @@ def test_bad_clients_are_named_and_left_out_and_the_run_goes_on(tiny_run, make_g
 
 def test_a_run_ends_in_a_clear_error_when_no_valid_reply_is_left(tiny_run, make_grid):
     run_config = tiny_run(client__models="no-such-model")
-    with pytest.raises(RunError, match=r"round 0: none of 2 nodes gave a valid reply .*client model 'no-such-model' is unknown"):
+    with pytest.raises(
+        RunError, match=r"round 0: none of 2 nodes gave a valid reply .*client model 'no-such-model' is unknown"
+    ):
         run(run_config, make_grid(run_config, nodes=2))
 
 
