@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +32,11 @@ DIGIT_CAPTIONS = (
     "a scribbled {} in pencil",
     "{}, in a child's hand",
 )
+# What `datasets` calls test data in the names of files and folders.
+SPLIT_WORDS = {
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     """
     parts = _digits() if config.dataset == "digits" else _local(config)
     _check_columns(parts["train"], config)
+    parts = {name: _with_images(part, config.image_column) for name, part in parts.items()}
     classes = _classes(list(parts.values()), config)
     indexed = {name: _indexed(part, config, classes) for name, part in parts.items()}
     if "test" not in indexed:
@@ -91,7 +99,8 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
 def partition_rows(config: DataConfig, num_partitions: int, seed: int) -> tuple[tuple[int, ...], ...]:
     """Divide the training rows of `load_splits` among clients, as flwr-datasets does.
 
-    Only labels are read. The parts are disjoint, cover everything, and are the same in every process.
+    Only labels are read. The parts are disjoint and the same in every process. They cover everything, but under
+    ``pathological`` with too few clients for all classes, which the log then names.
 
     Returns
     -------
@@ -101,37 +110,37 @@ def partition_rows(config: DataConfig, num_partitions: int, seed: int) -> tuple[
     Raises
     ------
     ConfigError
-        If the data cannot be divided so.
+        If the data cannot be divided so, or leaves a client fewer than ``min_examples``.
     """
     import datasets
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, PathologicalPartitioner
 
-    kinds: dict[str, Any] = {
-        "iid": lambda: IidPartitioner(num_partitions),
-        "dirichlet": lambda: DirichletPartitioner(
-            num_partitions, "label", config.alpha, config.min_examples, self_balancing=False, seed=seed
-        ),
-        "pathological": lambda: PathologicalPartitioner(
-            num_partitions, "label", config.classes_per_client, "deterministic", seed=seed
-        ),
-    }
-    labels = load_splits(config, seed).train[config.label_column]
-    order = np.random.default_rng(seed).permutation(len(labels))  # `iid` cuts rows as they come.
-    rows = datasets.Dataset.from_dict({"row": order, "label": [labels[row] for row in order]})
+    splits = load_splits(config, seed)
+    labels_N = _labels(splits.train, config)
+    order_N = np.random.default_rng(seed).permutation(len(labels_N))  # `iid` cuts rows as they come.
+    rows = datasets.Dataset.from_dict({"row": order_N, "label": labels_N[order_N]})
     try:
-        partitioner = kinds[config.partitioner]()
+        if num_partitions * config.min_examples > len(labels_N):
+            raise ValueError(f"{config.min_examples} for each of them are more than there are.")
+        partitioner = _partitioner(config, num_partitions, seed)
         partitioner.dataset = rows
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # It draws again until every part is large enough, and says so each time.
-            return tuple(tuple(partitioner.load_partition(index)["row"]) for index in range(num_partitions))
+            parts = tuple(tuple(partitioner.load_partition(index)["row"][:]) for index in range(num_partitions))
+        if (smallest := min(map(len, parts))) < config.min_examples:
+            raise ValueError(f"the smallest part has {smallest}.")
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"run-config key 'data.partitioner' is {config.partitioner!r} (alpha {config.alpha:g}, "
             f"classes-per-client {config.classes_per_client}, min-examples {config.min_examples}), which cannot "
-            f"divide {len(labels)} examples among {num_partitions} clients: {reason} "
+            f"divide {len(labels_N)} examples among {num_partitions} clients: {reason} "
             "Lower data.min-examples or the number of clients, or raise data.alpha."
         ) from None
+    if sum(map(len, parts)) < len(labels_N):
+        held = np.unique(labels_N[np.concatenate(parts)])
+        left_out = [splits.classes[label] for label in np.setdiff1d(labels_N, held)]
+        logger.warning("No client holds %s: %s clients are too few", ", ".join(left_out), num_partitions)
+    return parts
 
 
 def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, texts: bool) -> Examples:
@@ -150,9 +159,9 @@ def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, tex
     ):
         if wanted and column not in dataset.column_names:
             raise _no_column(key, column, dataset)
-    labels = np.asarray(dataset[config.label_column], dtype=np.int64)
+    labels = _labels(dataset, config)
     pixels = _read_images(dataset, config) if images else None
-    words = list(dataset[config.text_column]) if texts else None
+    words = _read_texts(dataset, config) if texts else None
     complete = [
         row
         for row in range(len(labels))
@@ -168,7 +177,7 @@ def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, tex
         None
         if pixels is None
         else np.stack([image for image in (pixels[row] for row in complete) if image is not None]),
-        None if words is None else [str(words[row]) for row in complete],
+        None if words is None else [words[row] for row in complete],
     )
 
 
@@ -189,6 +198,36 @@ def relabel(examples: Examples, own_classes: tuple[str, ...], class_space: tuple
         )
     index_C = np.array([class_space.index(name) if name in class_space else -1 for name in own_classes])
     return Examples(index_C[examples.labels_N], examples.images_NHWC, examples.texts)
+
+
+# ---------------------------------------------------------------------- partitioning
+
+
+def _partitioner(config: DataConfig, num_partitions: int, seed: int) -> Any:
+    """Make the partitioner of flwr-datasets that the configuration names, for columns ``row`` and ``label``."""
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, PathologicalPartitioner
+
+    class BalancedPathologicalPartitioner(PathologicalPartitioner):  # type: ignore[misc]
+        """Give each client the classes that are held least, ties by lot, so that none is left out that need not be.
+
+        Every mode of its parent leaves classes without a client where clients are fewer than classes.
+        """
+
+        def _determine_partition_id_to_unique_labels(self) -> None:
+            super()._determine_partition_id_to_unique_labels()
+            holders = np.zeros(len(self._unique_labels), dtype=int)
+            for partition_id in range(num_partitions):
+                chosen = np.lexsort((self._rng.random(len(holders)), holders))[: config.classes_per_client]
+                holders[chosen] += 1
+                self._partition_id_to_unique_labels[partition_id] = [self._unique_labels[index] for index in chosen]
+
+    if config.partitioner == "iid":
+        return IidPartitioner(num_partitions)
+    if config.partitioner == "dirichlet":
+        return DirichletPartitioner(
+            num_partitions, "label", config.alpha, config.min_examples, self_balancing=False, seed=seed
+        )
+    return BalancedPathologicalPartitioner(num_partitions, "label", config.classes_per_client, seed=seed)
 
 
 # ---------------------------------------------------------------------- reading
@@ -225,14 +264,17 @@ def _local(config: DataConfig) -> dict[str, datasets.Dataset]:
             f"{key}, which is not there; allowed: 'digits', a parquet file, or a folder of parquet or images"
         )
     try:
-        if path.is_file():
-            loaded = datasets.load_dataset("parquet", data_files={"train": str(path)})
-        elif parquet := sorted(path.rglob("*.parquet")):
-            loaded = datasets.load_dataset("parquet", data_files=_by_split(parquet))
-        else:
-            loaded = datasets.load_dataset("imagefolder", data_dir=str(path))
+        with _quietly():
+            if path.is_file():
+                loaded = datasets.load_dataset("parquet", data_files={"train": str(path)})
+            elif parquet := sorted(path.rglob("*.parquet")):
+                loaded = datasets.load_dataset("parquet", data_files=_by_split(path, parquet))
+            else:
+                loaded = datasets.load_dataset("imagefolder", data_dir=str(path))
     except Exception as error:  # Whatever its readers raise, the user is told which dataset it was.
         reason = str(error.__cause__ or error).splitlines()[0]
+        if "BatchSize must be greater than 0" in reason:  # What reading a parquet file of no rows comes to.
+            raise ConfigError(f"{key}, which is empty") from None
         raise ConfigError(f"{key}, which cannot be read: {reason}") from None
     parts = {"train": loaded["train"]} if "train" in loaded else {}
     for name in ("test", "validation"):
@@ -246,13 +288,45 @@ def _local(config: DataConfig) -> dict[str, datasets.Dataset]:
     return parts
 
 
-def _by_split(files: list[Path]) -> dict[str, list[str]]:
-    """Sort files by the split that their name begins with; those that name none are training data."""
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Load without progress bars, and without telling the hub: `datasets` counts loads of local files there too."""
+    import datasets
+
+    counting, silent = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.are_progress_bars_disabled()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
+        if not silent:
+            datasets.enable_progress_bars()
+
+
+def _by_split(folder: Path, files: list[Path]) -> dict[str, list[str]]:
+    """Sort files by the split that their name or folder names; those that name none are training data."""
     splits: dict[str, list[str]] = {}
     for file in files:
-        name = next((split for split in ("test", "validation") if file.name.startswith(split)), "train")
+        words = set(re.split(r"[-._ 0-9/\\]+", str(file.relative_to(folder)).lower()))
+        name = next((split for split, names in SPLIT_WORDS.items() if words & set(names)), "train")
         splits.setdefault(name, []).append(str(file))
     return splits
+
+
+def _with_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Read encoded images that no one marked as such, which is how other tools write them to parquet."""
+    import datasets
+
+    feature = dataset.features.get(column)
+    encoded = getattr(feature, "dtype", "").endswith("binary") or (
+        isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    )
+    return dataset.cast_column(column, datasets.Image()) if encoded else dataset
+
+
+def _labels(dataset: datasets.Dataset, config: DataConfig) -> NDArray[np.int64]:
+    return np.array(dataset[config.label_column][:], dtype=np.int64)
 
 
 def _check_columns(dataset: datasets.Dataset, config: DataConfig) -> None:
@@ -294,23 +368,28 @@ def _indexed(dataset: datasets.Dataset, config: DataConfig, classes: tuple[str, 
     import datasets
 
     column = config.label_column
-    values = dataset[column]
-    labelled = [row for row, value in enumerate(values) if value is not None]
-    if len(labelled) < len(dataset):
-        logger.warning("%s: %s rows have no label and are left out", config.dataset, len(dataset) - len(labelled))
-        dataset = dataset.select(labelled)
-    if hasattr(dataset.features[column], "names"):
+    feature = dataset.features[column]
+    values = dataset[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        labels_N = np.array([-1 if value is None else value for value in values], dtype=np.int64)
+    else:
+        index = {name: position for position, name in enumerate(classes)}
+        labels_N = np.array([-1 if value is None else index[str(value)] for value in values], dtype=np.int64)
+        feature = datasets.ClassLabel(names=list(classes))
+        dataset = dataset.remove_columns(column).add_column(column, labels_N, feature=feature)
+    labelled = np.flatnonzero((labels_N >= 0) & (labels_N < len(classes)))
+    if not len(labelled):
+        raise ConfigError(f"run-config key 'data.label-column' is {column!r}, in which no row has a label")
+    if len(labelled) == len(dataset):
         return dataset
-    index = {name: position for position, name in enumerate(classes)}
-    labels = [index[str(value)] for value in dataset[column]]
-    feature = datasets.ClassLabel(names=list(classes))
-    return dataset.remove_columns(column).add_column(column, labels, feature=feature)
+    logger.warning("%s: %s rows have no label and are left out", config.dataset, len(dataset) - len(labelled))
+    return dataset.select(labelled)
 
 
 def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> dict[str, datasets.Dataset]:
     from sklearn.model_selection import train_test_split
 
-    labels = np.asarray(dataset[config.label_column])
+    labels = _labels(dataset, config)
     counts = np.bincount(labels)
     held = round(len(labels) * config.test_fraction)
     stratify = labels if counts[counts > 0].min() >= 2 and held >= np.count_nonzero(counts) else None
@@ -328,6 +407,16 @@ def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> dict[str
     return {"train": dataset.select(train), "test": dataset.select(test)}
 
 
+def _read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[Any]:
+    feature = dataset.features[config.text_column]
+    if not getattr(feature, "dtype", "").endswith("string"):
+        raise ConfigError(
+            f"run-config key 'data.text-column' is {config.text_column!r}, which holds {feature}; "
+            "allowed: a column of strings"
+        )
+    return list(dataset[config.text_column][:])
+
+
 def _read_images(dataset: datasets.Dataset, config: DataConfig) -> list[NDArray[np.uint8] | None]:
     """Decode a column of images one by one, so that the one that fails can be named."""
     import datasets
@@ -342,13 +431,15 @@ def _read_images(dataset: datasets.Dataset, config: DataConfig) -> list[NDArray[
     encoded = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
     images: list[NDArray[np.uint8] | None] = []
     for row, item in enumerate(encoded[column]):
-        if item is None:
+        if item is None or (item["bytes"] is None and item["path"] is None):
             images.append(None)
             continue
         try:
             source: Any = io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]
             with Image.open(source) as image:
                 images.append(to_rgb_array(image, config.image_size))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ConfigError(f"{config.dataset}: the image of row {row} does not decode ({error})") from None
+        except Exception as error:  # Decoders raise whatever they like on broken bytes.
+            raise ConfigError(
+                f"run-config key 'data.dataset' is {config.dataset!r}: the image of row {row} does not decode ({error})"
+            ) from None
     return images

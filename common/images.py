@@ -111,8 +111,10 @@ def to_rgb_array(image: Image.Image, size: int) -> Images:
     image = _to_rgb(ImageOps.exif_transpose(image))
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    if image.width != image.height:  # `resize` has a box for this, but blends in what lies around it
+        image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 

@@ -15,6 +15,7 @@ from deploy.in_process import InProcessGrid
 TINY = {
     "rounds": 2,
     "tensorboard": False,
+    "judge": False,
     "client.warmup-epochs": 1,
     "client.local-epochs": 1,
     "client.distillation-steps": 4,

@@ -1,11 +1,20 @@
 """Datasets from real files: classes, splits, partitions, and errors that name the key."""
 
+import io
 import os
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from common.config import ConfigError, DataConfig
@@ -18,11 +27,18 @@ def picture(value, size=(10, 10)):
     return Image.fromarray(np.full((*size, 3), value, np.uint8))
 
 
+def png_bytes(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def parquet(tmp_path):
     """Return a function that writes columns to a parquet file and gives the configuration that reads it."""
 
     def write(columns, features=None, name="data.parquet", **changes):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / name)
         return DataConfig(dataset=str(tmp_path / name), **changes)
 
@@ -35,12 +51,13 @@ def rows(count=20, **changes):
         "text": [f"number {i}" for i in range(count)],
         "label": [("cat", "dog")[i % 2] for i in range(count)],
     } | changes
+    types = {str: "string", int: "int64", float: "float64"}
     features = datasets.Features(
         {
-            name: datasets.Image() if name == "image" else datasets.Value("string" if name == "text" else values[0].__class__.__name__.replace("str", "string").replace("int", "int64").replace("float", "float64"))
+            name: datasets.Image() if name == "image" else datasets.Value(types[type(values[0])])
             for name, values in columns.items()
         }
-    )  # fmt: skip
+    )
     return {"columns": columns, "features": features}
 
 
@@ -62,11 +79,48 @@ def test_partitions_are_disjoint_and_cover_everything(partitioner, nodes):
     parts = partition_rows(config, nodes, 3)
     together = [row for part in parts for row in part]
     assert len(parts) == nodes
-    assert sorted(together) == list(range(1438)) or partitioner == "pathological"
+    covers = partitioner != "pathological" or nodes * config.classes_per_client >= 10
+    assert (sorted(together) == list(range(1438))) == covers
     assert len(set(together)) == len(together)
     assert min(map(len, parts)) >= 10
     partition_rows.cache_clear()
     assert partition_rows(config, nodes, 3) == parts
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    partitioner=st.sampled_from(["iid", "dirichlet", "pathological"]),
+    nodes=st.integers(4, 12),
+    classes=st.integers(3, 10),
+    alpha=st.floats(0.5, 100),
+    seed=st.integers(0, 3),
+)
+def test_any_partitions_are_disjoint_and_cover_everything(partitioner, nodes, classes, alpha, seed):
+    config = DataConfig(partitioner=partitioner, classes_per_client=classes, alpha=alpha, min_examples=1)
+    parts = partition_rows(config, nodes, seed)
+    assert sorted(row for part in parts for row in part) == list(range(1438))
+    if partitioner == "pathological":
+        labels = np.array(load_splits(config, seed).train["label"][:])
+        assert {len(np.unique(labels[list(part)])) for part in parts} == {classes}
+
+
+def test_partitions_are_the_same_in_every_process():
+    code = (
+        "from common.config import DataConfig; from common.datasets import partition_rows\n"
+        "for name in ('iid', 'dirichlet', 'pathological'): print(partition_rows(DataConfig(partitioner=name), 5, 1))"
+    )
+    command = [sys.executable, "-c", code]
+    other = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    for name, printed in zip(("iid", "dirichlet", "pathological"), other.stdout.splitlines(), strict=True):
+        assert str(partition_rows(DataConfig(partitioner=name), 5, 1)) == printed
+
+
+def test_classes_that_no_client_holds_are_named_in_the_log(caplog):
+    config = DataConfig(partitioner="pathological", classes_per_client=2)
+    held = {load_splits(config, 5).train["label"][row] for part in partition_rows(config, 4, 5) for row in part}
+    assert len(held) == 8
+    (message,) = [record.getMessage() for record in caplog.records if "No client holds" in record.getMessage()]
+    assert all((name in message) == (label not in held) for label, name in enumerate(load_splits(config, 5).classes))
 
 
 def test_small_alpha_is_more_skewed_than_large():
@@ -82,6 +136,12 @@ def test_small_alpha_is_more_skewed_than_large():
 def test_data_that_cannot_be_divided_is_named():
     with pytest.raises(ConfigError, match=r"'data.partitioner' is 'dirichlet' .*1438 examples among 6 clients"):
         partition_rows(DataConfig(min_examples=1000), 6, 0)
+    with pytest.raises(ConfigError, match=r"'iid' .*min-examples 10.* among 2000 clients: 10 for each of them"):
+        partition_rows(DataConfig(partitioner="iid"), 2000, 0)
+    with pytest.raises(ConfigError, match=r"'pathological' .*classes-per-client 11.* among 6 clients"):
+        partition_rows(DataConfig(partitioner="pathological", classes_per_client=11), 6, 0)
+    with pytest.raises(ConfigError, match=r"'pathological' .*min-examples 430.* the smallest part has \d+"):
+        partition_rows(DataConfig(partitioner="pathological", min_examples=430), 3, 0)
 
 
 def test_a_parquet_file_with_string_labels(parquet):
@@ -101,6 +161,46 @@ def test_a_folder_of_parquet_files_keeps_its_test_split(parquet, tmp_path):
     parquet(**rows(6), name="test-0.parquet")
     splits = load_splits(DataConfig(dataset=str(tmp_path)), 0)
     assert (len(splits.train), len(splits.test)) == (20, 6)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train/0.parquet", "test/0.parquet"),
+        ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+        ("my_train.parquet", "my_eval.parquet"),
+        ("contest.parquet", "validation.parquet"),
+    ],
+)
+def test_the_test_split_is_found_by_the_name_of_file_or_folder(parquet, tmp_path, train, test):
+    parquet(**rows(), name="all/" + train)
+    parquet(**rows(6), name="all/" + test)
+    splits = load_splits(DataConfig(dataset=str(tmp_path / "all")), 0)
+    assert (len(splits.train), len(splits.test)) == (20, 6)
+
+
+@pytest.mark.parametrize("kind", ["binary", "struct"])
+def test_encoded_images_need_no_mark_of_the_datasets_library(tmp_path, kind):
+    pngs = [png_bytes(picture(10 * i)) for i in range(20)]
+    images = pngs if kind == "binary" else [{"bytes": png, "path": None} for png in pngs]
+    struct_type = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    table = {
+        "image": pyarrow.array(images, pyarrow.binary() if kind == "binary" else struct_type),
+        "label": ["cat", "dog"] * 10,
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "plain.parquet")
+    config = DataConfig(dataset=str(tmp_path / "plain.parquet"), image_size=8)
+    examples = to_examples(load_splits(config, 0).train, config, images=True, texts=False)
+    assert examples.images_NHWC.shape == (16, 8, 8, 3)
+
+
+def test_loading_tells_nobody(parquet, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("session"))
+    load_splits(parquet(**rows()), 0)
+    assert not asked
+    assert datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
 
 
 def test_a_folder_of_images_takes_classes_from_its_folders(tmp_path):
@@ -132,6 +232,30 @@ def test_incomplete_rows_are_left_out(parquet):
     assert sum(map(len, parts)) == 18
 
 
+def test_rows_of_label_minus_one_have_no_label(parquet):
+    columns = rows(label=[0, 1] * 9 + [-1, -1])
+    columns["features"]["label"] = datasets.ClassLabel(names=["cat", "dog"])
+    splits = load_splits(parquet(**columns), 0)
+    assert (len(splits.train), len(splits.test)) == (14, 4)
+    columns["columns"]["label"] = [-1] * 20
+    with pytest.raises(ConfigError, match=r"'data.label-column' is 'label', in which no row has a label"):
+        load_splits(parquet(**columns, name="none.parquet"), 0)
+
+
+def test_a_class_too_rare_to_split_makes_the_test_part_random(parquet, caplog):
+    splits = load_splits(parquet(**rows(label=["cat"] + ["dog"] * 19)), 0)
+    assert (len(splits.train), len(splits.test)) == (16, 4)
+    assert "the test part is random" in caplog.text
+
+
+def test_no_complete_row_is_an_error(parquet):
+    columns = rows()
+    columns["columns"]["text"] = [None] * 20
+    config = parquet(**columns)
+    with pytest.raises(ConfigError, match=r"'data.dataset' is '.*data.parquet': no row is complete"):
+        to_examples(load_splits(config, 0).train, config, images=False, texts=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -161,6 +285,22 @@ def test_a_missing_column_is_named_when_it_is_needed(parquet):
         to_examples(load_splits(config, 0).train, config, images=True, texts=False)
 
 
+def test_texts_must_be_strings(parquet):
+    config = parquet(**rows(), text_column="image")
+    with pytest.raises(ConfigError, match=r"'data.text-column' is 'image', which holds .*allowed: a column of strings"):
+        to_examples(load_splits(config, 0).train, config, images=False, texts=True)
+
+
+def test_empty_data_is_named(tmp_path):
+    empty = pyarrow.table({"text": pyarrow.array([], "string"), "label": pyarrow.array([], "string")})
+    pyarrow.parquet.write_table(empty, tmp_path / "empty.parquet")
+    with pytest.raises(ConfigError, match=r"'data.dataset' is '.*empty.parquet', which is empty"):
+        load_splits(DataConfig(dataset=str(tmp_path / "empty.parquet")), 0)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ConfigError, match=r"nothing', which cannot be read: .*doesn't contain any data files"):
+        load_splits(DataConfig(dataset=str(tmp_path / "nothing")), 0)
+
+
 def test_unreadable_data_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"'data.dataset' is '/no/such/data', which is not there"):
         load_splits(DataConfig(dataset="/no/such/data"), 0)
@@ -173,7 +313,18 @@ def test_an_image_that_does_not_decode_is_named_by_its_row(parquet):
     columns = rows()
     columns["columns"]["image"] = [{"bytes": b"no image", "path": None}] * 20
     config = parquet(**columns)
-    with pytest.raises(ConfigError, match="the image of row 0 does not decode"):
+    with pytest.raises(ConfigError, match=r"'data.dataset' is .* the image of row 0 does not decode"):
+        to_examples(load_splits(config, 0).train, config, images=True, texts=False)
+
+
+def test_an_image_of_absurd_size_is_named_too(parquet):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    config = parquet(**rows(image=[{"bytes": bomb, "path": None}] * 20))
+    with pytest.raises(ConfigError, match=r"the image of row 0 does not decode \(Image size"):
         to_examples(load_splits(config, 0).train, config, images=True, texts=False)
 
 

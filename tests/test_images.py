@@ -1,5 +1,8 @@
 """Batches of images: what goes through the codec comes back, and what is no image is refused."""
 
+import contextlib
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -41,6 +44,73 @@ def test_bytes_that_are_no_image_are_refused_with_their_index():
         decode_images(broken, offsets)
     with pytest.raises(ValueError, match="offset"):
         decode_images(data, offsets[::-1].copy())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 9], "from 0 to 9; allowed: from 0 to"),
+        ([3, -1], "offsets run from 3"),
+        ([], "allowed: N \\+ 1 integers"),
+        ([0.0, 1.0], "allowed: N \\+ 1 integers"),
+        ([0, 5, 2, None], "image 1 has no bytes"),
+        ([0, 0, None], "image 0 has no bytes"),
+    ],
+)
+def test_offsets_that_do_not_divide_the_data_are_refused(offsets, message):
+    data, _ = encode_images(np.zeros((1, 8, 8, 3), np.uint8))
+    wrong = np.array([len(data) if offset is None else offset for offset in offsets])
+    with pytest.raises(ValueError, match=message):
+        decode_images(data, wrong)
+
+
+def test_images_of_several_sizes_need_a_size():
+    (small, _), (large, _) = (encode_images(np.zeros((1, side, side, 3), np.uint8)) for side in (8, 16))
+    data, offsets = np.concatenate([small, large]), np.cumsum([0, len(small), len(large)])
+    with pytest.raises(ValueError, match="image 1 has 16 x 16 pixels; allowed: 8 x 8"):
+        decode_images(data, offsets)
+    assert decode_images(data, offsets, 8).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize(("side", "message"), [(4100, "image 1 has 4100 x 4100 pixels; allowed"), (14_000, "image 1")])
+def test_decompression_bombs_are_refused(side, message):
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    small, _ = encode_images(np.zeros((1, 8, 8, 3), np.uint8))
+    bomb = np.frombuffer(buffer.getvalue(), np.uint8)
+    with pytest.raises(ValueError, match=message):
+        decode_images(np.concatenate([small, bomb]), np.cumsum([0, len(small), len(bomb)]), 8)
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=1, max_size=200), st.integers(0, 150))
+def test_hostile_bytes_raise_nothing_but_value_errors(junk, place):
+    data, offsets = encode_images(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8))
+    broken = data.copy()
+    place = min(place, len(data) - 1)
+    broken[place : place + len(junk)] = np.frombuffer(junk, np.uint8)[: len(data) - place]
+    with contextlib.suppress(ValueError):
+        assert decode_images(broken, offsets, 8).shape == (2, 8, 8, 3)
+
+
+def test_no_images_are_a_batch_too():
+    assert decode_images(*encode_images(np.zeros((0, 8, 8, 3), np.uint8)), 8).shape == (0, 8, 8, 3)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3), np.float32)])
+def test_only_rgb_batches_are_encoded(wrong):
+    with pytest.raises(ValueError, match="allowed: uint8 of shape N x H x W x 3"):
+        encode_images(wrong)
+
+
+def test_the_longer_side_is_cropped_at_both_ends():
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200
+    assert (to_rgb_array(Image.fromarray(wide), 5) == 200).all()
+
+
+def test_sixteen_bits_keep_their_brightness():
+    assert (to_rgb_array(Image.fromarray(np.full((8, 8), 0x8000, np.uint16)), 4) == 128).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "LA", "1", "CMYK", "I;16"])

@@ -1,6 +1,7 @@
 """The whole round with the real starter model and real clients, in one process."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def without_seconds(lines):
 
 
 def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
-    run_config = tiny_run(tensorboard=True)
+    run_config = tiny_run(tensorboard=True, judge=True)
 
     strategy, result, lines = run(run_config, make_grid(run_config))
 
@@ -56,10 +57,10 @@ def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(tiny_run, make_grid):
-    first, second, other = (tiny_run(name=name) for name in ("first", "second", "other"))
+    first, second, other = (tiny_run(name=name, client__models="cnn,dual") for name in ("first", "second", "other"))
     other["seed"] = 1
     lines = [
-        without_seconds(run(config, make_grid(config), run_id)[2])
+        without_seconds(run(config, make_grid(config, nodes=2), run_id)[2])
         for run_id, config in enumerate((first, second, other))
     ]
     assert lines[0] == lines[1]
@@ -142,7 +143,7 @@ def _train(message: Message, context):
     if partition == 2:
         arrays["logits_NC"] = Array(np.full_like(logits_NC, np.nan))
     if partition == 3:
-        arrays["logits_NC"] = Array(logits_NC[:-1])
+        arrays["logits_NC"], arrays["votes_N"] = Array(logits_NC[:-1]), Array(arrays["votes_N"].numpy()[:-1])
     if partition == 4:
         reply.content["payload"]["batch_id"] = "another"
     if partition == 5:
@@ -199,7 +200,7 @@ def test_a_client_that_joins_late_or_loses_its_disk_gets_what_it_missed(tiny_run
                 key = (message.content["instructions"]["round"], message.metadata.dst_node_id)
                 batches[key] = sum(name.startswith("batch-") and "." not in name for name in message.content)
         if messages[0].content["instructions"]["round"] == 2:
-            ClientMemory(__import__("pathlib").Path(state), "1", "mlp-0").forget()
+            ClientMemory(Path(state), "1", "mlp-0").forget()
         return push(messages)
 
     class Joining(FedMMKT):
@@ -262,7 +263,7 @@ def test_update_rules_change_the_adapter(tiny_run, make_grid, update):
 
 
 def test_a_frozen_t2i_stays_as_it_is(tiny_run, make_grid):
-    run_config = tiny_run(client__models="mlp", t2i__scores="none", t2i__aggregation="mean")
+    run_config = tiny_run(client__models="mlp", t2i__scores="none", t2i__aggregation="mean", judge=True)
     strategy, _, lines = run(run_config, make_grid(run_config, nodes=2))
     moved = [tensor for name, tensor in strategy.generator.adapter_state().items() if "lora_B" in name]
     assert not any(tensor.any() for tensor in moved)
@@ -272,8 +273,9 @@ def test_a_frozen_t2i_stays_as_it_is(tiny_run, make_grid):
 def test_prompts_without_classes_work(tiny_run, make_grid, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": f"the digit {name}"}) for name in ("one", "two", "six")))
-    run_config = tiny_run(t2i__prompts=str(file))
-    _, _, lines = run(run_config, make_grid(run_config))
+    run_config = tiny_run(t2i__prompts=str(file), judge=True, client__models="mlp,dual", rounds=1)
+
+    _, _, lines = run(run_config, make_grid(run_config, nodes=2))
     assert lines[-1]["generator"]["alignment"] is None
     assert lines[-1]["generator"]["frechet"] > 0
     assert lines[-1]["replies"]["rejected"] == 0
