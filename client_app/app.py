@@ -94,9 +94,7 @@ class Client:
         task_model = build_task_model(self.model_name, len(instructions.classes), self.config.data.image_size)
         self.model = AlignedModel(task_model, instructions.anchor_size).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), self.config.client.learning_rate, weight_decay=1e-3)
-        self.memory = ClientMemory(
-            Path(self.node.state_dir or self.config.client.state_dir or DEFAULT_FOLDER), instructions.run_key, self.name
-        )
+        self.memory = ClientMemory(_state_folder(self.config, self.node), instructions.run_key, self.name)
         self.is_new = not self.memory.has_model
         if not self.is_new:
             self.memory.load_model(self.model, self.optimizer)
@@ -212,6 +210,14 @@ class Client:
 
 # In simulation one process serves many messages of many clients.
 _private_data = lru_cache(maxsize=64)(load_private_data)
+
+
+def _state_folder(config: RunConfig, node: NodeConfig) -> Path:
+    """Choose where a client keeps its memory; simulated clients keep it with the run that they are part of."""
+    if named := node.state_dir or config.client.state_dir:
+        return Path(named)
+    is_simulated = not node.data_path
+    return Path(config.output_dir) / "clients" if is_simulated and config.output_dir else DEFAULT_FOLDER
 
 
 def _join(parts: list[SyntheticSet]) -> SyntheticSet:

@@ -39,8 +39,11 @@ def load_private_data(
     splits = load_splits(data, config.seed)
     train = splits.train
     if not node.data_path:
-        if node.partition_id is None or node.num_partitions is None:
-            raise ConfigError("node-config needs `data-path`, or `partition-id` with `num-partitions`")
+        if node.partition_id is None or node.num_partitions is None or node.partition_id >= node.num_partitions:
+            raise ConfigError(
+                f"node-config key 'partition-id' is {node.partition_id}; allowed: 0 up to 'num-partitions' "
+                f"({node.num_partitions}) less one, or a 'data-path'"
+            )
         train = train.select(partition_rows(data, node.num_partitions, config.seed)[node.partition_id])
     examples = [to_examples(part, data, images=images, texts=texts) for part in (train, splits.test)]
     return PrivateData(*(relabel(part, splits.classes, class_space) for part in examples))

@@ -103,7 +103,9 @@ class ClientConfig(_Section):
     )
     pool_rounds: int = Field(3, ge=1, le=100, description="rounds of synthetic batches a client keeps")
     threads: int = Field(1, ge=1, le=256, description="CPU threads of a client process")
-    state_dir: str = Field("", description="where clients keep their models; empty: ~/.fedmmkt/clients")
+    state_dir: str = Field(
+        "", description="where clients keep their models; empty: ~/.fedmmkt/clients, in simulation with the run"
+    )
 
 
 class T2IConfig(_Section):

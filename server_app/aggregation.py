@@ -51,7 +51,7 @@ def coverage_mask(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tenso
     """
     counts_K1C = class_counts_KC.to(logits_KNC.dtype)[:, None]
     weighted_NC = (counts_K1C * logits_KNC.softmax(-1)).sum(0)
-    return _normalised(weighted_NC / counts_K1C.sum(0).clamp_min(1))
+    return normalised(weighted_NC / counts_K1C.sum(0).clamp_min(1))
 
 
 @register_aggregation("mean")
@@ -87,7 +87,7 @@ def entropy_reduction(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: T
 @register_aggregation("median")
 def median(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_N: Tensor) -> Tensor:
     """Take the median by class, renormalised: a minority of clients cannot move it far (arXiv 1803.01498)."""
-    return _normalised(logits_KNC.softmax(-1).quantile(0.5, dim=0))
+    return normalised(logits_KNC.softmax(-1).quantile(0.5, dim=0))
 
 
 @register_aggregation("min-ce")
@@ -106,7 +106,7 @@ def minimum_cross_entropy(logits_KNC: Tensor, class_counts_KC: Tensor, prompted_
     return log_KNC.exp()[loss_KN.argmin(0), samples_N]
 
 
-def _normalised(mass_NC: Tensor) -> Tensor:
+def normalised(mass_NC: Tensor) -> Tensor:
     """Scale rows to sum one; a row without mass becomes uniform."""
     empty_N1 = mass_NC.sum(-1, keepdim=True) <= 0
     return F.normalize(torch.where(empty_N1, torch.ones_like(mass_NC), mass_NC), p=1, dim=-1)

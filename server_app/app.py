@@ -14,6 +14,8 @@ from flwr.supercore import log
 
 from common.config import ConfigError, RunConfig
 from common.datasets import load_splits, to_examples
+from server_app.adaptation import get_scores, get_update
+from server_app.aggregation import get_aggregation
 from server_app.evaluation import Judge
 from server_app.generator import Generator
 from server_app.prompts import build_prompt_source
@@ -31,7 +33,7 @@ def main(grid: Grid, context: Context) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers")
     try:
         build_strategy(RunConfig.from_flower(context.run_config), context.run_id).start(grid)
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, OSError) as error:
         log(ERROR, "%s", error)
         raise
 
@@ -52,6 +54,12 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
     ConfigError
         If a setting cannot be used.
     """
+    for get_rule, name in (
+        (get_aggregation, config.t2i.aggregation),
+        (get_scores, config.t2i.scores),
+        (get_update, config.t2i.update),
+    ):
+        get_rule(name)
     path = Path(config.output_dir or f"~/.fedmmkt/runs/{run_id}").expanduser()
     run_folder = RunFolder.create(path, config.tensorboard)
     log(INFO, "Run folder: %s", run_folder.path)

@@ -29,7 +29,7 @@ from common.payloads import (
     SyntheticBatch,
 )
 from server_app.adaptation import Feedback, get_scores, get_update
-from server_app.aggregation import get_aggregation
+from server_app.aggregation import get_aggregation, normalised
 from server_app.evaluation import Judge
 from server_app.exchange import Answer, Replies, exchange
 from server_app.generator import Generated, Generator
@@ -216,7 +216,7 @@ class FedMMKT(Strategy):
         """Turn the clients' logits into soft targets (samples x classes)."""
         logits_KNC = torch.stack([torch.from_numpy(_payload(answer).logits_NC).float() for answer in answers])
         counts_KC = torch.stack([torch.from_numpy(_payload(answer).class_counts_C) for answer in answers])
-        return self.aggregation(logits_KNC, counts_KC, prompted_N)
+        return normalised(self.aggregation(logits_KNC, counts_KC, prompted_N))
 
     def score_samples(self, answers: list[Answer], prompted_N: Tensor) -> Tensor:
         """Weigh each sample for the T2I's update (not negative, samples).
@@ -454,7 +454,6 @@ class FedMMKT(Strategy):
 
     def _soft_targets(self, samples: Samples, probabilities_NC: Tensor) -> SoftTargets:
         agreement_N = Feedback(probabilities_NC, samples.prompted_N, None).agreement_N()
-        # Half precision must not take a row's sum or a weight's last digit away from what is allowed.
         return SoftTargets(
             batch_id=samples.batch.batch_id,
             probabilities_NC=probabilities_NC.clamp(0, 1).numpy().astype(np.float16),
