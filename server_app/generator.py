@@ -349,7 +349,8 @@ class Generator:
             yield
         finally:
             for layer, weight in zip(layers, base, strict=True):
-                layer.unmerge()
+                # Not unmerge(), which computes each layer's update again only to subtract it, inexactly.
+                layer.merged_adapters.clear()
                 layer.get_base_layer().weight.data.copy_(weight)
 
 
