@@ -75,7 +75,8 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
             "threads": torch.get_num_threads(),
         }
     )
-    return strategy(config, classes, generator, prompts, run_folder, str(run_id), judge)
+    # Flower's ids have up to 20 digits; of one length, messages of equal runs have equally many bytes.
+    return strategy(config, classes, generator, prompts, run_folder, f"{run_id:020d}", judge)
 
 
 def _classes_and_judge(config: RunConfig) -> tuple[tuple[str, ...], Judge | None]:

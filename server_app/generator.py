@@ -226,6 +226,7 @@ class Generator:
         chances_N = scores_N.double() if rule.draws_by_score else torch.ones(len(samples)).double()
         rewards_N = rewards(scores_N)
         conditioning = self._conditioning(samples.prompts)
+        before = [parameter.detach().clone() for parameter in parameters] if rule.needs_reference else []
         total = 0.0
         self.unet.train()
         for _ in range(steps):
@@ -238,8 +239,8 @@ class Generator:
             text_BLD, empty_BLD = conditioning(index)
             text_BLD = torch.where(dropped_B11, empty_BLD, text_BLD)
             noisy = self.noise_scheduler.add_noise(clean, noise, times_B)
+            reference = self._predict_as(before, parameters, noisy, times_B, text_BLD) if before else None
             predicted = self.unet(noisy, times_B, text_BLD).sample
-            reference = self._reference(noisy, times_B, text_BLD) if rule.needs_reference else None
             target = self._target(clean, noise, times_B)
             loss = rule.loss(predicted, target, reference, rewards_N[index].to(self.device))
             optimizer.zero_grad()
@@ -331,11 +332,16 @@ class Generator:
         return self.noise_scheduler.get_velocity(clean, noise, times_B) if kind == "v_prediction" else clean
 
     @torch.no_grad()
-    def _reference(self, noisy: Tensor, times_B: Tensor, text: Tensor) -> Tensor:
-        """Predict without the adapter: the model that the negative-aware update holds on to."""
-        self.unet.disable_adapters()
+    def _predict_as(
+        self, before: list[Tensor], parameters: list[torch.nn.Parameter], noisy: Tensor, times_B: Tensor, text: Tensor
+    ) -> Tensor:
+        """Predict with the adapter as it was before the update; tensors change places, nothing is copied."""
+        now = [parameter.data for parameter in parameters]
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.data = old
         predicted: Tensor = self.unet(noisy, times_B, text).sample
-        self.unet.enable_adapters()
+        for parameter, new in zip(parameters, now, strict=True):
+            parameter.data = new
         return predicted
 
     @contextmanager

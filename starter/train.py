@@ -32,6 +32,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from common.datasets import DIGIT_NAMES
+
 FONT_PACKAGES = (
     "font_amatic_sc",
     "font_caladea",
@@ -42,7 +44,6 @@ FONT_PACKAGES = (
     "font_source_sans_pro",
     "font_source_serif_pro",
 )
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = (
     "{}",
     "the digit {}",
@@ -110,7 +111,7 @@ def typeset_dataset(count: int, seed: int) -> tuple[Tensor, list[str]]:
     for index in tqdm(range(count), desc="rendering", mininterval=2):
         digit = index % 10
         images[index] = render_digit(digit, fonts[rng.integers(len(fonts))], rng)
-        name = WORDS[digit] if rng.random() < 0.7 else str(digit)
+        name = DIGIT_NAMES[digit] if rng.random() < 0.7 else str(digit)
         captions.append(CAPTIONS[rng.integers(len(CAPTIONS))].format(name))
     images_NCHW = torch.from_numpy(images).float().div(127.5).sub(1)[:, None].repeat(1, 3, 1, 1)
     return images_NCHW, captions
@@ -128,7 +129,7 @@ def build_tokenizer() -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = [*WORDS, *map(str, range(10))]
+    names = [*DIGIT_NAMES, *map(str, range(10))]
     bpe.train_from_iterator([caption.format(name) for caption in CAPTIONS for name in names], trainer)
     content = json.loads(bpe.to_str())["model"]
     vocabulary = dict(content["vocab"])
@@ -283,10 +284,10 @@ def draw_samples(folder: Path) -> None:
     """Draw eight samples of each digit beside the saved model, generated as any user would."""
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = [f"the digit {word}" for word in WORDS for _ in range(8)]
+    prompts = [f"the digit {word}" for word in DIGIT_NAMES for _ in range(8)]
     generator = torch.Generator().manual_seed(0)
     images = pipeline(prompts, num_inference_steps=12, guidance_scale=3.0, generator=generator).images
-    make_image_grid(images, rows=len(WORDS), cols=8).save(folder / "samples.png")
+    make_image_grid(images, rows=len(DIGIT_NAMES), cols=8).save(folder / "samples.png")
 
 
 def main() -> None:

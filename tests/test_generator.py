@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from common.config import ConfigError, T2IConfig
 from server_app.generator import LORA_GROUPS, Generated, Generator
@@ -117,6 +117,18 @@ def test_adapting_lowers_the_loss_on_the_same_samples(generator):
     first = own.adapt(samples, torch.ones(8), steps=8, seed=0)
     own.adapt(samples, torch.ones(8), steps=30, seed=1)
     assert own.adapt(samples, torch.ones(8), steps=8, seed=0) < 0.9 * first
+
+
+def test_the_negative_aware_update_starts_from_the_adapter_as_it_was(adapted):
+    """In its first step prediction and reference are the same, so every reward gives the plain squared error."""
+    samples = adapted.generate(PROMPTS, SEEDS, 1.0)
+    state = adapted.adapter_state()
+    losses = []
+    for update, scores_N in (("supervised", torch.ones(3)), ("negative-aware", torch.tensor([0.0, 1.0, 2.0]))):
+        generator = Generator(FAST.model_copy(update={"update": update, "adaptation_batch_size": 64}), seed=0)
+        set_peft_model_state_dict(generator.unet, state)
+        losses.append(generator.adapt(samples, scores_N, steps=1, seed=0))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_samples_without_score_teach_nothing(generator):
