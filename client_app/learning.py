@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,18 @@ class AlignedModel(nn.Module):
         super().__init__()
         self.task_model = task_model
         self.projection = nn.Linear(task_model.feature_size, anchor_size) if anchor_size else None
+
+
+def parameter_groups(model: AlignedModel, config: ClientConfig) -> list[dict[str, Any]]:
+    """Group what is learned by learning rate: encoders that were trained before, and all else."""
+    own = model.task_model
+    encoders = [encoder for encoder in (own.image_encoder, own.text_encoder) if encoder is not None]
+    trained = [parameter for encoder in encoders for parameter in encoder.parameters() if own.is_pretrained]
+    pretrained = list(dict.fromkeys(trained))  # The encoders of a dual encoder are one model.
+    known = set(pretrained)
+    fresh = [parameter for parameter in model.parameters() if parameter not in known]
+    groups = [(fresh, config.learning_rate), (pretrained, config.pretrained_learning_rate)]
+    return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
 
 def balanced_softmax_loss(logits_BC: Tensor, labels_B: Tensor, log_prior_C: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ class ClientMemory:
     def save_model(self, model: AlignedModel, optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> None:
         """Keep the model (safetensors), its description (JSON) and the optimiser's state (torch).
 
+        A model of transformers is kept so that ``from_pretrained`` reads the folder.
+
         Raises
         ------
         OSError
@@ -68,14 +70,20 @@ class ClientMemory:
         """
         buffer = io.BytesIO()
         torch.save(optimizer.state_dict(), buffer)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        names = _saved_names(model)
+        # Cloned, for safetensors takes no two names of one tensor, which models with tied weights have.
+        weights = {names[name]: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         write_atomically(self.folder / "optimizer.pt", lambda path: path.write_bytes(buffer.getvalue()))
+        if not (self.folder / "model.json").exists():
+            model.task_model.save_description(self.folder)
         write_text(self.folder / "model.json", json.dumps(described, indent=2) + "\n")
-        write_atomically(self.folder / "model.safetensors", lambda path: save_file(weights, path))
+        write_atomically(self.folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
 
     def load_model(self, model: AlignedModel, optimizer: torch.optim.Optimizer) -> None:
         """Read back what `save_model` kept, into a model of the same architecture."""
-        model.load_state_dict(load_file(self.folder / "model.safetensors"))
+        weights = load_file(self.folder / "model.safetensors")
+        names = _saved_names(model)
+        model.load_state_dict({name: weights[saved] for name, saved in names.items() if saved in weights})
         optimizer.load_state_dict(torch.load(self.folder / "optimizer.pt", weights_only=True))
 
     def add_batch(self, batch: SyntheticBatch) -> None:
@@ -119,6 +127,14 @@ class ClientMemory:
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays, settings=np.frombuffer(rest.encode(), np.uint8))
         write_atomically(self.folder / f"{name}.npz", lambda path: path.write_bytes(buffer.getvalue()))
+
+
+def _saved_names(model: AlignedModel) -> dict[str, str]:
+    """Name each weight as it is saved; those of the task model as it likes them."""
+    return {
+        name: model.task_model.saved_name(own) if (own := name.removeprefix("task_model.")) != name else name
+        for name in model.state_dict()
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

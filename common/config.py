@@ -83,7 +83,8 @@ class ClientConfig(_Section):
     models: tuple[str, ...] = Field(
         ("cnn", "mlp", "vit", "resnet", "text", "dual"),
         min_length=1,
-        description="task models, given to simulated clients in turn; a node's own `model` overrides it",
+        description="task models by name, `transformers:` folder or hub id, or `module:function`, given to simulated "
+        "clients in turn; a node's own `model` overrides it",
     )
     warmup_epochs: int = Field(8, ge=0, le=1000, description="private epochs in a client's first round")
     local_epochs: int = Field(2, ge=0, le=1000, description="private epochs in each later round")
@@ -93,6 +94,12 @@ class ClientConfig(_Section):
         150, ge=0, le=100_000, description="steps a round with synthetic samples, whatever the private epochs"
     )
     learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's learning rate")
+    pretrained_learning_rate: float = Field(
+        5e-5, gt=0, le=10, description="the same for encoders that were trained before"
+    )
+    trainable: Literal["all", "head"] = Field(
+        "all", description="what of a task model learns: all of it, or its head on frozen encoders"
+    )
     balanced_softmax: bool = Field(True, description="add the log class prior to private logits (arXiv 2007.10740)")
     augmentation: bool = Field(True, description="random shift, scale, rotation and contrast of training images")
     distillation_weight: Weight = Field(1.0, description="weight of the KL divergence to the soft targets")
@@ -203,8 +210,13 @@ class NodeConfig(_Section):
     partition_id: int | None = Field(None, ge=0, description="this node's partition; set by the simulation")
     num_partitions: int | None = Field(None, ge=1, description="number of partitions; set by the simulation")
     name: str = Field("", description="name in logs and reports; empty: model and partition or node id")
-    model: str = Field("", description="task model; empty: taken from `client.models` by partition")
+    model: str = Field(
+        "", description="task model, as in `client.models`; empty: taken from `client.models` by partition"
+    )
     data_path: str = Field("", description="this node's own dataset, in place of a partition")
+    image_column: str = Field("", description="its column of images; empty: the run's `data.image-column`")
+    text_column: str = Field("", description="its column of texts; empty: the run's `data.text-column`")
+    label_column: str = Field("", description="its column of labels; empty: the run's `data.label-column`")
     state_dir: str = Field("", description="where this node keeps its model; overrides `client.state-dir`")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
 
