@@ -3,7 +3,8 @@
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WORDS = "the a digit number picture of image an zero one two three four five six seven eight nine hand drawn by".split()
+SENTENCE = "the a digit number picture of image an zero one two three four five six seven eight nine hand drawn by"
+WORDS = SENTENCE.split()
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 LAYER = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
