@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import tempfile
+import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from deploy.processes import script
 Value = bool | int | float | str
 
 COMPLETED = "finished:completed"
+RETRY_SECONDS = 2.0
+LOST_AFTER = 30  # unanswered questions after which a run counts as lost
 
 _PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own pattern: what it does not match it drops
 _STARTED = re.compile(r"Successfully started run (\d+)")
@@ -170,17 +173,31 @@ class Submitter:
             More options of ``flwr run``.
         """
         command = [script("flwr"), "run", str(app.resolve()), *connection, "--stream", *options]
+        run_id = self._follow([*command, "--run-config", format_run_config(config)], output)
+        if not run_id:
+            return Outcome("", "not-started", "Flower refused the run; see above")
+        outcome = self.outcome(run_id, connection)
+        silent = 0
+        while not outcome.status.startswith("finished") and silent < LOST_AFTER:
+            # The log ended before the run: the SuperLink is down, or has just come back.
+            silent = silent + 1 if outcome.status == "unknown" else 0
+            time.sleep(RETRY_SECONDS)
+            outcome = self.outcome(run_id, connection)
+            if outcome.status == "running":
+                self._follow([script("flwr"), "log", run_id, *connection, "--stream"], output)
+        return outcome
+
+    def _follow(self, command: list[str], output: TextIO) -> str:
+        """Show what a command prints; return the id of the run that it says it started, or an empty string."""
         run_id = ""
-        with self._flwr([*command, "--run-config", format_run_config(config)]) as process:
+        with self._flwr(command) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 output.write(line)
                 output.flush()
                 if not run_id and (match := _STARTED.search(line)):
                     run_id = match[1]
-        if not run_id:
-            return Outcome("", "not-started", "Flower refused the run; see above")
-        return self.outcome(run_id, connection)
+        return run_id
 
     def flwr(self, *arguments: str) -> str:
         """Run a ``flwr`` command and return what it printed."""
