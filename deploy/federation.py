@@ -100,7 +100,7 @@ class Federation:
             *("--root-certificates", str(self.pki / "ca.crt")),
         )
 
-    def start_superlink(self) -> subprocess.Popen[bytes]:
+    def start_superlink(self) -> None:
         """Start the SuperLink, or start it again with the state that it had, and wait until it is healthy.
 
         Raises
@@ -109,7 +109,7 @@ class Federation:
             If it is not, in time.
         """
         host, _, port = self.runtime.rpartition(":")
-        process = self.server.start(
+        self.superlink = self.server.start(
             "superlink",
             *("flower-superlink", "--host", host, "--port", port, "--fleet-api-address", self.fleet),
             *("--ssl-ca-certfile", str(self.pki / "ca.crt")),
@@ -118,8 +118,12 @@ class Federation:
             *("--isolation", "process", "--disable-runtime-dependency-installation"),
             *("--health-server-address", self.health),
         )
-        _wait_healthy(self.health, process, self.server, "superlink")
-        return process
+        _wait_healthy(self.health, self.superlink, self.server, "superlink")
+
+    def kill_superlink(self) -> int:
+        """Kill the SuperLink at once, as a crash would; return its exit code."""
+        self.superlink.kill()
+        return self.superlink.wait()
 
     def add_node(self, name: str, node_config: Mapping[str, Value], register: bool = True) -> Node:
         """Make a node's key, register it, and start the node.

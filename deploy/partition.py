@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from common.config import ConfigError, DataConfig, RunConfig
-from common.datasets import load_splits, partition_rows
+from common.datasets import load_splits, partition_rows, quietly
 from common.files import write_atomically
 from deploy.submission import parse_run_config
 
@@ -48,9 +48,10 @@ def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Pat
         if (path / "train.parquet").exists():
             raise ConfigError(f"{path} holds data already; allowed: a folder without train.parquet")
     try:
-        for path, own in zip(folders, rows, strict=True):
-            for name, part in (("test", splits.test), ("train", splits.train.select(own))):
-                write_atomically(path / f"{name}.parquet", part.to_parquet)
+        with quietly():
+            for path, own in zip(folders, rows, strict=True):
+                for name, part in (("test", splits.test), ("train", splits.train.select(own))):
+                    write_atomically(path / f"{name}.parquet", part.to_parquet)
     except OSError as error:
         raise ConfigError(f"the parts cannot be written: {error.strerror}") from error
     return folders

@@ -117,12 +117,12 @@ class FlowerProcesses:
         """Stop every process and all that they started, gently at first."""
         if not self._started:
             return
-        alive = self._all()
+        alive = self.alive()
         for process in self._started:
             process.terminate()
         # Flower's commands end their children, and Ray's processes end with the one that started them.
         if wait_gone(alive, STOP_GRACE):
-            alive |= self._all()
+            alive |= self.alive()
             for left in alive:
                 with contextlib.suppress(psutil.Error):
                     left.kill()
@@ -131,8 +131,8 @@ class FlowerProcesses:
             process.wait()
         self._started = []
 
-    def _all(self) -> set[psutil.Process]:
-        """Every process started here: descendants, and orphans that still carry the folder's name."""
+    def alive(self) -> set[psutil.Process]:
+        """Return every process started here: descendants, and orphans that still carry the folder's name."""
         found: set[psutil.Process] = set()
         for process in self._started:
             with contextlib.suppress(psutil.Error):
