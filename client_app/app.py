@@ -18,6 +18,7 @@ from torch import Tensor
 from client_app.feedback import nearest_neighbour_votes, to_payload_logits, vote_features
 from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, predict, train
 from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch
+from client_app.optimizer import AdamW
 from client_app.private_data import PrivateData, load_private_data
 from client_app.task_models import Inputs, build_task_model, tokenize
 from common.config import NodeConfig, RunConfig
@@ -93,7 +94,7 @@ class Client:
 
         task_model = build_task_model(self.model_name, len(instructions.classes), self.config.data.image_size)
         self.model = AlignedModel(task_model, instructions.anchor_size).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), self.config.client.learning_rate, weight_decay=1e-3)
+        self.optimizer = AdamW(self.model.parameters(), self.config.client.learning_rate, weight_decay=1e-3)
         self.memory = ClientMemory(_state_folder(self.config, self.node), instructions.run_key, self.name)
         self.is_new = not self.memory.has_model
         if not self.is_new:
