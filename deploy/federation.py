@@ -26,7 +26,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.config import ConfigError, RunConfig
-from deploy.certificates import make_authority, make_node_key, make_server_certificate
+from deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from deploy.partition import write_partitions
 from deploy.processes import FlowerProcesses, flower_environment, free_port, signals_ignored
 from deploy.submission import (
@@ -87,8 +87,9 @@ class Federation:
         submitter = self._processes("submitter")
         submitter.working_directory.mkdir(parents=True)
         self.submitter = Submitter(submitter.working_directory, submitter.environment)
-        make_authority(self.pki)
+        make_ca(self.pki)
         make_server_certificate(self.pki, ["localhost"], [_LOOPBACK])
+        self.secret = ("--superexec-auth-secret-file", str(make_superexec_secret(self.pki)))
         connect(submitter.home, CONNECTION, self.runtime, self.pki / "ca.crt")
 
     def start(self) -> None:
@@ -97,7 +98,7 @@ class Federation:
         self.server.start(
             "superexec",
             *("flower-superexec", "--runtime-api-address", self.runtime),
-            *("--root-certificates", str(self.pki / "ca.crt")),
+            *("--root-certificates", str(self.pki / "ca.crt"), *self.secret),
         )
 
     def start_superlink(self) -> None:
@@ -115,7 +116,7 @@ class Federation:
             *("--ssl-ca-certfile", str(self.pki / "ca.crt")),
             *("--ssl-certfile", str(self.pki / "server.pem"), "--ssl-keyfile", str(self.pki / "server.key")),
             *("--enable-supernode-auth", "--database", str(self.server.home / "state.db")),
-            *("--isolation", "process", "--disable-runtime-dependency-installation"),
+            *("--isolation", "process", "--disable-runtime-dependency-installation", *self.secret),
             *("--health-server-address", self.health),
         )
         _wait_healthy(self.health, self.superlink, self.server, "superlink")
@@ -142,14 +143,14 @@ class Federation:
         FederationError
             If the SuperLink does not take the key.
         """
-        key = make_node_key(self.pki, name)
+        key, public = make_node_key(self.pki, name)
         if register:
-            answer = self.submitter.flwr("supernode", "register", str(key.public), CONNECTION, "--format", "json")
+            answer = self.submitter.flwr("supernode", "register", str(public), CONNECTION, "--format", "json")
             with contextlib.suppress(ValueError):
                 if json.loads(answer).get("success"):
-                    return self._start_node(name, node_config, key.key)
+                    return self._start_node(name, node_config, key)
             raise FederationError(f"the key of {name} could not be registered:\n{answer}")
-        return self._start_node(name, node_config, key.key)
+        return self._start_node(name, node_config, key)
 
     def wait_for_nodes(self) -> None:
         """Wait until every node is healthy.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.config import DataConfig, RunConfig, to_flower
-from deploy.certificates import make_authority
+from deploy.certificates import make_ca
 from deploy.federation import CONNECTION, connect, is_healthy, local_federation
 from deploy.partition import write_partitions
 from tests.conftest import TINY
@@ -74,7 +74,7 @@ def test_a_node_whose_key_is_not_registered_is_refused(federation):
 
 
 def test_a_node_with_another_ca_is_refused(federation, tmp_path):
-    other = make_authority(tmp_path / "pki").certificate
+    other = make_ca(tmp_path / "pki")[0]
     node = federation.add_node("misled", {"data-path": "/nowhere"})
     os.kill(node.process.pid, signal.SIGKILL)
     node.process.wait()
@@ -88,7 +88,7 @@ def test_a_node_with_another_ca_is_refused(federation, tmp_path):
 
 
 def test_a_submitter_with_another_ca_is_refused(federation, tmp_path):
-    other = make_authority(tmp_path / "pki").certificate
+    other = make_ca(tmp_path / "pki")[0]
     home = Path(federation.submitter.environment["FLWR_HOME"])
     try:
         connect(home, CONNECTION, federation.runtime, other)
