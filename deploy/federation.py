@@ -28,7 +28,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from common.config import ConfigError, RunConfig
 from deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from deploy.partition import write_partitions
-from deploy.processes import FlowerProcesses, flower_environment, free_port, signals_ignored
+from deploy.processes import FlowerProcesses, flower_environment, free_port, signals_ignored, stop_together
 from deploy.submission import (
     COMPLETED,
     Outcome,
@@ -64,6 +64,11 @@ class Node:
     def start(self) -> None:
         """Start it, or start it again after it ended."""
         self.process = self.processes.start(self.name, "flower-supernode", *self.arguments)
+
+    def kill(self) -> None:
+        """Kill it at once, as a crash would, and nothing else."""
+        self.process.kill()
+        self.process.wait()
 
 
 class Federation:
@@ -126,7 +131,14 @@ class Federation:
         self.superlink.kill()
         return self.superlink.wait()
 
-    def add_node(self, name: str, node_config: Mapping[str, Value], register: bool = True) -> Node:
+    def add_node(
+        self,
+        name: str,
+        node_config: Mapping[str, Value],
+        register: bool = True,
+        authority: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Node:
         """Make a node's key, register it, and start the node.
 
         Parameters
@@ -137,6 +149,10 @@ class Federation:
             See `common.config.NodeConfig`.
         register : bool
             Whether the SuperLink is told of the key; else it will refuse the node.
+        authority : Path, optional
+            Certificate of the CA that the node trusts; the federation's by default.
+        environment : mapping, optional
+            Variables that the node has beside the usual ones.
 
         Raises
         ------
@@ -145,12 +161,16 @@ class Federation:
         """
         key, public = make_node_key(self.pki, name)
         if register:
-            answer = self.submitter.flwr("supernode", "register", str(public), CONNECTION, "--format", "json")
-            with contextlib.suppress(ValueError):
-                if json.loads(answer).get("success"):
-                    return self._start_node(name, node_config, key)
-            raise FederationError(f"the key of {name} could not be registered:\n{answer}")
-        return self._start_node(name, node_config, key)
+            self._register(name, public)
+        health = f"{_LOOPBACK}:{free_port()}"
+        arguments = ["--root-certificates", str(authority or self.pki / "ca.crt"), "--superlink", self.fleet]
+        arguments += ["--auth-supernode-private-key", str(key), "--port", str(free_port())]
+        arguments += ["--health-server-address", health, "--node-config", format_run_config(node_config)]
+        processes = self._processes(name)
+        processes.environment |= environment or {}
+        self.nodes[name] = node = Node(name, processes, arguments, health)
+        node.start()
+        return node
 
     def wait_for_nodes(self) -> None:
         """Wait until every node is healthy.
@@ -171,17 +191,17 @@ class Federation:
 
     def stop(self) -> None:
         """Stop every process, nodes first."""
-        for processes in (*(node.processes for node in self.nodes.values()), self.server):
-            processes.stop()
+        stop_together([node.processes for node in self.nodes.values()])  # while they can still sign off
+        self.server.stop()
 
-    def _start_node(self, name: str, node_config: Mapping[str, Value], key: Path) -> Node:
-        health = f"{_LOOPBACK}:{free_port()}"
-        arguments = ["--root-certificates", str(self.pki / "ca.crt"), "--superlink", self.fleet]
-        arguments += ["--auth-supernode-private-key", str(key), "--port", str(free_port())]
-        arguments += ["--health-server-address", health, "--node-config", format_run_config(node_config)]
-        self.nodes[name] = node = Node(name, self._processes(name), arguments, health)
-        node.start()
-        return node
+    def _register(self, name: str, public_key: Path) -> None:
+        answer = self.submitter.flwr("supernode", "register", str(public_key), CONNECTION, "--format", "json")
+        try:
+            accepted = bool(json.loads(answer)["success"])
+        except (ValueError, KeyError):
+            accepted = False
+        if not accepted:
+            raise FederationError(f"the key of {name} could not be registered:\n{answer}")
 
     def _processes(self, name: str) -> FlowerProcesses:
         home = self.home / name
