@@ -207,7 +207,9 @@ class NodeConfig(_Section):
     name: str = Field("", description="name in logs and reports; empty: model and partition or node id")
     model: str = Field("", description="task model; empty: taken from `client.models` by partition")
     data_path: str = Field("", description="this node's own dataset, in place of a partition")
-    state_dir: str = Field("", description="where this node keeps its model; overrides `client.state-dir`")
+    state_dir: str = Field(
+        "", description="where this node keeps its model and a decoded copy of its data; overrides `client.state-dir`"
+    )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
 
     @classmethod

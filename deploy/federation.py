@@ -26,9 +26,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.config import ConfigError, RunConfig
-from deploy.certificates import make_authority, make_node_key, make_server_certificate
+from deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from deploy.partition import write_partitions
-from deploy.processes import FlowerProcesses, flower_environment, free_port, signals_ignored
+from deploy.processes import FlowerProcesses, flower_environment, free_port, signals_ignored, stop_together
 from deploy.submission import (
     COMPLETED,
     Outcome,
@@ -65,6 +65,11 @@ class Node:
         """Start it, or start it again after it ended."""
         self.process = self.processes.start(self.name, "flower-supernode", *self.arguments)
 
+    def kill(self) -> None:
+        """Kill it at once, as a crash would, and nothing else."""
+        self.process.kill()
+        self.process.wait()
+
 
 class Federation:
     """A SuperLink with TLS and node authentication on loopback, and the nodes that were added to it.
@@ -87,8 +92,9 @@ class Federation:
         submitter = self._processes("submitter")
         submitter.working_directory.mkdir(parents=True)
         self.submitter = Submitter(submitter.working_directory, submitter.environment)
-        make_authority(self.pki)
+        make_ca(self.pki)
         make_server_certificate(self.pki, ["localhost"], [_LOOPBACK])
+        self.secret = ("--superexec-auth-secret-file", str(make_superexec_secret(self.pki)))
         connect(submitter.home, CONNECTION, self.runtime, self.pki / "ca.crt")
 
     def start(self) -> None:
@@ -97,7 +103,7 @@ class Federation:
         self.server.start(
             "superexec",
             *("flower-superexec", "--runtime-api-address", self.runtime),
-            *("--root-certificates", str(self.pki / "ca.crt")),
+            *("--root-certificates", str(self.pki / "ca.crt"), *self.secret),
         )
 
     def start_superlink(self) -> None:
@@ -115,7 +121,7 @@ class Federation:
             *("--ssl-ca-certfile", str(self.pki / "ca.crt")),
             *("--ssl-certfile", str(self.pki / "server.pem"), "--ssl-keyfile", str(self.pki / "server.key")),
             *("--enable-supernode-auth", "--database", str(self.server.home / "state.db")),
-            *("--isolation", "process", "--disable-runtime-dependency-installation"),
+            *("--isolation", "process", "--disable-runtime-dependency-installation", *self.secret),
             *("--health-server-address", self.health),
         )
         _wait_healthy(self.health, self.superlink, self.server, "superlink")
@@ -125,7 +131,14 @@ class Federation:
         self.superlink.kill()
         return self.superlink.wait()
 
-    def add_node(self, name: str, node_config: Mapping[str, Value], register: bool = True) -> Node:
+    def add_node(
+        self,
+        name: str,
+        node_config: Mapping[str, Value],
+        register: bool = True,
+        authority: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Node:
         """Make a node's key, register it, and start the node.
 
         Parameters
@@ -136,20 +149,28 @@ class Federation:
             See `common.config.NodeConfig`.
         register : bool
             Whether the SuperLink is told of the key; else it will refuse the node.
+        authority : Path, optional
+            Certificate of the CA that the node trusts; the federation's by default.
+        environment : mapping, optional
+            Variables that the node has beside the usual ones.
 
         Raises
         ------
         FederationError
             If the SuperLink does not take the key.
         """
-        key = make_node_key(self.pki, name)
+        key, public = make_node_key(self.pki, name)
         if register:
-            answer = self.submitter.flwr("supernode", "register", str(key.public), CONNECTION, "--format", "json")
-            with contextlib.suppress(ValueError):
-                if json.loads(answer).get("success"):
-                    return self._start_node(name, node_config, key.key)
-            raise FederationError(f"the key of {name} could not be registered:\n{answer}")
-        return self._start_node(name, node_config, key.key)
+            self._register(name, public)
+        health = f"{_LOOPBACK}:{free_port()}"
+        arguments = ["--root-certificates", str(authority or self.pki / "ca.crt"), "--superlink", self.fleet]
+        arguments += ["--auth-supernode-private-key", str(key), "--port", str(free_port())]
+        arguments += ["--health-server-address", health, "--node-config", format_run_config(node_config)]
+        processes = self._processes(name)
+        processes.environment |= environment or {}
+        self.nodes[name] = node = Node(name, processes, arguments, health)
+        node.start()
+        return node
 
     def wait_for_nodes(self) -> None:
         """Wait until every node is healthy.
@@ -170,17 +191,17 @@ class Federation:
 
     def stop(self) -> None:
         """Stop every process, nodes first."""
-        for processes in (*(node.processes for node in self.nodes.values()), self.server):
-            processes.stop()
+        stop_together([node.processes for node in self.nodes.values()])  # while they can still sign off
+        self.server.stop()
 
-    def _start_node(self, name: str, node_config: Mapping[str, Value], key: Path) -> Node:
-        health = f"{_LOOPBACK}:{free_port()}"
-        arguments = ["--root-certificates", str(self.pki / "ca.crt"), "--superlink", self.fleet]
-        arguments += ["--auth-supernode-private-key", str(key), "--port", str(free_port())]
-        arguments += ["--health-server-address", health, "--node-config", format_run_config(node_config)]
-        self.nodes[name] = node = Node(name, self._processes(name), arguments, health)
-        node.start()
-        return node
+    def _register(self, name: str, public_key: Path) -> None:
+        answer = self.submitter.flwr("supernode", "register", str(public_key), CONNECTION, "--format", "json")
+        try:
+            accepted = bool(json.loads(answer)["success"])
+        except (ValueError, KeyError):
+            accepted = False
+        if not accepted:
+            raise FederationError(f"the key of {name} could not be registered:\n{answer}")
 
     def _processes(self, name: str) -> FlowerProcesses:
         home = self.home / name

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class FlowerProcesses:
         self.home = home
         self.working_directory = home / "cwd"
         self.environment = dict(environment)
-        self._started: list[subprocess.Popen[bytes]] = []
+        self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a command of this interpreter's environment; it logs to ``NAME.log``."""
@@ -102,7 +102,7 @@ class FlowerProcesses:
                 stderr=log,
                 start_new_session=True,  # a terminal's Ctrl-C must reach this process only, which then stops it
             )
-        self._started.append(process)
+        self.started.append(process)
         return process
 
     def log(self, name: str) -> Path:
@@ -115,30 +115,36 @@ class FlowerProcesses:
 
     def stop(self) -> None:
         """Stop every process and all that they started, gently at first."""
-        if not self._started:
-            return
-        alive = self.alive()
-        for process in self._started:
-            process.terminate()
-        # Flower's commands end their children, and Ray's processes end with the one that started them.
-        if wait_gone(alive, STOP_GRACE):
-            alive |= self.alive()
-            for left in alive:
-                with contextlib.suppress(psutil.Error):
-                    left.kill()
-            wait_gone(alive, STOP_GRACE)
-        for process in self._started:
-            process.wait()
-        self._started = []
+        stop_together([self])
 
     def alive(self) -> set[psutil.Process]:
         """Return every process started here: descendants, and orphans that still carry the folder's name."""
         found: set[psutil.Process] = set()
-        for process in self._started:
-            with contextlib.suppress(psutil.Error):
-                root = psutil.Process(process.pid)
-                found |= {root, *root.children(recursive=True)}
+        for process in self.started:
+            if process.poll() is None:  # an ended process's id may be somebody else's by now
+                with contextlib.suppress(psutil.Error):
+                    root = psutil.Process(process.pid)
+                    found |= {root, *root.children(recursive=True)}
         return found | {process for process in psutil.process_iter() if belongs_to(process, self.home)}
+
+
+def stop_together(groups: Sequence[FlowerProcesses]) -> None:
+    """Stop the processes of several folders and all that they started, gently at first."""
+    alive = set().union(*(group.alive() for group in groups))
+    started = [process for group in groups for process in group.started]
+    for process in started:
+        process.terminate()
+    # Flower's commands end their children, and Ray's processes end with the one that started them.
+    if wait_gone(alive, STOP_GRACE):
+        alive = alive.union(*(group.alive() for group in groups))
+        for left in alive:
+            with contextlib.suppress(psutil.Error):
+                left.kill()
+        wait_gone(alive, STOP_GRACE)
+    for process in started:
+        process.wait()
+    for group in groups:
+        group.started.clear()
 
 
 def belongs_to(process: psutil.Process, home: Path) -> bool:
