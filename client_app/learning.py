@@ -184,9 +184,10 @@ def _epoch_batches(count: int, size: int, epochs: int, generator: torch.Generato
 
 
 def _drawn_batches(synthetic: SyntheticSet | None, config: ClientConfig, generator: torch.Generator) -> list[Tensor]:
-    if synthetic is None or not (config.distillation_weight or config.prompt_weight or config.alignment_weight):
-        return []
+    wanted = config.distillation_weight or config.prompt_weight or config.alignment_weight
     count = config.distillation_steps * config.synthetic_batch_size
+    if synthetic is None or not wanted or not count:
+        return []
     drawn = torch.multinomial(synthetic.weights_N.cpu().double(), count, replacement=True, generator=generator)
     return list(drawn.split(config.synthetic_batch_size))
 

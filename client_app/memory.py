@@ -50,7 +50,7 @@ class ClientMemory:
     def __init__(self, root: Path, run_key: str, client: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_key):
             raise PayloadError(f"run key {run_key!r} is no plain name of letters, digits, - and _")
-        self.folder = root.expanduser() / run_key / re.sub(r"[^A-Za-z0-9_-]", "_", client)
+        self.folder = root.expanduser() / run_key / plain_name(client)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @property
@@ -129,12 +129,18 @@ class ClientMemory:
         write_atomically(self.folder / f"{name}.npz", lambda path: path.write_bytes(buffer.getvalue()))
 
 
+<<<<<<< HEAD
 def _saved_names(model: AlignedModel) -> dict[str, str]:
     """Name each weight as it is saved; those of the task model as it likes them."""
     return {
         name: model.task_model.saved_name(own) if (own := name.removeprefix("task_model.")) != name else name
         for name in model.state_dict()
     }
+=======
+def plain_name(name: str) -> str:
+    """Make a client's name one of a folder."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+>>>>>>> main
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class T2IConfig(_Section):
     generation_batch_size: int = Field(100, ge=1, le=4096, description="images generated at once")
     inference_steps: int = Field(12, ge=1, le=1000, description="denoising steps")
     guidance: tuple[float, ...] = Field(
-        (3.0, 1.5, 1.2, 1.0), min_length=1, description="guidance scale by round; the last one stays"
+        (1.5, 1.0), min_length=1, description="guidance scale by round; the last one stays"
     )
     explore: Fraction = Field(
         0.5, description="part of the samples that vary well-scored ones of the last round (image to image)"
@@ -138,7 +138,7 @@ class T2IConfig(_Section):
     evaluation_samples: int = Field(
         200, ge=1, le=100_000, description="images of fixed prompts and seeds by which the T2I is measured"
     )
-    evaluation_guidance: float = Field(2.0, ge=0, le=100, description="guidance scale of these images")
+    evaluation_guidance: float = Field(1.25, ge=0, le=100, description="guidance scale of these images")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
     aggregation: str = Field("mask", description="rule that turns clients' logits into soft targets")
     scores: str = Field("votes", description="rule that weights samples for the T2I: votes, consensus, none")
@@ -152,7 +152,9 @@ class T2IConfig(_Section):
     )
     adaptation_steps: int = Field(80, ge=0, le=1_000_000, description="optimiser steps of an update")
     adaptation_batch_size: int = Field(32, ge=1, le=4096, description="samples a step")
-    adaptation_learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's learning rate")
+    adaptation_learning_rate: float = Field(
+        3e-3, gt=0, le=10, description="AdamW's learning rate at the start of an update; it declines to zero"
+    )
     caption_dropout: Fraction = Field(0.1, description="part of captions left empty in an update")
     pool_rounds: int = Field(3, ge=1, le=100, description="rounds of samples an update draws from")
 
@@ -214,10 +216,16 @@ class NodeConfig(_Section):
         "", description="task model, as in `client.models`; empty: taken from `client.models` by partition"
     )
     data_path: str = Field("", description="this node's own dataset, in place of a partition")
+<<<<<<< HEAD
     image_column: str = Field("", description="its column of images; empty: the run's `data.image-column`")
     text_column: str = Field("", description="its column of texts; empty: the run's `data.text-column`")
     label_column: str = Field("", description="its column of labels; empty: the run's `data.label-column`")
     state_dir: str = Field("", description="where this node keeps its model; overrides `client.state-dir`")
+=======
+    state_dir: str = Field(
+        "", description="where this node keeps its model and a decoded copy of its data; overrides `client.state-dir`"
+    )
+>>>>>>> main
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
 
     @classmethod

@@ -264,7 +264,7 @@ def _local(config: DataConfig) -> dict[str, datasets.Dataset]:
             f"{key}, which is not there; allowed: 'digits', a parquet file, or a folder of parquet or images"
         )
     try:
-        with _quietly():
+        with quietly():
             if path.is_file():
                 loaded = datasets.load_dataset("parquet", data_files={"train": str(path)})
             elif parquet := sorted(path.rglob("*.parquet")):
@@ -289,7 +289,7 @@ def _local(config: DataConfig) -> dict[str, datasets.Dataset]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Load without progress bars, and without telling the hub: `datasets` counts loads of local files there too."""
     import datasets
 

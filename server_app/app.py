@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
 
 from common.config import ConfigError, RunConfig
-from common.datasets import load_splits, to_examples
+from common.datasets import Splits, load_splits, to_examples
 from server_app.adaptation import get_scores, get_update
 from server_app.aggregation import get_aggregation
 from server_app.evaluation import Judge
@@ -63,9 +63,10 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
     path = Path(config.output_dir or f"~/.fedmmkt/runs/{run_id}").expanduser()
     run_folder = RunFolder.create(path, config.tensorboard)
     log(INFO, "Run folder: %s", run_folder.path)
-    classes, judge = _classes_and_judge(config)
+    classes, splits = _classes_and_splits(config)
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed)
+    judge = _judge(config, splits) if splits else None
     run_folder.write_config(
         {
             "config": config.model_dump(mode="json", by_alias=True),
@@ -79,8 +80,8 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
     return strategy(config, classes, generator, prompts, run_folder, f"{run_id:020d}", judge)
 
 
-def _classes_and_judge(config: RunConfig) -> tuple[tuple[str, ...], Judge | None]:
-    """Take the class space from the run-config or the dataset; train the judge where the dataset is at hand."""
+def _classes_and_splits(config: RunConfig) -> tuple[tuple[str, ...], Splits | None]:
+    """Take the class space from the run-config or the dataset; the dataset too, if a judge is to learn from it."""
     if config.data.classes and not config.judge:
         return config.data.classes, None
     splits = load_splits(config.data, config.seed)
@@ -90,12 +91,17 @@ def _classes_and_judge(config: RunConfig) -> tuple[tuple[str, ...], Judge | None
             f"run-config key 'data.classes' is {', '.join(classes)!r}, but the dataset {config.data.dataset!r} "
             f"has {', '.join(splits.classes)!r}; allowed: the dataset's classes, or empty"
         )
-    if not config.judge or config.data.image_column not in splits.train.column_names:
-        return classes, None
+    return classes, splits if config.judge else None
+
+
+def _judge(config: RunConfig, splits: Splits) -> Judge | None:
+    """Train the judge, if the dataset has images."""
+    if config.data.image_column not in splits.train.column_names:
+        return None
     log(INFO, "Training the judge on %s images", len(splits.train))
     train, test = (to_examples(part, config.data, images=True, texts=False) for part in (splits.train, splits.test))
     if train.images_NHWC is None or test.images_NHWC is None:
-        return classes, None
-    judge = Judge(train.images_NHWC, train.labels_N, test.images_NHWC, test.labels_N, len(classes), config.seed)
+        return None
+    judge = Judge(train.images_NHWC, train.labels_N, test.images_NHWC, test.labels_N, len(splits.classes), config.seed)
     log(INFO, "The judge recognises %.1f%% of the real test images", 100 * judge.accuracy)
-    return classes, judge
+    return judge

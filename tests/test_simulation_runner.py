@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import ConfigError
-from deploy import simulation
+from deploy import simulation, submission
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -130,7 +130,7 @@ def test_a_run_answers_and_leaves_nothing(toy, tmp_path, short_tmp):
     assert process.returncode == 0, log
     assert (out / "answers.txt").read_text() == "[0, 1] two words 'quoted'"
     assert "server app is here" in log
-    assert simulation.COMPLETED in log.splitlines()[-1]
+    assert submission.COMPLETED in log.splitlines()[-1]
     assert left_behind(short_tmp) == []
 
 
@@ -172,29 +172,29 @@ VALUES = st.one_of(
 @settings(deadline=None)
 @given(st.dictionaries(KEYS, VALUES))
 def test_flower_reads_what_is_written(config):
-    text = simulation.format_run_config(config)
+    text = submission.format_run_config(config)
     read = parse_config_args([text])
     assert read == config
     assert [type(value) for value in read.values()] == [type(value) for value in config.values()]
-    assert simulation.parse_run_config([text]) == config
+    assert submission.parse_run_config([text]) == config
 
 
 def test_dotted_keys_stay_flat():
     config = {"t2i.lora-rank": 4, "t2i.device": "cpu", "rounds": 2}
-    assert simulation.parse_run_config([simulation.format_run_config(config)]) == config
+    assert submission.parse_run_config([submission.format_run_config(config)]) == config
 
 
 def test_the_users_settings_win(toy):
-    ours = simulation.effective_config(toy, 3, Path("runs/x"), {})
+    ours = submission.effective_config(toy, 3, Path("runs/x"), {})
     assert ours == {"min-nodes": 3, "output-dir": str(Path("runs/x").absolute())}
     users = {"min-nodes": 1, "output-dir": "/elsewhere", "mode": "x"}
-    assert simulation.effective_config(toy, 3, Path("runs/x"), users) == users
+    assert submission.effective_config(toy, 3, Path("runs/x"), users) == users
 
 
 def test_keys_that_an_app_lacks_are_not_set(toy):
     project = toy / "pyproject.toml"
     project.write_text(project.read_text().replace("min-nodes = 1\n", ""))
-    assert simulation.effective_config(toy, 3, None, {"mode": "x"}) == {"mode": "x"}
+    assert submission.effective_config(toy, 3, None, {"mode": "x"}) == {"mode": "x"}
 
 
 @pytest.mark.parametrize(
@@ -208,13 +208,13 @@ def test_keys_that_an_app_lacks_are_not_set(toy):
 )
 def test_unreadable_run_config(texts, message):
     with pytest.raises(ConfigError, match=message):
-        simulation.parse_run_config(texts)
+        submission.parse_run_config(texts)
 
 
 def test_a_toml_file_is_read(tmp_path):
     path = tmp_path / "changes.toml"
     path.write_text("rounds = 2\n[t2i]\nlora-rank = 4\n")
-    assert simulation.parse_run_config([str(path)]) == {"rounds": 2, "t2i.lora-rank": 4}
+    assert submission.parse_run_config([str(path)]) == {"rounds": 2, "t2i.lora-rank": 4}
 
 
 @pytest.mark.parametrize(
