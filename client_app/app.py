@@ -17,18 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from client_app.feedback import nearest_neighbour_votes, to_payload_logits, vote_features
-<<<<<<< HEAD
 from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, parameter_groups, predict, train
-from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch
-from client_app.private_data import PrivateData, load_private_data
-from client_app.task_models import PADDING, Inputs, build_task_model, model_label
-=======
-from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, predict, train
 from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, plain_name
 from client_app.optimizer import AdamW
 from client_app.private_data import PrivateData, load_own_data, load_private_data
-from client_app.task_models import Inputs, build_task_model, tokenize
->>>>>>> main
+from client_app.task_models import PADDING, Inputs, build_task_model, model_label
 from common.config import NodeConfig, RunConfig
 from common.datasets import Examples
 from common.devices import pick_device
@@ -105,14 +98,9 @@ class Client:
         if self.config.client.trainable == "head":
             task_model.freeze_encoders()
         self.model = AlignedModel(task_model, instructions.anchor_size).to(self.device)
-<<<<<<< HEAD
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.config.client), weight_decay=1e-3)
-        self.memory = ClientMemory(_state_folder(self.config, self.node), instructions.run_key, self.name)
-=======
-        self.optimizer = AdamW(self.model.parameters(), self.config.client.learning_rate, weight_decay=1e-3)
+        self.optimizer = AdamW(parameter_groups(self.model, self.config.client), weight_decay=1e-3)
         state_folder = _state_folder(self.config, self.node)
         self.memory = ClientMemory(state_folder, instructions.run_key, self.name)
->>>>>>> main
         self.is_new = not self.memory.has_model
         if not self.is_new:
             self.memory.load_model(self.model, self.optimizer)

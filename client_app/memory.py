@@ -129,18 +129,17 @@ class ClientMemory:
         write_atomically(self.folder / f"{name}.npz", lambda path: path.write_bytes(buffer.getvalue()))
 
 
-<<<<<<< HEAD
+def plain_name(name: str) -> str:
+    """Make a client's name one of a folder."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
 def _saved_names(model: AlignedModel) -> dict[str, str]:
     """Name each weight as it is saved; those of the task model as it likes them."""
     return {
         name: model.task_model.saved_name(own) if (own := name.removeprefix("task_model.")) != name else name
         for name in model.state_dict()
     }
-=======
-def plain_name(name: str) -> str:
-    """Make a client's name one of a folder."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
->>>>>>> main
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -216,16 +216,12 @@ class NodeConfig(_Section):
         "", description="task model, as in `client.models`; empty: taken from `client.models` by partition"
     )
     data_path: str = Field("", description="this node's own dataset, in place of a partition")
-<<<<<<< HEAD
     image_column: str = Field("", description="its column of images; empty: the run's `data.image-column`")
     text_column: str = Field("", description="its column of texts; empty: the run's `data.text-column`")
     label_column: str = Field("", description="its column of labels; empty: the run's `data.label-column`")
-    state_dir: str = Field("", description="where this node keeps its model; overrides `client.state-dir`")
-=======
     state_dir: str = Field(
         "", description="where this node keeps its model and a decoded copy of its data; overrides `client.state-dir`"
     )
->>>>>>> main
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
 
     @classmethod
