@@ -126,7 +126,7 @@ def left_behind(tmp: Path) -> list[object]:
 def test_a_run_answers_and_leaves_nothing(toy, tmp_path, short_tmp):
     out = tmp_path / "out"
     process = start(toy, out, short_tmp, "mode=\"two words 'quoted'\"")
-    log, _ = process.communicate(timeout=120)
+    log, _ = process.communicate(timeout=240)
     assert process.returncode == 0, log
     assert (out / "answers.txt").read_text() == "[0, 1] two words 'quoted'"
     assert "server app is here" in log
@@ -136,7 +136,7 @@ def test_a_run_answers_and_leaves_nothing(toy, tmp_path, short_tmp):
 
 def test_an_exception_of_the_server_app_fails_the_command(toy, tmp_path, short_tmp):
     process = start(toy, tmp_path / "out", short_tmp, 'mode="raise"')
-    log, _ = process.communicate(timeout=120)
+    log, _ = process.communicate(timeout=240)
     assert process.returncode == 1, log
     assert "finished:failed" in log.splitlines()[-1]
     assert "planned failure" in log.splitlines()[-1]
@@ -150,7 +150,7 @@ def test_ctrl_c_stops_the_run_and_leaves_nothing(toy, tmp_path, short_tmp):
         if "server app is here" in line:
             break
     process.send_signal(signal.SIGINT)
-    log, _ = process.communicate(timeout=60)
+    log, _ = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGINT, log
     assert "Traceback" not in log
     assert left_behind(short_tmp) == []
