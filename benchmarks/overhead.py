@@ -63,7 +63,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 def load(message, context):
@@ -167,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
         parts = write_partitions(RunConfig().data, options.nodes, 0, folder / "data")
         for index, part in enumerate(parts):
             name = f"{options.model}-{index}"
-            config = {"name": name, "model": options.model, "data-path": str(part), "state-dir": str(part / "state")}
+            state = folder / "state" / name
+            config = {"name": name, "model": options.model, "data-path": str(part), "state-dir": str(state)}
             federation.add_node(name, config, environment={"PYTHONPATH": str(ROOT)})
         federation.wait_for_nodes()
         common = (federation, options.nodes, options.rounds)

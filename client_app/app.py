@@ -16,11 +16,12 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional as F
 
+from client_app.decoded_copy import load_own_data
 from client_app.feedback import nearest_neighbour_votes, to_payload_logits, vote_features
 from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, parameter_groups, predict, train
 from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, plain_name
 from client_app.optimizer import AdamW
-from client_app.private_data import PrivateData, load_own_data, load_private_data
+from client_app.private_data import PrivateData, load_private_data
 from client_app.task_models import PADDING, Inputs, build_task_model, model_label
 from common.config import NodeConfig, RunConfig
 from common.datasets import Examples
@@ -108,7 +109,7 @@ class Client:
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
         wanted = (self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
         if self.node.data_path:
-            self.data = load_own_data(state_folder.expanduser() / "data" / plain_name(self.name), *wanted)
+            self.data = load_own_data(state_folder.expanduser(), self.name, *wanted)
         else:
             self.data = _simulated_data(*wanted)
 

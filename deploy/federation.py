@@ -7,11 +7,9 @@ keys, waits until all are healthy, submits the run, follows it to its end, and s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,36 +17,22 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.config import ConfigError, RunConfig
+from common.config import RunConfig
 from deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
+from deploy.command import run_command
 from deploy.partition import write_partitions
-from deploy.processes import FlowerProcesses, flower_environment, free_port, signals_ignored, stop_together
-from deploy.submission import (
-    COMPLETED,
-    Outcome,
-    Submitter,
-    Value,
-    app_config,
-    check,
-    effective_config,
-    format_run_config,
-    parse_run_config,
-)
+from deploy.processes import FlowerProcesses, StartError, flower_environment, free_port, signals_ignored, stop_together
+from deploy.submission import Outcome, Submitter, Value, app_config, effective_config, format_run_config
 
 MODELS = ("cnn", "resnet", "text", "dual")
 START_TIMEOUT = 90.0  # seconds until a process must be healthy; 5 to 10 on two idle cores
 CONNECTION = "federation"
 _LOOPBACK = "127.0.0.1"
-
-
-class FederationError(RuntimeError):
-    """A part of the federation could not be started; the text holds its last log lines."""
 
 
 @dataclass
@@ -111,7 +95,7 @@ class Federation:
 
         Raises
         ------
-        FederationError
+        StartError
             If it is not, in time.
         """
         host, _, port = self.runtime.rpartition(":")
@@ -156,7 +140,7 @@ class Federation:
 
         Raises
         ------
-        FederationError
+        StartError
             If the SuperLink does not take the key.
         """
         key, public = make_node_key(self.pki, name)
@@ -177,7 +161,7 @@ class Federation:
 
         Raises
         ------
-        FederationError
+        StartError
             Names the first that is not, with its last log lines.
         """
         for node in self.nodes.values():
@@ -201,7 +185,7 @@ class Federation:
         except (ValueError, KeyError):
             accepted = False
         if not accepted:
-            raise FederationError(f"the key of {name} could not be registered:\n{answer}")
+            raise StartError(f"the key of {name} could not be registered:\n{answer}")
 
     def _processes(self, name: str) -> FlowerProcesses:
         home = self.home / name
@@ -215,7 +199,7 @@ def local_federation() -> Iterator[Federation]:
 
     Raises
     ------
-    FederationError
+    StartError
         If the SuperLink does not come up.
     """
     home = Path(tempfile.mkdtemp(prefix="fedmmkt-"))  # for its owner only
@@ -247,37 +231,53 @@ def is_healthy(address: str) -> bool:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+def federate(
+    app: Path, nodes: int, out: Path | None, run_config: Mapping[str, Value], stream: TextIO | None = None
+) -> str:
+    """Run an app once on a federation of its own.
+
+    Parameters
+    ----------
+    app, out, run_config, stream
+        As of `deploy.simulation.simulate`.
+    nodes : int
+        Number of SuperNodes. They get the parts of ``data.dataset``, and in turn the models that the run-config
+        names in ``client.models``, or `MODELS`.
+
+    Returns
+    -------
+    str
+        The run's status, ``finished:completed`` if all is well.
+
+    Raises
+    ------
+    ConfigError
+        If the data cannot be divided so.
+    StartError
+        If a part of the federation does not come up.
+    """
+    output = stream or sys.stdout
+    changes = {"client.models": ",".join(MODELS), **run_config}
+    effective = effective_config(app, nodes, out, changes)
+    config = RunConfig.from_flower({**app_config(app)[1], **effective})
+    with local_federation() as federation:
+        print("SuperLink is up, with TLS and node authentication", file=output, flush=True)
+        folders = write_partitions(config.data, nodes, config.seed, federation.home / "data")
+        for index, folder in enumerate(folders):
+            model = config.client.models[index % len(config.client.models)]
+            name, state = f"{model}-{index}", federation.home / "state" / str(index)
+            settings = {"name": name, "model": model, "data-path": str(folder), "state-dir": str(state)}
+            federation.add_node(f"node-{index}", settings)
+            print(f"SuperNode {name} is registered", file=output, flush=True)
+        federation.wait_for_nodes()
+        print("All SuperNodes are healthy", file=output, flush=True)
+        return federation.run(app, effective, output).status
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the federation that the command line asks for; return the exit code."""
-    options = _parse_arguments(arguments)
-    try:
-        run_config = parse_run_config([text for text in options.run_config if text.strip()])
-        effective = effective_config(options.app, options.nodes, options.out, run_config)
-        check(options.app, options.nodes, effective)
-        config = RunConfig.from_flower({**app_config(options.app)[1], **effective})
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _leave)
-        with local_federation() as federation:
-            print("SuperLink is up, with TLS and node authentication", flush=True)
-            folders = write_partitions(config.data, options.nodes, config.seed, federation.home / "data")
-            for index, folder in enumerate(folders):
-                model = options.models[index % len(options.models)]
-                name = f"{model}-{index}"
-                settings = {"name": name, "model": model, "data-path": str(folder), "state-dir": str(folder / "state")}
-                federation.add_node(name, settings)
-                print(f"SuperNode {name} is registered", flush=True)
-            federation.wait_for_nodes()
-            print("All SuperNodes are healthy", flush=True)
-            return 0 if federation.run(options.app, effective).status == COMPLETED else 1
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except FederationError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+    out = Path("runs/federation")
+    return run_command("deploy.federation", "Run the app on real processes.", len(MODELS), out, federate, arguments)
 
 
 def _wait_healthy(address: str, process: subprocess.Popen[bytes], processes: FlowerProcesses, name: str) -> None:
@@ -285,27 +285,8 @@ def _wait_healthy(address: str, process: subprocess.Popen[bytes], processes: Flo
     while not is_healthy(address):
         if process.poll() is not None or time.monotonic() > deadline:
             ended = "is not healthy" if process.poll() is None else f"ended with code {process.returncode}"
-            raise FederationError(f"{name} {ended}; its last lines:\n{processes.log_tail(name)}")
+            raise StartError(f"{name} {ended}; its last lines:\n{processes.log_tail(name)}")
         time.sleep(0.2)
-
-
-def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m deploy.federation", description="Run the app on real processes.")
-    parser.add_argument("--nodes", type=int, default=len(MODELS), help="SuperNodes (default: %(default)s)")
-    parser.add_argument(
-        "--models",
-        type=lambda text: [name.strip() for name in text.split(",") if name.strip()] or list(MODELS),
-        default=list(MODELS),
-        help=f"the nodes' task models, in turn (default: {','.join(MODELS)})",
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/federation"), help="folder of the run")
-    parser.add_argument("--app", type=Path, default=Path(), help="folder of the app (default: this one)")
-    parser.add_argument("--run-config", action="append", default=[], metavar="PAIRS", help="as of `flwr run`")
-    return parser.parse_args(arguments)
-
-
-def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

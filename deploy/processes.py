@@ -39,6 +39,10 @@ _DEFAULTS = {
 }
 
 
+class StartError(RuntimeError):
+    """A part of Flower could not be started; the text holds its last log lines."""
+
+
 def flower_environment(home: Path, port: int) -> dict[str, str]:
     """Return the environment of Flower's commands: its own ``FLWR_HOME``, quiet libraries, no installation at run time.
 

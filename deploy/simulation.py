@@ -7,40 +7,24 @@ everything it started. Benchmarks use :func:`simulate`, or :func:`local_flower` 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TextIO
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
-from common.config import ConfigError
-from deploy.processes import FlowerProcesses, flower_environment, free_port, signals_ignored
-from deploy.submission import (
-    COMPLETED,
-    Outcome,
-    Submitter,
-    Value,
-    check,
-    effective_config,
-    format_run_config,
-    parse_run_config,
-)
+from deploy.command import run_command
+from deploy.processes import FlowerProcesses, StartError, flower_environment, free_port, signals_ignored
+from deploy.submission import Outcome, Submitter, Value, effective_config, format_run_config
 
 START_TIMEOUT = 60.0  # seconds until the SuperLink must answer; 3 on two idle cores
-
-
-class SimulationError(RuntimeError):
-    """The local SuperLink could not be started."""
 
 
 def simulate(
@@ -76,7 +60,7 @@ def local_flower() -> Iterator[LocalFlower]:
 
     Raises
     ------
-    SimulationError
+    StartError
         If it does not come up.
     """
     home = Path(tempfile.mkdtemp(prefix="fedmmkt-"))
@@ -107,7 +91,7 @@ class LocalFlower:
         deadline = time.monotonic() + START_TIMEOUT
         while not self._is_healthy():
             if superlink.poll() is not None or time.monotonic() > deadline:
-                raise SimulationError(f"the local SuperLink did not start:\n{self._processes.log_tail('superlink')}")
+                raise StartError(f"the local SuperLink did not start:\n{self._processes.log_tail('superlink')}")
             time.sleep(0.1)
 
     def run(
@@ -142,43 +126,7 @@ class LocalFlower:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the simulation that the command line asks for; return the exit code."""
-    options = _parse_arguments(arguments)
-    try:
-        # `make` passes an empty string where no run-config was given.
-        run_config = parse_run_config([text for text in options.run_config if text.strip()])
-        check(options.app, options.nodes, effective_config(options.app, options.nodes, options.out, run_config))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
-    try:
-        return 0 if simulate(options.app, options.nodes, options.out, run_config) == COMPLETED else 1
-    except SimulationError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-
-
-def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m deploy.simulation", description="Run the app in simulation.")
-    parser.add_argument("--nodes", type=int, default=6, help="simulated nodes (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--app", type=Path, default=Path(), help="folder of the app (default: this one)")
-    parser.add_argument(
-        "--run-config",
-        action="append",
-        default=[],
-        metavar="PAIRS",
-        help="changes to [tool.flwr.app.config], such as 'rounds=2 t2i.lora-rank=4', or a TOML file",
-    )
-    return parser.parse_args(arguments)
-
-
-def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+    return run_command("deploy.simulation", "Run the app in simulation.", 6, Path("runs/demo"), simulate, arguments)
 
 
 def _federation(nodes: int) -> dict[str, Value]:

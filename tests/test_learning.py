@@ -103,10 +103,8 @@ def test_training_without_epochs_or_synthetic_samples_changes_nothing(steps):
     before = [parameter.clone() for parameter in model.parameters()]
     inputs, labels_N = two_classes(4)
     synthetic = None if steps is None else SyntheticSet(inputs, torch.eye(2)[labels_N], labels_N, torch.ones(4))
-    optimizer, config = (
-        torch.optim.AdamW(model.parameters()),
-        ClientConfig(distillation_steps=150 if steps is None else steps),
-    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = ClientConfig(distillation_steps=150 if steps is None else steps)
     loss = train(model, optimizer, PrivateSet(inputs, labels_N), synthetic, config, 0, torch.Generator())
     assert loss == 0
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

@@ -97,17 +97,31 @@ def short_tmp() -> Iterator[Path]:
         yield Path(folder)
 
 
-def start(toy: Path, out: Path, tmp: Path, run_config: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "deploy.simulation", "--nodes", "2", "--app", str(toy), "--out", str(out)]
-    environment = {**os.environ, "TMPDIR": str(tmp)}
-    return subprocess.Popen(
-        [*command, "--run-config", run_config],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start(toy, tmp_path, short_tmp):
+    """A function that starts the command on the toy app; what a failed test leaves running is stopped."""
+    started = []
+
+    def start(run_config):
+        command = [sys.executable, "-m", "deploy.simulation", "--nodes", "2", "--app", str(toy)]
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "out"), "--run-config", run_config],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(short_tmp)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A shell's background job, which these tests may be, ignores Ctrl-C, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)
 
 
 def left_behind(tmp: Path) -> list[object]:
@@ -123,19 +137,18 @@ def left_behind(tmp: Path) -> list[object]:
     return [*tmp.iterdir(), *filter(runs_below, psutil.process_iter())]
 
 
-def test_a_run_answers_and_leaves_nothing(toy, tmp_path, short_tmp):
-    out = tmp_path / "out"
-    process = start(toy, out, short_tmp, "mode=\"two words 'quoted'\"")
+def test_a_run_answers_and_leaves_nothing(start, tmp_path, short_tmp):
+    process = start("mode=\"two words 'quoted'\"")
     log, _ = process.communicate(timeout=120)
     assert process.returncode == 0, log
-    assert (out / "answers.txt").read_text() == "[0, 1] two words 'quoted'"
+    assert (tmp_path / "out" / "answers.txt").read_text() == "[0, 1] two words 'quoted'"
     assert "server app is here" in log
     assert submission.COMPLETED in log.splitlines()[-1]
     assert left_behind(short_tmp) == []
 
 
-def test_an_exception_of_the_server_app_fails_the_command(toy, tmp_path, short_tmp):
-    process = start(toy, tmp_path / "out", short_tmp, 'mode="raise"')
+def test_an_exception_of_the_server_app_fails_the_command(start, short_tmp):
+    process = start('mode="raise"')
     log, _ = process.communicate(timeout=120)
     assert process.returncode == 1, log
     assert "finished:failed" in log.splitlines()[-1]
@@ -143,8 +156,8 @@ def test_an_exception_of_the_server_app_fails_the_command(toy, tmp_path, short_t
     assert left_behind(short_tmp) == []
 
 
-def test_ctrl_c_stops_the_run_and_leaves_nothing(toy, tmp_path, short_tmp):
-    process = start(toy, tmp_path / "out", short_tmp, 'mode="hang"')
+def test_ctrl_c_stops_the_run_and_leaves_nothing(start, short_tmp):
+    process = start('mode="hang"')
     assert process.stdout is not None
     for line in process.stdout:
         if "server app is here" in line:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client_app import private_data
-from client_app.private_data import load_own_data
+from client_app import decoded_copy
+from client_app.decoded_copy import load_own_data
 from common.config import DataConfig, NodeConfig, RunConfig
 from common.datasets import DIGIT_NAMES
 from deploy.partition import write_partitions
@@ -24,7 +24,7 @@ def own(tmp_path):
 
     def load(config=None, texts=True, images=True):
         node = NodeConfig(data_path=str(folders[0]))
-        return load_own_data(tmp_path / "copy", config or RunConfig(), node, DIGIT_NAMES, images, texts)
+        return load_own_data(tmp_path / "state", "one", config or RunConfig(), node, DIGIT_NAMES, images, texts)
 
     return folders, load
 
@@ -32,8 +32,8 @@ def own(tmp_path):
 @pytest.fixture
 def readings(monkeypatch):
     count = []
-    read = private_data.load_private_data
-    monkeypatch.setattr(private_data, "load_private_data", lambda *wanted: count.append(1) or read(*wanted))
+    read = decoded_copy.load_private_data
+    monkeypatch.setattr(decoded_copy, "load_private_data", lambda *wanted: count.append(1) or read(*wanted))
     return count
 
 
@@ -64,20 +64,30 @@ def test_a_changed_setting_or_file_or_a_damaged_copy_means_reading_again(own, re
     (folders[0] / "train.parquet").write_bytes((folders[1] / "train.parquet").read_bytes())
     changed = load()
     assert len(readings) == 4
-    (tmp_path / "copy" / "examples.npz").write_bytes(b"PK\x03\x04 half")
+    (tmp_path / "state" / "data" / "one" / "examples.npz").write_bytes(b"PK\x03\x04 half")
     assert_equal(load(), changed)
     assert len(readings) == 5
+
+
+def test_state_within_the_data_is_none_of_it(own, readings):
+    folders, _ = own
+    node, state = NodeConfig(data_path=str(folders[0])), folders[0] / "state"
+    for round_ in range(3):
+        (state / "run").mkdir(parents=True, exist_ok=True)
+        (state / "run" / "model.safetensors").write_text("a longer model each round" * round_)
+        load_own_data(state, "one", RunConfig(), node, DIGIT_NAMES, images=False, texts=True)
+    assert len(readings) == 1
 
 
 def test_only_the_owner_reads_the_copy(own, tmp_path):
     _, load = own
     load()
-    assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "state" / "data" / "one").stat().st_mode) == 0o700
 
 
 def test_a_disk_that_takes_no_copy_costs_a_warning(own, tmp_path, caplog):
     _, load = own
-    (tmp_path / "copy").touch()
+    (tmp_path / "state").touch()
     assert len(load().train) > 0
     assert "will be read again" in caplog.text
 
@@ -86,7 +96,6 @@ MESSAGE = """
 import sys
 from flwr.app import Context, RecordDict
 from client_app.app import Client
-from client_app.private_data import load_own_data
 from common.config import RunConfig, to_flower
 from common.datasets import DIGIT_NAMES
 from common.payloads import Instructions
