@@ -71,7 +71,7 @@ def load(message, context):
     from client_app.private_data import load_private_data
     from client_app.task_models import Inputs, build_task_model
     from common.config import NodeConfig, RunConfig
-    from common.datasets import DIGIT_NAMES
+    from common.dataset_files import DIGIT_NAMES
     import torch
 
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from client_app.decoded_copy import load_own_data
 from client_app.feedback import nearest_neighbour_votes, to_payload_logits, vote_features
 from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, parameter_groups, predict, train
-from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, plain_name
+from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch
 from client_app.optimizer import AdamW
 from client_app.private_data import PrivateData, load_private_data
 from client_app.task_models import PADDING, Inputs, build_task_model, model_label

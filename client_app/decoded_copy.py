@@ -72,7 +72,8 @@ def _state_of(
     # What a node keeps of a round changes with each, and is none of its data.
     files = sorted(path for path in found if path.is_file() and not path.is_relative_to(state_folder.absolute()))
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    settings = [config.data.model_dump(), config.seed, node.data_path, class_space, images, texts]
+    data = node.own_data(config.data).model_dump(exclude={"own_fields"})
+    settings = [data, config.seed, class_space, images, texts]
     return hashlib.sha256(json.dumps([settings, states]).encode()).hexdigest()
 
 

@@ -57,13 +57,18 @@ class DataConfig(_Section):
     """Which data the run learns, and how a simulation divides it among clients."""
 
     dataset: str = Field(
-        "digits", min_length=1, description="`digits`, a folder of images, or a parquet file or folder"
+        "digits",
+        min_length=1,
+        description="`digits`, a file or folder of parquet, CSV or JSON lines, a folder of images, or a hub id",
     )
+    subset: str = Field("", description="which configuration of a hub dataset that has several")
     image_column: str = Field("image", min_length=1, description="column of images")
     text_column: str = Field("text", min_length=1, description="column of texts, read by text models")
     label_column: str = Field("label", min_length=1, description="column of class labels")
     classes: tuple[str, ...] = Field(
-        (), description="class names, in order; empty: those of the dataset, which the server then must have"
+        (),
+        description="class names, in order, or a text file with one a line; empty: those of the dataset, which the "
+        "server then must have",
     )
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side at which task models see images")
     test_fraction: float = Field(
@@ -75,6 +80,21 @@ class DataConfig(_Section):
     alpha: float = Field(0.1, gt=0, le=1e6, description="Dirichlet concentration; small is very non-IID")
     classes_per_client: int = Field(3, ge=1, description="classes a client holds under `pathological`")
     min_examples: int = Field(10, ge=1, description="fewest examples a partition may have")
+
+    def key(self, field: str) -> str:
+        """Name the key that a field comes from, as errors do."""
+        return f"run-config key 'data.{_kebab(field)}'"
+
+
+class OwnDataConfig(DataConfig):
+    """A node's own data: what its node-config says, in place of the run-config."""
+
+    own_fields: frozenset[str] = frozenset()
+
+    def key(self, field: str) -> str:
+        """Name the key that a field comes from, as errors do."""
+        own = "data-path" if field == "dataset" else _kebab(field)
+        return f"node-config key {own!r}" if field in self.own_fields else super().key(field)
 
 
 class ClientConfig(_Section):
@@ -234,6 +254,17 @@ class NodeConfig(_Section):
             Names every key that is unknown or out of range, or says that the node has no data.
         """
         return _parse(cls, dict(node_config), "node-config")
+
+    def own_data(self, data: DataConfig) -> OwnDataConfig:
+        """Describe the node's own data: the run's settings, but for what this node names."""
+        own = {
+            "dataset": self.data_path,
+            "image_column": self.image_column,
+            "text_column": self.text_column,
+            "label_column": self.label_column,
+        }
+        own = {field: value for field, value in own.items() if value}
+        return OwnDataConfig(**{**data.model_dump(), **own}, own_fields=frozenset(own))
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 from common.config import ConfigError, DataConfig, RunConfig
-from common.datasets import load_splits, partition_rows, quietly
+from common.dataset_files import quietly
+from common.datasets import load_splits
 from common.files import write_atomically
+from common.partitioning import partition_rows
 from deploy.submission import parse_run_config
 
 

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
 
 from common.config import ConfigError, RunConfig
-from common.datasets import Splits, load_splits, to_examples
+from common.datasets import Splits, load_splits, read_class_names, to_examples
 from server_app.adaptation import get_scores, get_update
 from server_app.aggregation import get_aggregation
 from server_app.evaluation import Judge
@@ -82,10 +82,11 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
 
 def _classes_and_splits(config: RunConfig) -> tuple[tuple[str, ...], Splits | None]:
     """Take the class space from the run-config or the dataset; the dataset too, if a judge is to learn from it."""
-    if config.data.classes and not config.judge:
-        return config.data.classes, None
+    named = read_class_names(config.data)
+    if named and not config.judge:
+        return named, None
     splits = load_splits(config.data, config.seed)
-    classes = config.data.classes or splits.classes
+    classes = named or splits.classes
     if set(classes) != set(splits.classes):
         raise ConfigError(
             f"run-config key 'data.classes' is {', '.join(classes)!r}, but the dataset {config.data.dataset!r} "

@@ -11,7 +11,7 @@ import pytest
 from client_app import decoded_copy
 from client_app.decoded_copy import load_own_data
 from common.config import DataConfig, NodeConfig, RunConfig
-from common.datasets import DIGIT_NAMES
+from common.dataset_files import DIGIT_NAMES
 from deploy.partition import write_partitions
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +97,7 @@ import sys
 from flwr.app import Context, RecordDict
 from client_app.app import Client
 from common.config import RunConfig, to_flower
-from common.datasets import DIGIT_NAMES
+from common.dataset_files import DIGIT_NAMES
 from common.payloads import Instructions
 
 run = to_flower(RunConfig()) | {"client.warmup-epochs": 1, "client.distillation-steps": 0}
