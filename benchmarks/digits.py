@@ -38,6 +38,7 @@ ROWS: dict[str, Overrides] = {
     "plain averaging, frozen T2I (FedMD-style)": FROZEN | PLAIN | {"t2i.aggregation": "mean"},
     "the client recipe, frozen T2I": FROZEN,
     "the whole, logits only": {"feedback": "logits"},
+    "the whole, no alignment loss": {"client.alignment-weight": 0.0},
     "the whole": {},
 }
 

@@ -189,7 +189,7 @@ class T2IConfig(_Section):
 class RunConfig(_Section):
     """Everything a run can be told."""
 
-    rounds: int = Field(6, ge=1, le=100_000, description="rounds of mutual transfer")
+    rounds: int = Field(8, ge=1, le=100_000, description="rounds of mutual transfer")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
     output_dir: str = Field("", description="absolute folder of the run; empty: ~/.fedmmkt/runs/<run id>")
     feedback: Literal["logits", "logits+votes"] = Field(
