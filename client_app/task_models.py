@@ -157,6 +157,21 @@ def register_task_model(name: str) -> Callable[[TaskModelFactory], TaskModelFact
     return register
 
 
+def check_task_model(name: str) -> None:
+    """Check what can be known of a model's name without importing or loading it.
+
+    Raises
+    ------
+    ConfigError
+        If no such model is registered.
+    """
+    if ":" not in name and name not in _FACTORIES:
+        raise ConfigError(
+            f"client model {name!r} is unknown; allowed: {', '.join(_FACTORIES)}, module:function, or "
+            "transformers: with a folder or hub id"
+        )
+
+
 def build_task_model(name: str, classes: int, image_size: int, labels: tuple[str, ...] = ()) -> TaskModel:
     """Build a task model by registered name, by ``transformers:SOURCE``, or by ``module:function``.
 
@@ -181,22 +196,20 @@ def build_task_model(name: str, classes: int, image_size: int, labels: tuple[str
 
         labels = labels or tuple(map(str, range(classes)))
         return build_transformers_model(name.removeprefix("transformers:"), labels, image_size)
-    factory = _FACTORIES.get(name)
-    if factory is None and ":" in name:
-        module, _, function = name.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"client model {name!r} cannot be imported: {error}") from None
-    if factory is None:
-        raise ConfigError(
-            f"client model {name!r} is unknown; allowed: {', '.join(_FACTORIES)}, module:function, or "
-            "transformers: with a folder or hub id"
-        )
-    model = factory(classes, image_size)
+    check_task_model(name)
+    model = (_FACTORIES.get(name) or _imported(name))(classes, image_size)
     if not isinstance(model, TaskModel):
         raise ConfigError(f"client model {name!r} built a {type(model).__name__}; allowed: a TaskModel")
     return model
+
+
+def _imported(name: str) -> TaskModelFactory:
+    module, _, function = name.partition(":")
+    try:
+        factory: TaskModelFactory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"client model {name!r} cannot be imported: {error}") from None
+    return factory
 
 
 def model_label(name: str) -> str:

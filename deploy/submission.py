@@ -17,6 +17,7 @@ from typing import TextIO
 import click
 from flwr.common.config import flatten_dict, parse_config_args
 
+from client_app.task_models import check_task_model
 from common.config import ConfigError, RunConfig
 from deploy.processes import script
 
@@ -124,7 +125,8 @@ def check(app: Path, nodes: int, config: Mapping[str, Value]) -> None:
     if nodes < 1:
         raise ConfigError(f"--nodes is {nodes}; allowed: 1 or more")
     if name == "fedmmkt":
-        RunConfig.from_flower({**defaults, **config})
+        for model in RunConfig.from_flower({**defaults, **config}).client.models:
+            check_task_model(model)
     elif unknown := config.keys() - defaults.keys():
         raise ConfigError(f"run-config keys unknown to {name}: {', '.join(sorted(unknown))}")
     needed = config.get("min-nodes", 1)

@@ -238,6 +238,7 @@ def test_a_toml_file_is_read(tmp_path):
         (["--run-config", "rouns=2 t2i.lora-rank=0"], ["'rouns' is unknown", "'t2i.lora-rank' is 0"]),
         (["--run-config", "rounds : 2"], ["'rounds : 2' is not of the form"]),
         (["--nodes", "2", "--run-config", "min-nodes=3"], ["min-nodes is 3, but only 2 nodes"]),
+        (["--run-config", 'client.models="cnn,rnn"'], ["client model 'rnn' is unknown; allowed: cnn, mlp"]),
     ],
 )
 def test_bad_input_is_refused_before_anything_starts(arguments, messages, tmp_path, monkeypatch, capsys):
