@@ -19,12 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from common.config import RunConfig
 from deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from deploy.command import run_command
+from deploy.connection_checks import is_healthy
 from deploy.partition import write_partitions
 from deploy.processes import FlowerProcesses, StartError, flower_environment, free_port, signals_ignored, stop_together
 from deploy.submission import Outcome, Submitter, Value, app_config, effective_config, format_run_config
@@ -219,16 +217,6 @@ def connect(flower_home: Path, name: str, address: str, authority: Path) -> None
     lines = ["[superlink]", f"default = {json.dumps(name)}", "", f"[superlink.{name}]"]
     lines += [f"address = {json.dumps(address)}", f"root-certificates = {json.dumps(str(authority.absolute()))}", ""]
     (flower_home / "config.toml").write_text("\n".join(lines), encoding="utf-8")
-
-
-def is_healthy(address: str) -> bool:
-    """Ask a process over gRPC whether it serves (grpc.health.v1)."""
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
-        except grpc.RpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def federate(
