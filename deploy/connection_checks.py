@@ -130,8 +130,18 @@ def check_reachable(address: str) -> str:
     return f"{address} answers"
 
 
-def check_tls(address: str, authority: Path) -> str:
-    """Check that a server's certificate is signed by the CA that this host trusts, and names the server so."""
+def check_tls(address: str, authority: Path, is_grpc: bool = True) -> str:
+    """Check that a server's certificate is signed by the CA that this host trusts, and names the server so.
+
+    Parameters
+    ----------
+    address : str
+        ``host:port``.
+    authority : Path
+        The CA's certificate.
+    is_grpc : bool
+        Whether gRPC is expected there, as nodes speak it with the Fleet API, or HTTP.
+    """
     host, port = split_address(address)
     ca = _load_certificate(authority)
     context = ssl.create_default_context(cafile=authority)
@@ -141,7 +151,8 @@ def check_tls(address: str, authority: Path) -> str:
             socket.create_connection((host, port), TIMEOUT) as connection,
             context.wrap_socket(connection, server_hostname=host) as channel,
         ):
-            return f"{address} has a certificate of this CA ({channel.version()})"
+            found_grpc = channel.selected_alpn_protocol() == "h2"
+            version = channel.version()
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(_tls_advice(error, address, authority, ca)) from None
     except ssl.SSLError as error:
@@ -150,6 +161,12 @@ def check_tls(address: str, authority: Path) -> str:
         ) from None
     except OSError as error:
         raise ConfigError(f"{address} cannot be reached ({error}); check the route and the firewall") from None
+    if found_grpc != is_grpc:
+        raise ConfigError(
+            f"{address} speaks {'gRPC' if found_grpc else 'HTTP'}; nodes need the Fleet API's address (9092), who "
+            "submits the SuperLink's --port (9091)"
+        )
+    return f"{address} has a certificate of this CA ({version})"
 
 
 def is_healthy(address: str) -> bool:
@@ -178,7 +195,7 @@ def check_connection(name: str) -> str:
     address, authority = read_connection(path, name)
     check_certificate(authority)
     check_reachable(address)
-    check_tls(address, authority)
+    check_tls(address, authority, is_grpc=False)
     command = [script("flwr"), "supernode", "list", name, "--format", "json"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=6 * TIMEOUT).stdout
     try:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from client_app.memory import DEFAULT_FOLDER
 from common.config import ConfigError, NodeConfig, RunConfig
 from deploy.connection_checks import (
     check_certificate,
@@ -116,6 +115,8 @@ def _config_checks(options: argparse.Namespace) -> Iterator[Check]:
         raise ConfigError("node-config key 'data-path' is missing; only a simulation gives nodes partitions")
     yield "model", partial(check_model, config, node)
     yield "data", partial(check_data, config, node)
+    from client_app.memory import DEFAULT_FOLDER  # Slow to import, like all that knows torch.
+
     state = Path(node.state_dir or config.client.state_dir or DEFAULT_FOLDER).expanduser()
     yield from _folder_checks(state, options.free)
 

@@ -48,9 +48,10 @@ def doctor(capsys):
 
 
 @contextlib.contextmanager
-def tls_listener(certificate, key):
+def tls_listener(certificate, key, speaks="h2"):
     """Accept TLS connections on loopback; give its address."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols([speaks])
     context.load_cert_chain(certificate, key)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -172,6 +173,14 @@ def test_a_listener_whose_certificate_is_out_of_date_or_of_another_name(doctor, 
 
     assert code == 1
     assert said in lines[-1]
+
+
+def test_a_port_for_submitters_is_none_for_nodes(doctor, pki):
+    with tls_listener(pki / "server.pem", pki / "server.key", speaks="http/1.1") as address:
+        code, lines = doctor("--ca", pki / "ca.crt", "--superlink", address)
+
+    assert code == 1
+    assert "speaks HTTP; nodes need the Fleet API's address" in lines[-1]
 
 
 def test_a_port_without_tls_one_that_nobody_listens_on_and_an_unknown_host(doctor, pki):
