@@ -39,7 +39,6 @@ from deploy.host_checks import (
     check_versions,
 )
 from deploy.processes import QUIET_LIBRARIES
-from deploy.submission import parse_run_config
 
 Check = tuple[str, Callable[[], str]]
 
@@ -105,6 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _config_checks(options: argparse.Namespace) -> Iterator[Check]:
     """Check what a run-config and a node-config name."""
+    if not (options.run_config or options.node_config or options.t2i):
+        return
+    from client_app.memory import DEFAULT_FOLDER  # These import torch; a health check has no need of it.
+    from deploy.submission import parse_run_config
+
     config = RunConfig.from_flower(parse_run_config(options.run_config))
     if options.t2i:
         yield "T2I model", partial(check_t2i, config)
@@ -115,8 +119,6 @@ def _config_checks(options: argparse.Namespace) -> Iterator[Check]:
         raise ConfigError("node-config key 'data-path' is missing; only a simulation gives nodes partitions")
     yield "model", partial(check_model, config, node)
     yield "data", partial(check_data, config, node)
-    from client_app.memory import DEFAULT_FOLDER  # Slow to import, like all that knows torch.
-
     state = Path(node.state_dir or config.client.state_dir or DEFAULT_FOLDER).expanduser()
     yield from _folder_checks(state, options.free)
 

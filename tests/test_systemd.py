@@ -6,19 +6,10 @@ import subprocess
 import sysconfig
 
 import pytest
-from flwr.supercore.cli.flower_superexec import _parse_args as superexec_parser
-from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink as superlink_parser
-from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode as supernode_parser
 
 from common.config import NodeConfig
 from deploy.submission import parse_run_config
-from tests.services import NAMES, UNITS, command, environment, read_environment_file, read_unit
-
-PARSERS = {
-    "flower-superlink": superlink_parser,
-    "flower-superexec": superexec_parser,
-    "flower-supernode": supernode_parser,
-}
+from tests.services import NAMES, PARSERS, UNITS, command, environment, read_environment_file, read_unit
 
 
 @pytest.fixture(params=NAMES)
@@ -44,7 +35,7 @@ def test_flower_accepts_the_command(unit):
 def test_the_superlink_authenticates_nodes_and_keeps_submitting_local():
     _, *arguments = command(read_unit("fedmmkt-superlink"), {})
 
-    options = superlink_parser().parse_args(arguments)
+    options = PARSERS["flower-superlink"]().parse_args(arguments)
 
     assert options.host == "127.0.0.1"
     assert options.enable_supernode_auth
