@@ -94,6 +94,7 @@ class FlowerProcesses:
         self.home = home
         self.working_directory = home / "cwd"
         self.environment = dict(environment)
+        self.prefix: list[str] = []  # a command that starts the others elsewhere
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -101,7 +102,7 @@ class FlowerProcesses:
         self.working_directory.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
-                [script(command), *arguments],
+                [*self.prefix, script(command), *arguments],
                 cwd=self.working_directory,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

@@ -16,6 +16,7 @@ from deploy.certificates import make_ca
 from deploy.connection_checks import is_healthy
 from deploy.doctor import main
 from deploy.federation import CONNECTION, connect, local_federation
+from deploy.federation import main as federation_command
 from deploy.partition import write_partitions
 from tests.conftest import TINY
 
@@ -138,6 +139,17 @@ def test_a_run_outlives_a_kill_of_the_superlink(federation, nodes, tmp_path):
     assert [line["replies"]["received"] for line in lines] == [3, 3, 3]
     assert sorted(lines[-1]["clients"]["per_client"]) == ["cnn", "dual", "text"]
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_home_that_is_not_empty_is_refused_and_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "mine").write_text("precious")
+    mode = tmp_path.stat().st_mode
+
+    assert federation_command(["--home", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+
+    assert "which is not empty; allowed: a new folder" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert tmp_path.stat().st_mode == mode
 
 
 @pytest.mark.slow
