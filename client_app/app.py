@@ -35,9 +35,10 @@ def train_round(message: Message, context: Context) -> Message:
     request = Request.from_content(message.content)
     if not request.batches:
         raise PayloadError("a round needs a synthetic batch, and the message holds none")
-    client = Client(context, request.instructions)
+    client = Client(context, request.instructions, before=request.instructions.round)
     client.receive(request)
     client.learn()
+    client.forget_old()
     payload = client.answer(request.batches[-1])
     return Message(
         RecordDict({**client.report().to_records("report"), **payload.to_records("payload")}), reply_to=message
@@ -48,7 +49,7 @@ def train_round(message: Message, context: Context) -> Message:
 def distill(message: Message, context: Context) -> Message:
     """Distil the last soft targets and report, without a new batch."""
     request = Request.from_content(message.content)
-    client = Client(context, request.instructions)
+    client = Client(context, request.instructions, before=request.instructions.round)
     client.receive(request)
     client.learn()
     return Message(RecordDict(client.report().to_records("report")), reply_to=message)
@@ -70,6 +71,8 @@ class Client:
         Flower's; holds the run's and the node's configuration.
     instructions : Instructions
         The server's.
+    before : int, optional
+        A round that the client's model must not have learned in yet; without it, the newest model is taken.
 
     Raises
     ------
@@ -77,7 +80,7 @@ class Client:
         If a setting cannot be used, or the private data cannot be read.
     """
 
-    def __init__(self, context: Context, instructions: Instructions) -> None:
+    def __init__(self, context: Context, instructions: Instructions, before: int | None = None) -> None:
         self.config = RunConfig.from_flower(context.run_config)
         self.node = NodeConfig.from_flower(context.node_config)
         self.instructions = instructions
@@ -94,21 +97,29 @@ class Client:
         task_model = build_task_model(self.model_name, len(instructions.classes), self.config.data.image_size)
         self.model = AlignedModel(task_model, instructions.anchor_size).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), self.config.client.learning_rate, weight_decay=1e-3)
-        self.memory = ClientMemory(_state_folder(self.config, self.node), instructions.run_key, self.name)
-        self.is_new = not self.memory.has_model
-        if not self.is_new:
-            self.memory.load_model(self.model, self.optimizer)
+        folders = _state_folders(self.config, self.node)
+        self.memory = ClientMemory(folders[0], instructions.run_key, self.name)
+        self.memory.inherit(folders, zip(instructions.ancestors, instructions.ancestor_rounds, strict=True))
+        self.is_new = not self.memory.load_model(self.model, self.optimizer, before)
+        for group in self.optimizer.param_groups:  # A run may be resumed with another learning rate.
+            group["lr"] = self.config.client.learning_rate
         modality = task_model.modality
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
         self.data = _private_data(self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
 
     def receive(self, request: Request) -> None:
-        """Keep what the server sent, and forget what is too old."""
+        """Keep what the server sent."""
         for batch in request.batches:
             self.memory.add_batch(batch)
         for targets in request.targets:
             self.memory.add_targets(targets)
-        self.memory.prune(self.config.client.pool_rounds + 1)
+
+    def forget_old(self) -> None:
+        """Forget batches that are not drawn from any more, and models older than any that a run could go back to.
+
+        In mid-round the server's last checkpoint is that of the round before, and it keeps some more.
+        """
+        self.memory.prune(batches=self.config.client.pool_rounds + 1, models=self.config.checkpoints_kept + 1)
 
     def learn(self) -> None:
         """Train on private and kept synthetic samples, and keep the new model."""
@@ -123,7 +134,7 @@ class Client:
             "anchor_size": self.instructions.anchor_size,
             "round": self.instructions.round,
         }
-        self.memory.save_model(self.model, self.optimizer, described)
+        self.memory.save_model(self.instructions.round, self.model, self.optimizer, described)
 
     def answer(self, batch: SyntheticBatch) -> DistillationPayload:
         """Return logits on a batch, and votes where the run asks for them and the model sees images."""
@@ -150,7 +161,7 @@ class Client:
 
     def report(self) -> ClientReport:
         """Measure the present model."""
-        test = self.data.test
+        test, kept = self.data.test, self.memory.batches()
         accuracy, loss = evaluate(self.model.task_model, self._inputs(test), self._to_tensor(test.labels_N))
         return ClientReport(
             client=self.name,
@@ -159,7 +170,8 @@ class Client:
             examples=len(self.data.train),
             accuracy=accuracy,
             loss=loss,
-            kept=tuple(kept.batch.batch_id for kept in self.memory.batches()),
+            kept=tuple(item.batch.batch_id for item in kept),
+            awaiting=tuple(item.batch.batch_id for item in kept if item.targets is None),
         )
 
     def _private_set(self) -> PrivateSet:
@@ -212,12 +224,17 @@ class Client:
 _private_data = lru_cache(maxsize=64)(load_private_data)
 
 
-def _state_folder(config: RunConfig, node: NodeConfig) -> Path:
-    """Choose where a client keeps its memory; simulated clients keep it with the run that they are part of."""
+def _state_folders(config: RunConfig, node: NodeConfig) -> list[Path]:
+    """Choose where a client keeps its memory, and after that where else an earlier run's may lie.
+
+    Simulated clients keep it with the run that they are part of.
+    """
     if named := node.state_dir or config.client.state_dir:
-        return Path(named)
-    is_simulated = not node.data_path
-    return Path(config.output_dir) / "clients" if is_simulated and config.output_dir else DEFAULT_FOLDER
+        return [Path(named)]
+    if node.data_path:
+        return [DEFAULT_FOLDER]
+    runs = (Path(config.output_dir) if config.output_dir else None, config.resumed_folder)
+    return [*(folder / "clients" for folder in runs if folder), DEFAULT_FOLDER]
 
 
 def _join(parts: list[SyntheticSet]) -> SyntheticSet:

@@ -13,9 +13,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
 
 from common.config import ConfigError, RunConfig
-from common.datasets import load_splits, to_examples
+from common.datasets import Splits, load_splits, to_examples
 from server_app.adaptation import get_scores, get_update
 from server_app.aggregation import get_aggregation
+from server_app.checkpoint import ServerState, check_continues, drop_later, find_state
 from server_app.evaluation import Judge
 from server_app.generator import Generator
 from server_app.prompts import build_prompt_source
@@ -60,10 +61,13 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
         (get_update, config.t2i.update),
     ):
         get_rule(name)
-    path = Path(config.output_dir or f"~/.fedmmkt/runs/{run_id}").expanduser()
-    run_folder = RunFolder.create(path, config.tensorboard)
+    state = find_state(Path(config.resume_from).expanduser()) if config.resume_from else None
+    classes, splits = _classes(config)
+    if state:
+        check_continues(state, config, classes)
+    run_folder = _run_folder(config, run_id, state)
     log(INFO, "Run folder: %s", run_folder.path)
-    classes, judge = _classes_and_judge(config)
+    judge = _judge(config, classes, splits) if splits else None
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed)
     run_folder.write_config(
@@ -74,13 +78,28 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
             "run_id": str(run_id),
             "threads": torch.get_num_threads(),
         }
+        | ({"resumed": {"run": state.run_key, "after-round": state.round}} if state else {})
     )
     # Flower's ids have up to 20 digits; of one length, messages of equal runs have equally many bytes.
-    return strategy(config, classes, generator, prompts, run_folder, f"{run_id:020d}", judge)
+    built = strategy(config, classes, generator, prompts, run_folder, f"{run_id:020d}", judge)
+    if state:
+        built.resume(state)
+    return built
 
 
-def _classes_and_judge(config: RunConfig) -> tuple[tuple[str, ...], Judge | None]:
-    """Take the class space from the run-config or the dataset; train the judge where the dataset is at hand."""
+def _run_folder(config: RunConfig, run_id: int, state: ServerState | None) -> RunFolder:
+    """Make the folder of a new run, or of one that goes on from a state, by default where the earlier one left off."""
+    earlier = config.resumed_folder
+    path = Path(config.output_dir or earlier or f"~/.fedmmkt/runs/{run_id}").expanduser()
+    if state is None or earlier is None:
+        return RunFolder.create(path, config.tensorboard)
+    run_folder = RunFolder.resume(path, config.tensorboard, RunFolder(earlier), state.metrics)
+    drop_later(run_folder.checkpoints, state.round)
+    return run_folder
+
+
+def _classes(config: RunConfig) -> tuple[tuple[str, ...], Splits | None]:
+    """Take the class space from the run-config or the dataset; load that if it is needed."""
     if config.data.classes and not config.judge:
         return config.data.classes, None
     splits = load_splits(config.data, config.seed)
@@ -90,12 +109,16 @@ def _classes_and_judge(config: RunConfig) -> tuple[tuple[str, ...], Judge | None
             f"run-config key 'data.classes' is {', '.join(classes)!r}, but the dataset {config.data.dataset!r} "
             f"has {', '.join(splits.classes)!r}; allowed: the dataset's classes, or empty"
         )
+    return classes, splits
+
+
+def _judge(config: RunConfig, classes: tuple[str, ...], splits: Splits) -> Judge | None:
+    """Train the judge, if it is wanted and the dataset has images."""
     if not config.judge or config.data.image_column not in splits.train.column_names:
-        return classes, None
-    log(INFO, "Training the judge on %s images", len(splits.train))
+        return None
     train, test = (to_examples(part, config.data, images=True, texts=False) for part in (splits.train, splits.test))
     if train.images_NHWC is None or test.images_NHWC is None:
-        return classes, None
+        return None
     judge = Judge(train.images_NHWC, train.labels_N, test.images_NHWC, test.labels_N, len(classes), config.seed)
     log(INFO, "The judge recognises %.1f%% of the real test images", 100 * judge.accuracy)
-    return classes, judge
+    return judge
