@@ -12,10 +12,15 @@ PACKAGES = common server_app client_app starter deploy
 #   make demo RUN_CONFIG='rounds=2 t2i.device="cpu"'
 export NODES OUT RUN_CONFIG
 
-.PHONY: demo test lint starter
+.PHONY: demo federation test lint starter
 
 demo: $(VENV)/installed
 	@$(VENV)/bin/python -m deploy.simulation --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
+
+federation: OUT = runs/federation
+federation: NODES = 4
+federation: $(VENV)/installed
+	@$(VENV)/bin/python -m deploy.federation --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest

@@ -29,7 +29,8 @@ from server_app.generator import Generated, Generator
 NODES = 6
 Overrides = dict[str, bool | int | float | str]
 
-FROZEN: Overrides = {"t2i.scores": "none"}
+# A T2I that never learns shows the prompted class more often with guidance.
+FROZEN: Overrides = {"t2i.scores": "none", "t2i.guidance": "3.0,1.5,1.2,1.0"}
 PLAIN: Overrides = {"client.balanced-softmax": False, "client.prompt-weight": 0.0, "client.alignment-weight": 0.0}
 ROWS: dict[str, Overrides] = {
     # Without weight on anything synthetic, no client learns from it; ten samples a round are then enough.
@@ -37,6 +38,7 @@ ROWS: dict[str, Overrides] = {
     "plain averaging, frozen T2I (FedMD-style)": FROZEN | PLAIN | {"t2i.aggregation": "mean"},
     "the client recipe, frozen T2I": FROZEN,
     "the whole, logits only": {"feedback": "logits"},
+    "the whole, no alignment loss": {"client.alignment-weight": 0.0},
     "the whole": {},
 }
 

@@ -14,12 +14,15 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
+from torch.nn import functional as F
 
+from client_app.decoded_copy import load_own_data
 from client_app.feedback import nearest_neighbour_votes, to_payload_logits, vote_features
-from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, predict, train
+from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, parameter_groups, predict, train
 from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch
+from client_app.optimizer import AdamW
 from client_app.private_data import PrivateData, load_private_data
-from client_app.task_models import Inputs, build_task_model, tokenize
+from client_app.task_models import PADDING, Inputs, build_task_model, model_label
 from common.config import NodeConfig, RunConfig
 from common.datasets import Examples
 from common.devices import pick_device
@@ -89,23 +92,31 @@ class Client:
         models = self.config.client.models
         self.model_name = self.node.model or models[(self.node.partition_id or 0) % len(models)]
         identity = context.node_id if self.node.partition_id is None else self.node.partition_id
-        self.name = self.node.name or f"{self.model_name}-{identity}"
+        self.name = self.node.name or f"{model_label(self.model_name)}-{identity}"
         seed = zlib.crc32(f"{self.config.seed}/{self.name}".encode())
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed + instructions.round)
 
-        task_model = build_task_model(self.model_name, len(instructions.classes), self.config.data.image_size)
+        classes, image_size = instructions.classes, self.config.data.image_size
+        task_model = build_task_model(self.model_name, len(classes), image_size, classes)
+        if self.config.client.trainable == "head":
+            task_model.freeze_encoders()
         self.model = AlignedModel(task_model, instructions.anchor_size).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), self.config.client.learning_rate, weight_decay=1e-3)
+        self.optimizer = AdamW(parameter_groups(self.model, self.config.client), weight_decay=1e-3)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         folders = _state_folders(self.config, self.node)
         self.memory = ClientMemory(folders[0], instructions.run_key, self.name)
         self.memory.inherit(folders, zip(instructions.ancestors, instructions.ancestor_rounds, strict=True))
         self.is_new = not self.memory.load_model(self.model, self.optimizer, before)
-        for group in self.optimizer.param_groups:  # A run may be resumed with another learning rate.
-            group["lr"] = self.config.client.learning_rate
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # A run may be resumed with another learning rate.
         modality = task_model.modality
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
-        self.data = _private_data(self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
+        wanted = (self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
+        if self.node.data_path:
+            self.data = load_own_data(folders[0].expanduser(), self.name, *wanted)
+        else:
+            self.data = _simulated_data(*wanted)
 
     def receive(self, request: Request) -> None:
         """Keep what the server sent."""
@@ -165,7 +176,7 @@ class Client:
         accuracy, loss = evaluate(self.model.task_model, self._inputs(test), self._to_tensor(test.labels_N))
         return ClientReport(
             client=self.name,
-            model=self.model_name,
+            model=model_label(self.model_name),
             modality=self.model.task_model.modality,
             examples=len(self.data.train),
             accuracy=accuracy,
@@ -210,10 +221,9 @@ class Client:
     def _inputs(self, examples: Examples) -> Inputs:
         images_BCHW = tokens_BL = None
         if self.reads_images and examples.images_NHWC is not None:
-            pixels = torch.from_numpy(examples.images_NHWC).permute(0, 3, 1, 2)
-            images_BCHW = (pixels.float() / 127.5 - 1).contiguous().to(self.device)
+            images_BCHW = torch.from_numpy(examples.images_NHWC).permute(0, 3, 1, 2).to(self.device)
         if self.reads_texts and examples.texts is not None:
-            tokens_BL = tokenize(examples.texts).to(self.device)
+            tokens_BL = self.model.task_model.tokenize(examples.texts).to(self.device)
         return Inputs(images_BCHW, tokens_BL)
 
     def _to_tensor(self, array: np.ndarray) -> Tensor:
@@ -221,7 +231,7 @@ class Client:
 
 
 # In simulation one process serves many messages of many clients.
-_private_data = lru_cache(maxsize=64)(load_private_data)
+_simulated_data = lru_cache(maxsize=64)(load_private_data)
 
 
 def _state_folders(config: RunConfig, node: NodeConfig) -> list[Path]:
@@ -242,12 +252,18 @@ def _join(parts: list[SyntheticSet]) -> SyntheticSet:
     tokens = [part.inputs.tokens_BL for part in parts if part.inputs.tokens_BL is not None]
     anchors = [part.anchors_ND for part in parts if part.anchors_ND is not None]
     return SyntheticSet(
-        Inputs(torch.cat(images) if images else None, torch.cat(tokens) if tokens else None),
+        Inputs(torch.cat(images) if images else None, _join_tokens(tokens) if tokens else None),
         torch.cat([part.probabilities_NC for part in parts]),
         torch.cat([part.prompted_N for part in parts]),
         torch.cat([part.weights_N for part in parts]),
         torch.cat(anchors) if len(anchors) == len(parts) else None,
     )
+
+
+def _join_tokens(parts: list[Tensor]) -> Tensor:
+    """Join token batches, padded to the longest."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=PADDING) for part in parts])
 
 
 __all__ = ["Client", "PrivateData", "app"]

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from client_app.task_models import to_float
+
 NEIGHBOURS = 3
 VOTE_PIXELS = 16
+CHUNK = 256
 
 
 def to_payload_logits(logits_NC: Tensor) -> np.ndarray:
@@ -63,13 +66,14 @@ def vote_features(encoder: nn.Module, private_MCHW: Tensor, synthetic_NCHW: Tens
     encoder : torch.nn.Module
         Maps images to features.
     private_MCHW, synthetic_NCHW : torch.Tensor
-        float32 in [-1, 1], of one size.
+        uint8, or float32 in [-1, 1]; of one size.
     """
     encoder.eval()
     described = []
     for describe in (_pixels, encoder):
         private, synthetic = (
-            torch.cat([describe(chunk) for chunk in images.split(256)]) for images in (private_MCHW, synthetic_NCHW)
+            torch.cat([describe(to_float(chunk)) for chunk in images.split(CHUNK)])
+            for images in (private_MCHW, synthetic_NCHW)
         )
         spread = (private - private.mean(0)).square().sum(1).mean().sqrt().clamp_min(1e-6)
         described.append((private / spread, synthetic / spread))

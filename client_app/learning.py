@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,18 @@ class AlignedModel(nn.Module):
         super().__init__()
         self.task_model = task_model
         self.projection = nn.Linear(task_model.feature_size, anchor_size) if anchor_size else None
+
+
+def parameter_groups(model: AlignedModel, config: ClientConfig) -> list[dict[str, Any]]:
+    """Group what is learned by learning rate: encoders that were trained before, and all else."""
+    own = model.task_model
+    encoders = [encoder for encoder in (own.image_encoder, own.text_encoder) if encoder is not None]
+    trained = [parameter for encoder in encoders for parameter in encoder.parameters() if own.is_pretrained]
+    pretrained = list(dict.fromkeys(trained))  # The encoders of a dual encoder are one model.
+    known = set(pretrained)
+    fresh = [parameter for parameter in model.parameters() if parameter not in known]
+    groups = [(fresh, config.learning_rate), (pretrained, config.pretrained_learning_rate)]
+    return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
 
 def balanced_softmax_loss(logits_BC: Tensor, labels_B: Tensor, log_prior_C: Tensor) -> Tensor:
@@ -171,9 +184,10 @@ def _epoch_batches(count: int, size: int, epochs: int, generator: torch.Generato
 
 
 def _drawn_batches(synthetic: SyntheticSet | None, config: ClientConfig, generator: torch.Generator) -> list[Tensor]:
-    if synthetic is None or not (config.distillation_weight or config.prompt_weight or config.alignment_weight):
-        return []
+    wanted = config.distillation_weight or config.prompt_weight or config.alignment_weight
     count = config.distillation_steps * config.synthetic_batch_size
+    if synthetic is None or not wanted or not count:
+        return []
     drawn = torch.multinomial(synthetic.weights_N.cpu().double(), count, replacement=True, generator=generator)
     return list(drawn.split(config.synthetic_batch_size))
 

@@ -85,16 +85,21 @@ class ClientMemory:
     ) -> None:
         """Keep the model of a round (safetensors), its description (JSON) and the optimiser's state (torch).
 
+        A model of transformers is kept so that ``from_pretrained`` reads the folder.
+
         Raises
         ------
         OSError
             If the disk is full; the files are then what they were.
         """
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        names = _saved_names(model)
+        # Cloned, for safetensors takes no two names of one tensor, which models with tied weights have.
+        weights = {names[name]: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         with replaced_folder(self.folder / f"model-{round:05d}", mode=0o700) as folder:
             torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            model.task_model.save_description(folder)
             write_text(folder / "model.json", json.dumps(described, indent=2) + "\n")
-            save_file(weights, folder / "model.safetensors")
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
     def load_model(self, model: AlignedModel, optimizer: torch.optim.Optimizer, before: int | None = None) -> bool:
         """Read back the newest model, or the newest one from before a round, into one of the same architecture.
@@ -107,7 +112,8 @@ class ClientMemory:
         folders = [path for path in self._model_folders() if before is None or _round(path) < before]
         if not folders:
             return False
-        model.load_state_dict(load_file(folders[-1] / "model.safetensors"))
+        weights, names = load_file(folders[-1] / "model.safetensors"), _saved_names(model)
+        model.load_state_dict({name: weights[saved] for name, saved in names.items() if saved in weights})
         optimizer.load_state_dict(torch.load(folders[-1] / "optimizer.pt", weights_only=True))
         return True
 
@@ -158,7 +164,7 @@ class ClientMemory:
 
 
 def _folder(root: Path, run_key: str, client: str) -> Path:
-    return root.expanduser() / run_key / re.sub(r"[^A-Za-z0-9_-]", "_", client)
+    return root.expanduser() / run_key / plain_name(client)
 
 
 def _round(path: Path) -> int:
@@ -182,6 +188,19 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def plain_name(name: str) -> str:
+    """Make a client's name one of a folder."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+def _saved_names(model: AlignedModel) -> dict[str, str]:
+    """Name each weight as it is saved; those of the task model as it likes them."""
+    return {
+        name: model.task_model.saved_name(own) if (own := name.removeprefix("task_model.")) != name else name
+        for name in model.state_dict()
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

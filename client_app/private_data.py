@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config import ConfigError, NodeConfig, RunConfig
-from common.datasets import Examples, load_splits, partition_rows, relabel, to_examples
+from common.datasets import Examples, load_splits, relabel, to_examples
+from common.partitioning import partition_rows
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ def load_private_data(
     ConfigError
         If the data cannot be read or has classes outside the class space.
     """
-    data = config.data
-    if node.data_path:
-        data = data.model_copy(update={"dataset": node.data_path})
+    data = node.own_data(config.data) if node.data_path else config.data
     splits = load_splits(data, config.seed)
     train = splits.train
     if not node.data_path:

@@ -1,7 +1,8 @@
 """Task models of different architectures and modalities, chosen by name.
 
 A model is an encoder of images, of texts, or one of each whose features are joined, and a linear head.
-``register_task_model`` adds one; a name with a colon, ``module:function``, is imported.
+``register_task_model`` adds one; a name with a colon, ``module:function``, is imported, and
+``transformers:SOURCE`` is a model of that library (`client_app.pretrained`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import importlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from common.payloads import Modality
 
 TEXT_BUCKETS = 4096
 TEXT_LENGTH = 96
+PADDING = -1  # Where a text has ended, in the tokens of models with a tokenizer of their own.
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,9 @@ class Inputs:
     Attributes
     ----------
     images_BCHW : torch.Tensor, optional
-        float32 in [-1, 1], RGB.
+        RGB, float32 in [-1, 1]; or uint8, a quarter of the memory, for samples that are read by index.
     tokens_BL : torch.Tensor, optional
-        int64 of `tokenize`, zero where a text has ended.
+        int64 of the model's `TaskModel.tokenize`.
     """
 
     images_BCHW: Tensor | None = None
@@ -39,13 +43,18 @@ class Inputs:
 
     def __getitem__(self, index: Tensor) -> Inputs:
         return Inputs(
-            None if self.images_BCHW is None else self.images_BCHW[index],
+            None if self.images_BCHW is None else to_float(self.images_BCHW[index]),
             None if self.tokens_BL is None else self.tokens_BL[index],
         )
 
     def __len__(self) -> int:
         present = self.images_BCHW if self.images_BCHW is not None else self.tokens_BL
         return 0 if present is None else len(present)
+
+
+def to_float(images_BCHW: Tensor) -> Tensor:
+    """Bring uint8 images to float32 in [-1, 1]; others are there already."""
+    return (images_BCHW.float() / 127.5 - 1).contiguous() if images_BCHW.dtype == torch.uint8 else images_BCHW
 
 
 class TaskModel(nn.Module):
@@ -61,7 +70,15 @@ class TaskModel(nn.Module):
         Maps int64 tokens (B, L) to features (B, F_text).
     feature_size : int
         F_image + F_text.
+
+    Attributes
+    ----------
+    is_pretrained : bool
+        Whether the encoders' weights were trained before, and hence learn at the pretrained learning rate.
     """
+
+    is_pretrained: bool = False
+    is_frozen: bool = False
 
     def __init__(
         self,
@@ -84,6 +101,32 @@ class TaskModel(nn.Module):
         if self.image_encoder is None:
             return "text"
         return "image" if self.text_encoder is None else "image+text"
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Turn texts into what the text encoder reads (int64, texts x tokens)."""
+        return tokenize(texts)
+
+    def freeze_encoders(self) -> None:
+        """Leave the encoders as they are in training, dropout and batch statistics too; the head alone learns."""
+        for encoder in (self.image_encoder, self.text_encoder):
+            if encoder is not None:
+                encoder.requires_grad_(False)
+        self.is_frozen = True
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, which frozen encoders do not enter."""
+        super().train(mode)
+        for encoder in (self.image_encoder, self.text_encoder):
+            if encoder is not None and self.is_frozen:
+                encoder.eval()
+        return self
+
+    def saved_name(self, name: str) -> str:
+        """Name a weight in the saved file; models of a library name theirs as it does."""
+        return f"task_model.{name}"
+
+    def save_description(self, folder: Path) -> None:
+        """Write what else a library needs to read the saved weights; nothing for a plain model."""
 
     def features(self, inputs: Inputs) -> Tensor:
         """Return features (B, F)."""
@@ -114,27 +157,64 @@ def register_task_model(name: str) -> Callable[[TaskModelFactory], TaskModelFact
     return register
 
 
-def build_task_model(name: str, classes: int, image_size: int) -> TaskModel:
-    """Build a task model by registered name, or by ``module:function``.
+def check_task_model(name: str) -> None:
+    """Check what can be known of a model's name without importing or loading it.
 
     Raises
     ------
     ConfigError
-        If the name is neither, or what it builds is no `TaskModel`.
+        If no such model is registered.
     """
-    factory = _FACTORIES.get(name)
-    if factory is None and ":" in name:
-        module, _, function = name.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"client model {name!r} cannot be imported: {error}") from None
-    if factory is None:
-        raise ConfigError(f"client model {name!r} is unknown; allowed: {', '.join(_FACTORIES)}, or module:function")
-    model = factory(classes, image_size)
+    if ":" not in name and name not in _FACTORIES:
+        raise ConfigError(
+            f"client model {name!r} is unknown; allowed: {', '.join(_FACTORIES)}, module:function, or "
+            "transformers: with a folder or hub id"
+        )
+
+
+def build_task_model(name: str, classes: int, image_size: int, labels: tuple[str, ...] = ()) -> TaskModel:
+    """Build a task model by registered name, by ``transformers:SOURCE``, or by ``module:function``.
+
+    Parameters
+    ----------
+    name : str
+        The model.
+    classes : int
+        Size of the class space.
+    image_size : int
+        Pixels a side of the images that it will see.
+    labels : tuple of str
+        Names of the classes, which a model of transformers keeps in its configuration.
+
+    Raises
+    ------
+    ConfigError
+        If the name is none of these, the model cannot be loaded, or what is built is no `TaskModel`.
+    """
+    if name.startswith("transformers:"):
+        from client_app.pretrained import build_transformers_model  # Slow to import.
+
+        labels = labels or tuple(map(str, range(classes)))
+        return build_transformers_model(name.removeprefix("transformers:"), labels, image_size)
+    check_task_model(name)
+    model = (_FACTORIES.get(name) or _imported(name))(classes, image_size)
     if not isinstance(model, TaskModel):
         raise ConfigError(f"client model {name!r} built a {type(model).__name__}; allowed: a TaskModel")
     return model
+
+
+def _imported(name: str) -> TaskModelFactory:
+    module, _, function = name.partition(":")
+    try:
+        factory: TaskModelFactory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"client model {name!r} cannot be imported: {error}") from None
+    return factory
+
+
+def model_label(name: str) -> str:
+    """Name a model in logs and reports, without the folder that it came from."""
+    return name.rstrip("/").rpartition("/")[2] if name.startswith("transformers:") else name
 
 
 def tokenize(texts: list[str]) -> Tensor:

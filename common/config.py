@@ -57,13 +57,18 @@ class DataConfig(_Section):
     """Which data the run learns, and how a simulation divides it among clients."""
 
     dataset: str = Field(
-        "digits", min_length=1, description="`digits`, a folder of images, or a parquet file or folder"
+        "digits",
+        min_length=1,
+        description="`digits`, a file or folder of parquet, CSV or JSON lines, a folder of images, or a hub id",
     )
+    subset: str = Field("", description="which configuration of a hub dataset that has several")
     image_column: str = Field("image", min_length=1, description="column of images")
     text_column: str = Field("text", min_length=1, description="column of texts, read by text models")
     label_column: str = Field("label", min_length=1, description="column of class labels")
     classes: tuple[str, ...] = Field(
-        (), description="class names, in order; empty: those of the dataset, which the server then must have"
+        (),
+        description="class names, in order, or a text file with one a line; empty: those of the dataset, which the "
+        "server then must have",
     )
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side at which task models see images")
     test_fraction: float = Field(
@@ -76,6 +81,21 @@ class DataConfig(_Section):
     classes_per_client: int = Field(3, ge=1, description="classes a client holds under `pathological`")
     min_examples: int = Field(10, ge=1, description="fewest examples a partition may have")
 
+    def key(self, field: str) -> str:
+        """Name the key that a field comes from, as errors do."""
+        return f"run-config key 'data.{_kebab(field)}'"
+
+
+class OwnDataConfig(DataConfig):
+    """A node's own data: what its node-config says, in place of the run-config."""
+
+    own_fields: frozenset[str] = frozenset()
+
+    def key(self, field: str) -> str:
+        """Name the key that a field comes from, as errors do."""
+        own = "data-path" if field == "dataset" else _kebab(field)
+        return f"node-config key {own!r}" if field in self.own_fields else super().key(field)
+
 
 class ClientConfig(_Section):
     """How clients learn."""
@@ -83,7 +103,8 @@ class ClientConfig(_Section):
     models: tuple[str, ...] = Field(
         ("cnn", "mlp", "vit", "resnet", "text", "dual"),
         min_length=1,
-        description="task models, given to simulated clients in turn; a node's own `model` overrides it",
+        description="task models by name, `transformers:` folder or hub id, or `module:function`, given to simulated "
+        "clients in turn; a node's own `model` overrides it",
     )
     warmup_epochs: int = Field(8, ge=0, le=1000, description="private epochs in a client's first round")
     local_epochs: int = Field(2, ge=0, le=1000, description="private epochs in each later round")
@@ -93,6 +114,12 @@ class ClientConfig(_Section):
         150, ge=0, le=100_000, description="steps a round with synthetic samples, whatever the private epochs"
     )
     learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's learning rate")
+    pretrained_learning_rate: float = Field(
+        5e-5, gt=0, le=10, description="the same for encoders that were trained before"
+    )
+    trainable: Literal["all", "head"] = Field(
+        "all", description="what of a task model learns: all of it, or its head on frozen encoders"
+    )
     balanced_softmax: bool = Field(True, description="add the log class prior to private logits (arXiv 2007.10740)")
     augmentation: bool = Field(True, description="random shift, scale, rotation and contrast of training images")
     distillation_weight: Weight = Field(1.0, description="weight of the KL divergence to the soft targets")
@@ -122,7 +149,7 @@ class T2IConfig(_Section):
     generation_batch_size: int = Field(100, ge=1, le=4096, description="images generated at once")
     inference_steps: int = Field(12, ge=1, le=1000, description="denoising steps")
     guidance: tuple[float, ...] = Field(
-        (3.0, 1.5, 1.2, 1.0), min_length=1, description="guidance scale by round; the last one stays"
+        (1.5, 1.0), min_length=1, description="guidance scale by round; the last one stays"
     )
     explore: Fraction = Field(
         0.5, description="part of the samples that vary well-scored ones of the last round (image to image)"
@@ -131,7 +158,7 @@ class T2IConfig(_Section):
     evaluation_samples: int = Field(
         200, ge=1, le=100_000, description="images of fixed prompts and seeds by which the T2I is measured"
     )
-    evaluation_guidance: float = Field(2.0, ge=0, le=100, description="guidance scale of these images")
+    evaluation_guidance: float = Field(1.25, ge=0, le=100, description="guidance scale of these images")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
     aggregation: str = Field("mask", description="rule that turns clients' logits into soft targets")
     scores: str = Field("votes", description="rule that weights samples for the T2I: votes, consensus, none")
@@ -145,7 +172,9 @@ class T2IConfig(_Section):
     )
     adaptation_steps: int = Field(80, ge=0, le=1_000_000, description="optimiser steps of an update")
     adaptation_batch_size: int = Field(32, ge=1, le=4096, description="samples a step")
-    adaptation_learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's learning rate")
+    adaptation_learning_rate: float = Field(
+        3e-3, gt=0, le=10, description="AdamW's learning rate at the start of an update; it declines to zero"
+    )
     caption_dropout: Fraction = Field(0.1, description="part of captions left empty in an update")
     pool_rounds: int = Field(3, ge=1, le=100, description="rounds of samples an update draws from")
 
@@ -160,7 +189,7 @@ class T2IConfig(_Section):
 class RunConfig(_Section):
     """Everything a run can be told."""
 
-    rounds: int = Field(6, ge=1, le=100_000, description="rounds of mutual transfer")
+    rounds: int = Field(8, ge=1, le=100_000, description="rounds of mutual transfer")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
     output_dir: str = Field(
         "", description="absolute folder of the run; empty: that of resume-from, or ~/.fedmmkt/runs/<run id>"
@@ -217,9 +246,16 @@ class NodeConfig(_Section):
     partition_id: int | None = Field(None, ge=0, description="this node's partition; set by the simulation")
     num_partitions: int | None = Field(None, ge=1, description="number of partitions; set by the simulation")
     name: str = Field("", description="name in logs and reports; empty: model and partition or node id")
-    model: str = Field("", description="task model; empty: taken from `client.models` by partition")
+    model: str = Field(
+        "", description="task model, as in `client.models`; empty: taken from `client.models` by partition"
+    )
     data_path: str = Field("", description="this node's own dataset, in place of a partition")
-    state_dir: str = Field("", description="where this node keeps its model; overrides `client.state-dir`")
+    image_column: str = Field("", description="its column of images; empty: the run's `data.image-column`")
+    text_column: str = Field("", description="its column of texts; empty: the run's `data.text-column`")
+    label_column: str = Field("", description="its column of labels; empty: the run's `data.label-column`")
+    state_dir: str = Field(
+        "", description="where this node keeps its model and a decoded copy of its data; overrides `client.state-dir`"
+    )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
 
     @classmethod
@@ -232,6 +268,17 @@ class NodeConfig(_Section):
             Names every key that is unknown or out of range, or says that the node has no data.
         """
         return _parse(cls, dict(node_config), "node-config")
+
+    def own_data(self, data: DataConfig) -> OwnDataConfig:
+        """Describe the node's own data: the run's settings, but for what this node names."""
+        own = {
+            "dataset": self.data_path,
+            "image_column": self.image_column,
+            "text_column": self.text_column,
+            "label_column": self.label_column,
+        }
+        own = {field: value for field, value in own.items() if value}
+        return OwnDataConfig(**{**data.model_dump(), **own}, own_fields=frozenset(own))
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:

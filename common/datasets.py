@@ -1,13 +1,9 @@
-"""Datasets: the built-in digits, image folders and parquet files; their classes, splits and partitions."""
+"""Datasets as examples: their classes, their test part, and what a model reads of them."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
-import re
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,27 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import ConfigError, DataConfig
+from common.config import ConfigError, DataConfig, OwnDataConfig
+from common.dataset_files import read_dataset
 from common.images import to_rgb_array
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger("flwr")
-
-DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-DIGIT_CAPTIONS = (
-    "a handwritten {}",
-    "the digit {} drawn by hand",
-    "someone wrote the number {}",
-    "a scribbled {} in pencil",
-    "{}, in a child's hand",
-)
-# What `datasets` calls test data in the names of files and folders.
-SPLIT_WORDS = {
-    "test": ("test", "testing", "eval", "evaluation"),
-    "validation": ("validation", "valid", "val", "dev"),
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +68,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     ConfigError
         If the dataset cannot be read, or a column is missing or of no use. Names the key and what is there.
     """
-    parts = _digits() if config.dataset == "digits" else _local(config)
+    parts = read_dataset(config)
     _check_columns(parts["train"], config)
     parts = {name: _with_images(part, config.image_column) for name, part in parts.items()}
     classes = _classes(list(parts.values()), config)
@@ -93,54 +76,6 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     if "test" not in indexed:
         indexed |= _split(indexed["train"], config, seed)
     return Splits(indexed["train"], indexed["test"], classes)
-
-
-@lru_cache(maxsize=8)
-def partition_rows(config: DataConfig, num_partitions: int, seed: int) -> tuple[tuple[int, ...], ...]:
-    """Divide the training rows of `load_splits` among clients, as flwr-datasets does.
-
-    Only labels are read. The parts are disjoint and the same in every process. They cover everything, but under
-    ``pathological`` with too few clients for all classes, which the log then names.
-
-    Returns
-    -------
-    tuple of tuple of int
-        Row numbers, one tuple a client.
-
-    Raises
-    ------
-    ConfigError
-        If the data cannot be divided so, or leaves a client fewer than ``min_examples``.
-    """
-    import datasets
-
-    splits = load_splits(config, seed)
-    labels_N = _labels(splits.train, config)
-    order_N = np.random.default_rng(seed).permutation(len(labels_N))  # `iid` cuts rows as they come.
-    rows = datasets.Dataset.from_dict({"row": order_N, "label": labels_N[order_N]})
-    try:
-        if num_partitions * config.min_examples > len(labels_N):
-            raise ValueError(f"{config.min_examples} for each of them are more than there are.")
-        partitioner = _partitioner(config, num_partitions, seed)
-        partitioner.dataset = rows
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # It draws again until every part is large enough, and says so each time.
-            parts = tuple(tuple(partitioner.load_partition(index)["row"][:]) for index in range(num_partitions))
-        if (smallest := min(map(len, parts))) < config.min_examples:
-            raise ValueError(f"the smallest part has {smallest}.")
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"run-config key 'data.partitioner' is {config.partitioner!r} (alpha {config.alpha:g}, "
-            f"classes-per-client {config.classes_per_client}, min-examples {config.min_examples}), which cannot "
-            f"divide {len(labels_N)} examples among {num_partitions} clients: {reason} "
-            "Lower data.min-examples or the number of clients, or raise data.alpha."
-        ) from None
-    if sum(map(len, parts)) < len(labels_N):
-        held = np.unique(labels_N[np.concatenate(parts)])
-        left_out = [splits.classes[label] for label in np.setdiff1d(labels_N, held)]
-        logger.warning("No client holds %s: %s clients are too few", ", ".join(left_out), num_partitions)
-    return parts
 
 
 def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, texts: bool) -> Examples:
@@ -154,12 +89,12 @@ def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, tex
         If a column is not there, an image does not decode, or no row is left.
     """
     for wanted, key, column in (
-        (images, "data.image-column", config.image_column),
-        (texts, "data.text-column", config.text_column),
+        (images, config.key("image_column"), config.image_column),
+        (texts, config.key("text_column"), config.text_column),
     ):
         if wanted and column not in dataset.column_names:
             raise _no_column(key, column, dataset)
-    labels = _labels(dataset, config)
+    labels = labels_of(dataset, config)
     pixels = _read_images(dataset, config) if images else None
     words = _read_texts(dataset, config) if texts else None
     complete = [
@@ -171,7 +106,7 @@ def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, tex
         logger.warning("%s: %s of %s rows have no image or text and are left out",
                        config.dataset, len(labels) - len(complete), len(labels))  # fmt: skip
     if not complete:
-        raise ConfigError(f"run-config key 'data.dataset' is {config.dataset!r}: no row is complete")
+        raise ConfigError(f"{config.key('dataset')} is {config.dataset!r}: no row is complete")
     return Examples(
         labels[complete],
         None
@@ -200,120 +135,6 @@ def relabel(examples: Examples, own_classes: tuple[str, ...], class_space: tuple
     return Examples(index_C[examples.labels_N], examples.images_NHWC, examples.texts)
 
 
-# ---------------------------------------------------------------------- partitioning
-
-
-def _partitioner(config: DataConfig, num_partitions: int, seed: int) -> Any:
-    """Make the partitioner of flwr-datasets that the configuration names, for columns ``row`` and ``label``."""
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, PathologicalPartitioner
-
-    class BalancedPathologicalPartitioner(PathologicalPartitioner):  # type: ignore[misc]
-        """Give each client the classes that are held least, ties by lot, so that none is left out that need not be.
-
-        Every mode of its parent leaves classes without a client where clients are fewer than classes.
-        """
-
-        def _determine_partition_id_to_unique_labels(self) -> None:
-            super()._determine_partition_id_to_unique_labels()
-            holders = np.zeros(len(self._unique_labels), dtype=int)
-            for partition_id in range(num_partitions):
-                chosen = np.lexsort((self._rng.random(len(holders)), holders))[: config.classes_per_client]
-                holders[chosen] += 1
-                self._partition_id_to_unique_labels[partition_id] = [self._unique_labels[index] for index in chosen]
-
-    if config.partitioner == "iid":
-        return IidPartitioner(num_partitions)
-    if config.partitioner == "dirichlet":
-        return DirichletPartitioner(
-            num_partitions, "label", config.alpha, config.min_examples, self_balancing=False, seed=seed
-        )
-    return BalancedPathologicalPartitioner(num_partitions, "label", config.classes_per_client, seed=seed)
-
-
-# ---------------------------------------------------------------------- reading
-
-
-def _digits() -> dict[str, datasets.Dataset]:
-    """scikit-learn's handwritten digits, 8x8 pixels brought to 32x32, each with a caption."""
-    import datasets
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    grey = (digits.images * (255 / 16)).round().astype(np.uint8)
-    pictures = [Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR).convert("RGB") for image in grey]
-    rng = np.random.default_rng(0)
-    chosen = rng.integers(len(DIGIT_CAPTIONS), size=len(grey))
-    captions = [
-        DIGIT_CAPTIONS[caption].format(DIGIT_NAMES[digit]) for caption, digit in zip(chosen, digits.target, strict=True)
-    ]
-    features = datasets.Features(
-        image=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=list(DIGIT_NAMES))
-    )
-    columns = {"image": pictures, "text": captions, "label": digits.target.tolist()}
-    return {"train": datasets.Dataset.from_dict(columns, features=features)}
-
-
-def _local(config: DataConfig) -> dict[str, datasets.Dataset]:
-    import datasets
-
-    path = Path(config.dataset).expanduser()
-    key = f"run-config key 'data.dataset' is {config.dataset!r}"
-    if not path.exists():
-        raise ConfigError(
-            f"{key}, which is not there; allowed: 'digits', a parquet file, or a folder of parquet or images"
-        )
-    try:
-        with _quietly():
-            if path.is_file():
-                loaded = datasets.load_dataset("parquet", data_files={"train": str(path)})
-            elif parquet := sorted(path.rglob("*.parquet")):
-                loaded = datasets.load_dataset("parquet", data_files=_by_split(path, parquet))
-            else:
-                loaded = datasets.load_dataset("imagefolder", data_dir=str(path))
-    except Exception as error:  # Whatever its readers raise, the user is told which dataset it was.
-        reason = str(error.__cause__ or error).splitlines()[0]
-        if "BatchSize must be greater than 0" in reason:  # What reading a parquet file of no rows comes to.
-            raise ConfigError(f"{key}, which is empty") from None
-        raise ConfigError(f"{key}, which cannot be read: {reason}") from None
-    parts = {"train": loaded["train"]} if "train" in loaded else {}
-    for name in ("test", "validation"):
-        if name in loaded and "test" not in parts:
-            parts["test"] = loaded[name]
-    if "train" not in parts:
-        raise ConfigError(f"{key}, which has the splits {', '.join(loaded)}; allowed: one named train")
-    for name, part in parts.items():
-        if not len(part):
-            raise ConfigError(f"{key}, whose {name} split is empty")
-    return parts
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Load without progress bars, and without telling the hub: `datasets` counts loads of local files there too."""
-    import datasets
-
-    counting, silent = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.are_progress_bars_disabled()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
-        if not silent:
-            datasets.enable_progress_bars()
-
-
-def _by_split(folder: Path, files: list[Path]) -> dict[str, list[str]]:
-    """Sort files by the split that their name or folder names; those that name none are training data."""
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        words = set(re.split(r"[-._ 0-9/\\]+", str(file.relative_to(folder)).lower()))
-        name = next((split for split, names in SPLIT_WORDS.items() if words & set(names)), "train")
-        splits.setdefault(name, []).append(str(file))
-    return splits
-
-
 def _with_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
     """Read encoded images that no one marked as such, which is how other tools write them to parquet."""
     import datasets
@@ -325,21 +146,41 @@ def _with_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
     return dataset.cast_column(column, datasets.Image()) if encoded else dataset
 
 
-def _labels(dataset: datasets.Dataset, config: DataConfig) -> NDArray[np.int64]:
+def read_class_names(config: DataConfig) -> tuple[str, ...]:
+    """Return the class names that the configuration gives: as they are, or from its text file, one a line.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or names fewer than two classes or one of them twice.
+    """
+    names = config.classes
+    if len(names) == 1 and names[0].endswith(".txt"):
+        try:
+            lines = Path(names[0]).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{config.key('classes')} is {names[0]!r}, which cannot be read: {error}") from None
+        names = tuple(line.strip() for line in lines if line.strip())
+    if names and (len(names) < 2 or len(set(names)) < len(names)):
+        raise ConfigError(f"{config.key('classes')} gives {', '.join(names)!r}; allowed: two or more, each once")
+    return names
+
+
+def labels_of(dataset: datasets.Dataset, config: DataConfig) -> NDArray[np.int64]:
+    """Return the label column of a part that `load_splits` gave (int64 class indices)."""
     return np.array(dataset[config.label_column][:], dtype=np.int64)
 
 
 def _check_columns(dataset: datasets.Dataset, config: DataConfig) -> None:
     if config.label_column not in dataset.column_names:
-        raise _no_column("data.label-column", config.label_column, dataset)
+        raise _no_column(config.key("label_column"), config.label_column, dataset)
     if not {config.image_column, config.text_column} & set(dataset.column_names):
-        raise _no_column("data.image-column", config.image_column, dataset)
+        raise _no_column(config.key("image_column"), config.image_column, dataset)
 
 
 def _no_column(key: str, column: str, dataset: datasets.Dataset) -> ConfigError:
     return ConfigError(
-        f"run-config key {key!r} is {column!r}, and the dataset has no such column; "
-        f"allowed: {', '.join(dataset.column_names)}"
+        f"{key} is {column!r}, and the dataset has no such column; allowed: {', '.join(dataset.column_names)}"
     )
 
 
@@ -350,14 +191,15 @@ def _classes(parts: list[datasets.Dataset], config: DataConfig) -> tuple[str, ..
     else:
         if str(getattr(feature, "dtype", "")).startswith(("float", "double")) or not hasattr(feature, "dtype"):
             raise ConfigError(
-                f"run-config key 'data.label-column' is {config.label_column!r}, which holds {feature}; "
+                f"{config.key('label_column')} is {config.label_column!r}, which holds {feature}; "
                 "allowed: a column of class labels, strings or integers"
             )
         values = {value for part in parts for value in part.unique(config.label_column) if value is not None}
         classes = tuple(str(value) for value in sorted(values))
-    if len(classes) < 2:
+    # A node may hold examples of one class alone; a run of one class has nothing to tell apart.
+    if len(classes) < 2 and not isinstance(config, OwnDataConfig):
         raise ConfigError(
-            f"run-config key 'data.label-column' is {config.label_column!r}, which has {len(classes)} class(es); "
+            f"{config.key('label_column')} is {config.label_column!r}, which has {len(classes)} class(es); "
             "allowed: two or more"
         )
     return classes
@@ -379,7 +221,7 @@ def _indexed(dataset: datasets.Dataset, config: DataConfig, classes: tuple[str, 
         dataset = dataset.remove_columns(column).add_column(column, labels_N, feature=feature)
     labelled = np.flatnonzero((labels_N >= 0) & (labels_N < len(classes)))
     if not len(labelled):
-        raise ConfigError(f"run-config key 'data.label-column' is {column!r}, in which no row has a label")
+        raise ConfigError(f"{config.key('label_column')} is {column!r}, in which no row has a label")
     if len(labelled) == len(dataset):
         return dataset
     logger.warning("%s: %s rows have no label and are left out", config.dataset, len(dataset) - len(labelled))
@@ -389,7 +231,7 @@ def _indexed(dataset: datasets.Dataset, config: DataConfig, classes: tuple[str, 
 def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> dict[str, datasets.Dataset]:
     from sklearn.model_selection import train_test_split
 
-    labels = _labels(dataset, config)
+    labels = labels_of(dataset, config)
     counts = np.bincount(labels)
     held = round(len(labels) * config.test_fraction)
     stratify = labels if counts[counts > 0].min() >= 2 and held >= np.count_nonzero(counts) else None
@@ -399,7 +241,7 @@ def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> dict[str
         )
     if not 0 < held < len(labels):
         raise ConfigError(
-            f"run-config key 'data.test-fraction' is {config.test_fraction}, which leaves nothing to train or "
+            f"{config.key('test_fraction')} is {config.test_fraction}, which leaves nothing to train or "
             f"test on {len(labels)} examples"
         )
     rows = np.arange(len(labels))
@@ -411,7 +253,7 @@ def _read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[Any]:
     feature = dataset.features[config.text_column]
     if not getattr(feature, "dtype", "").endswith("string"):
         raise ConfigError(
-            f"run-config key 'data.text-column' is {config.text_column!r}, which holds {feature}; "
+            f"{config.key('text_column')} is {config.text_column!r}, which holds {feature}; "
             "allowed: a column of strings"
         )
     return list(dataset[config.text_column][:])
@@ -425,7 +267,7 @@ def _read_images(dataset: datasets.Dataset, config: DataConfig) -> list[NDArray[
     column = config.image_column
     if not isinstance(dataset.features[column], datasets.Image):
         raise ConfigError(
-            f"run-config key 'data.image-column' is {column!r}, which holds {dataset.features[column]}; "
+            f"{config.key('image_column')} is {column!r}, which holds {dataset.features[column]}; "
             "allowed: a column of images"
         )
     encoded = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
@@ -438,8 +280,13 @@ def _read_images(dataset: datasets.Dataset, config: DataConfig) -> list[NDArray[
             source: Any = io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]
             with Image.open(source) as image:
                 images.append(to_rgb_array(image, config.image_size))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{config.key('image_column')} is {column!r}, and in row {row} it names {item['path']!r}, which is not "
+                "there; allowed: a column of images, or of the names of image files beside the table"
+            ) from None
         except Exception as error:  # Decoders raise whatever they like on broken bytes.
             raise ConfigError(
-                f"run-config key 'data.dataset' is {config.dataset!r}: the image of row {row} does not decode ({error})"
+                f"{config.key('dataset')} is {config.dataset!r}: the image of row {row} does not decode ({error})"
             ) from None
     return images

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
 
 from common.config import ConfigError, RunConfig
-from common.datasets import Splits, load_splits, to_examples
+from common.datasets import Splits, load_splits, read_class_names, to_examples
 from server_app.adaptation import get_scores, get_update
 from server_app.aggregation import get_aggregation
 from server_app.checkpoint import ServerState, check_continues, drop_later, find_state
@@ -62,14 +62,14 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
     ):
         get_rule(name)
     state = find_state(Path(config.resume_from).expanduser()) if config.resume_from else None
-    classes, splits = _classes(config)
+    classes, splits = _classes_and_splits(config)
     if state:
         check_continues(state, config, classes)
     run_folder = _run_folder(config, run_id, state)
     log(INFO, "Run folder: %s", run_folder.path)
-    judge = _judge(config, classes, splits) if splits else None
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed)
+    judge = _judge(config, splits) if splits else None
     run_folder.write_config(
         {
             "config": config.model_dump(mode="json", by_alias=True),
@@ -98,27 +98,29 @@ def _run_folder(config: RunConfig, run_id: int, state: ServerState | None) -> Ru
     return run_folder
 
 
-def _classes(config: RunConfig) -> tuple[tuple[str, ...], Splits | None]:
-    """Take the class space from the run-config or the dataset; load that if it is needed."""
-    if config.data.classes and not config.judge:
-        return config.data.classes, None
+def _classes_and_splits(config: RunConfig) -> tuple[tuple[str, ...], Splits | None]:
+    """Take the class space from the run-config or the dataset; the dataset too, if a judge is to learn from it."""
+    named = read_class_names(config.data)
+    if named and not config.judge:
+        return named, None
     splits = load_splits(config.data, config.seed)
-    classes = config.data.classes or splits.classes
+    classes = named or splits.classes
     if set(classes) != set(splits.classes):
         raise ConfigError(
             f"run-config key 'data.classes' is {', '.join(classes)!r}, but the dataset {config.data.dataset!r} "
             f"has {', '.join(splits.classes)!r}; allowed: the dataset's classes, or empty"
         )
-    return classes, splits
+    return classes, splits if config.judge else None
 
 
-def _judge(config: RunConfig, classes: tuple[str, ...], splits: Splits) -> Judge | None:
-    """Train the judge, if it is wanted and the dataset has images."""
-    if not config.judge or config.data.image_column not in splits.train.column_names:
+def _judge(config: RunConfig, splits: Splits) -> Judge | None:
+    """Train the judge, if the dataset has images."""
+    if config.data.image_column not in splits.train.column_names:
         return None
+    log(INFO, "Training the judge on %s images", len(splits.train))
     train, test = (to_examples(part, config.data, images=True, texts=False) for part in (splits.train, splits.test))
     if train.images_NHWC is None or test.images_NHWC is None:
         return None
-    judge = Judge(train.images_NHWC, train.labels_N, test.images_NHWC, test.labels_N, len(classes), config.seed)
+    judge = Judge(train.images_NHWC, train.labels_N, test.images_NHWC, test.labels_N, len(splits.classes), config.seed)
     log(INFO, "The judge recognises %.1f%% of the real test images", 100 * judge.accuracy)
     return judge

@@ -226,6 +226,8 @@ class Generator:
         rule, config = get_update(self.config.update), self.config
         parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.adaptation_learning_rate, weight_decay=1e-4)
+        # Without the decline the adapter of the last round is a draw from noisy steps.
+        decline = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = torch.Generator().manual_seed(seed)
         chances_N = scores_N.double() if rule.draws_by_score else torch.ones(len(samples)).double()
         rewards_N = rewards(scores_N)
@@ -251,6 +253,7 @@ class Generator:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
+            decline.step()
             total += float(loss.detach())
         self.unet.eval()
         return total / steps

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common.datasets import DIGIT_NAMES
+from common.dataset_files import DIGIT_NAMES
 
 FONT_PACKAGES = (
     "font_amatic_sc",

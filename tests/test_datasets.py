@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.config import ConfigError, DataConfig
-from common.datasets import Examples, load_splits, partition_rows, relabel, to_examples
+from common.config import ConfigError, DataConfig, NodeConfig
+from common.datasets import Examples, load_splits, read_class_names, relabel, to_examples
+from common.partitioning import partition_rows
 
 SHARED = Path(os.environ.get("FEDMMKT_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 
@@ -106,7 +107,7 @@ def test_any_partitions_are_disjoint_and_cover_everything(partitioner, nodes, cl
 
 def test_partitions_are_the_same_in_every_process():
     code = (
-        "from common.config import DataConfig; from common.datasets import partition_rows\n"
+        "from common.config import DataConfig; from common.partitioning import partition_rows\n"
         "for name in ('iid', 'dirichlet', 'pathological'): print(partition_rows(DataConfig(partitioner=name), 5, 1))"
     )
     command = [sys.executable, "-c", code]
@@ -216,6 +217,95 @@ def test_a_folder_of_images_takes_classes_from_its_folders(tmp_path):
     assert (examples.images_NHWC[:, 0, 0, 0] == np.where(examples.labels_N == 0, 10, 200)).all()
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """Save pictures in a folder beside which a table can name them."""
+    (tmp_path / "table" / "pictures").mkdir(parents=True)
+    for index in range(20):
+        picture(10 * index).save(tmp_path / "table" / "pictures" / f"{index}.png")
+    return tmp_path / "table"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_a_table_names_image_files_beside_it(pictures, suffix, whole_folder):
+    columns = {"image": [f"pictures/{i}.png" for i in range(20)], "label": ["cat", "dog"] * 10, "text": ["a b"] * 20}
+    table = datasets.Dataset.from_dict(columns)
+    write = {"csv": table.to_csv, "tsv": lambda path: table.to_csv(path, sep="\t"), "jsonl": table.to_json,
+             "parquet": table.to_parquet}[suffix]  # fmt: skip
+    write(str(pictures / f"birds.{suffix}"))
+    config = DataConfig(dataset=str(pictures if whole_folder else pictures / f"birds.{suffix}"), image_size=8)
+    splits = load_splits(config, 0)
+    examples = to_examples(splits.train, config, images=True, texts=True)
+    assert splits.classes == ("cat", "dog")
+    assert len(examples) == 16
+    assert examples.texts == ["a b"] * 16
+    assert (examples.images_NHWC[:, 0, 0, 0] // 10 % 2 == examples.labels_N).all()
+
+
+def test_a_missing_value_in_a_table_leaves_its_row_out(pictures):
+    lines = ["image,label", "pictures/0.png,cat", ",cat", "pictures/1.png,dog", "pictures/2.png,", "pictures/3.png,dog"]
+    (pictures / "birds.csv").write_text("\n".join([*lines, *(f"pictures/{i}.png,cat" for i in range(4, 12))]))
+    config = DataConfig(dataset=str(pictures / "birds.csv"), image_size=8)
+    splits = load_splits(config, 0)
+    parts = [to_examples(part, config, images=True, texts=False) for part in (splits.train, splits.test)]
+    assert sum(map(len, parts)) == 11
+
+
+def test_a_folder_of_images_may_have_metadata_with_texts(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        lines = ["file_name,label,text"]
+        for index in range(6):
+            picture(index).save(tmp_path / split / f"{index}.png")
+            lines.append(f"{index}.png,{('owl', 'wren')[index % 2]},number {index}")
+        (tmp_path / split / "metadata.csv").write_text("\n".join(lines))
+    config = DataConfig(dataset=str(tmp_path), image_size=8)
+    splits = load_splits(config, 0)
+    examples = to_examples(splits.test, config, images=True, texts=True)
+    assert splits.classes == ("owl", "wren")
+    assert examples.texts == [f"number {index}" for index in range(6)]
+
+
+def test_a_nodes_own_data_is_named_by_its_own_keys_and_stays_out_of_shared_caches(parquet, monkeypatch, tmp_path):
+    caches = []
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **named: caches.append(named["cache_dir"]) or load(*a, **named)
+    )
+    file = parquet(**rows(label=["cat"] * 20)).dataset
+    node = NodeConfig(data_path=file, text_column="text")
+    own = node.own_data(DataConfig(text_column="note", image_size=8))
+    splits = load_splits(own, 0)
+    assert splits.classes == ("cat",)  # One class is enough for a node.
+    assert len(to_examples(splits.train, own, images=True, texts=True)) == 16
+    assert caches
+    assert not any(Path(cache).exists() for cache in caches)
+    with pytest.raises(ConfigError, match=r"node-config key 'label-column' is 'kind', and the dataset has no such"):
+        load_splits(NodeConfig(data_path=file, label_column="kind").own_data(DataConfig()), 0)
+    with pytest.raises(ConfigError, match=r"run-config key 'data.label-column' is 'kind', and the dataset has no such"):
+        load_splits(NodeConfig(data_path=file).own_data(DataConfig(label_column="kind")), 0)
+    with pytest.raises(ConfigError, match=r"node-config key 'data-path' is '/no/such', which is not there"):
+        load_splits(NodeConfig(data_path="/no/such").own_data(DataConfig()), 0)
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"'nobody/nothing', which is not a path here and cannot be had from the hub"):
+        load_splits(DataConfig(dataset="nobody/nothing"), 0)
+
+
+def test_class_names_may_come_from_a_file(tmp_path):
+    (tmp_path / "names.txt").write_text("owl\n\nwren, the small\n")
+    assert read_class_names(DataConfig(classes=(str(tmp_path / "names.txt"),))) == ("owl", "wren, the small")
+    assert read_class_names(DataConfig(classes=("owl", "wren"))) == ("owl", "wren")
+    assert read_class_names(DataConfig()) == ()
+    with pytest.raises(ConfigError, match=r"'data.classes' is '/no/names.txt', which cannot be read"):
+        read_class_names(DataConfig(classes=("/no/names.txt",)))
+    with pytest.raises(ConfigError, match=r"gives 'owl, owl'; allowed: two or more, each once"):
+        read_class_names(DataConfig(classes=("owl", "owl")))
+
+
 def test_integer_labels_need_not_begin_at_zero(parquet):
     splits = load_splits(parquet(**rows(label=[3 + i % 2 for i in range(20)])), 0)
     assert splits.classes == ("3", "4")
@@ -281,7 +371,9 @@ def test_a_missing_column_is_named_when_it_is_needed(parquet):
     with pytest.raises(ConfigError, match=r"'data.text-column' is 'note', and the dataset has no such column"):
         to_examples(load_splits(config, 0).train, config, images=False, texts=True)
     config = config.model_copy(update={"image_column": "text"})
-    with pytest.raises(ConfigError, match=r"'data.image-column' is 'text', which holds .*allowed: a column of images"):
+    with pytest.raises(
+        ConfigError, match=r"'data.image-column' is 'text', and in row 0 it names '.*', which is not there"
+    ):
         to_examples(load_splits(config, 0).train, config, images=True, texts=False)
 
 

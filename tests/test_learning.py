@@ -20,6 +20,7 @@ from client_app.learning import (
     prompt_loss,
     train,
 )
+from client_app.optimizer import AdamW
 from client_app.task_models import Inputs, build_task_model, tokenize
 from common.augmentation import augment
 from common.config import ClientConfig
@@ -96,14 +97,36 @@ def test_every_model_learns_from_private_and_synthetic_samples(name):
     assert accuracy == 1.0
 
 
-def test_training_without_epochs_or_synthetic_samples_changes_nothing():
+@pytest.mark.parametrize("steps", [None, 0])
+def test_training_without_epochs_or_synthetic_samples_changes_nothing(steps):
     model = AlignedModel(build_task_model("mlp", 2, 16), 0)
     before = [parameter.clone() for parameter in model.parameters()]
     inputs, labels_N = two_classes(4)
+    synthetic = None if steps is None else SyntheticSet(inputs, torch.eye(2)[labels_N], labels_N, torch.ones(4))
     optimizer = torch.optim.AdamW(model.parameters())
-    loss = train(model, optimizer, PrivateSet(inputs, labels_N), None, ClientConfig(), 0, torch.Generator())
+    config = ClientConfig(distillation_steps=150 if steps is None else steps)
+    loss = train(model, optimizer, PrivateSet(inputs, labels_N), synthetic, config, 0, torch.Generator())
     assert loss == 0
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_the_clients_optimizer_is_torchs():
+    """Steps, state and state read back are equal to the last bit."""
+    weights = []
+    for kind in (torch.optim.AdamW, AdamW):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 5))
+        optimizer = kind([parameter], 0.1, weight_decay=1e-3)
+        for step in range(4):
+            if step == 2:
+                state = optimizer.state_dict()
+                optimizer = kind([parameter], 0.5)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            parameter.square().sum().backward()
+            optimizer.step()
+        weights.append(parameter.detach())
+        assert optimizer.param_groups[0]["lr"] == 0.1
+    assert torch.equal(*weights)
 
 
 def test_private_epochs_do_not_depend_on_distillation():

@@ -105,7 +105,7 @@ def test_rounds_clients_and_configuration_are_tabled(tmp_path):
     assert "cnn-0 cnn image 40 10.0 % 70.0 % +60.0" in page
     assert "1 35.0 % 60.0 % 90 0.25 2.0 MiB 1.0 KiB 8.0 s 2 0 0" in page
     assert "client.learning-rate 0.001" in page
-    assert "t2i.guidance 3.0, 1.5, 1.2, 1.0" in page
+    assert "t2i.guidance 1.5, 1.0" in page
     assert "versions.flwr 1.39.0" in page
     assert "classes zero, one" in page
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import ConfigError
-from deploy import simulation
+from deploy import simulation, submission
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,17 +97,31 @@ def short_tmp() -> Iterator[Path]:
         yield Path(folder)
 
 
-def start(toy: Path, out: Path, tmp: Path, run_config: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "deploy.simulation", "--nodes", "2", "--app", str(toy), "--out", str(out)]
-    environment = {**os.environ, "TMPDIR": str(tmp)}
-    return subprocess.Popen(
-        [*command, "--run-config", run_config],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start(toy, tmp_path, short_tmp):
+    """A function that starts the command on the toy app; what a failed test leaves running is stopped."""
+    started = []
+
+    def start(run_config):
+        command = [sys.executable, "-m", "deploy.simulation", "--nodes", "2", "--app", str(toy)]
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "out"), "--run-config", run_config],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(short_tmp)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A shell's background job, which these tests may be, ignores Ctrl-C, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)
 
 
 def left_behind(tmp: Path) -> list[object]:
@@ -123,19 +137,18 @@ def left_behind(tmp: Path) -> list[object]:
     return [*tmp.iterdir(), *filter(runs_below, psutil.process_iter())]
 
 
-def test_a_run_answers_and_leaves_nothing(toy, tmp_path, short_tmp):
-    out = tmp_path / "out"
-    process = start(toy, out, short_tmp, "mode=\"two words 'quoted'\"")
+def test_a_run_answers_and_leaves_nothing(start, tmp_path, short_tmp):
+    process = start("mode=\"two words 'quoted'\"")
     log, _ = process.communicate(timeout=120)
     assert process.returncode == 0, log
-    assert (out / "answers.txt").read_text() == "[0, 1] two words 'quoted'"
+    assert (tmp_path / "out" / "answers.txt").read_text() == "[0, 1] two words 'quoted'"
     assert "server app is here" in log
-    assert simulation.COMPLETED in log.splitlines()[-1]
+    assert submission.COMPLETED in log.splitlines()[-1]
     assert left_behind(short_tmp) == []
 
 
-def test_an_exception_of_the_server_app_fails_the_command(toy, tmp_path, short_tmp):
-    process = start(toy, tmp_path / "out", short_tmp, 'mode="raise"')
+def test_an_exception_of_the_server_app_fails_the_command(start, short_tmp):
+    process = start('mode="raise"')
     log, _ = process.communicate(timeout=120)
     assert process.returncode == 1, log
     assert "finished:failed" in log.splitlines()[-1]
@@ -143,8 +156,8 @@ def test_an_exception_of_the_server_app_fails_the_command(toy, tmp_path, short_t
     assert left_behind(short_tmp) == []
 
 
-def test_ctrl_c_stops_the_run_and_leaves_nothing(toy, tmp_path, short_tmp):
-    process = start(toy, tmp_path / "out", short_tmp, 'mode="hang"')
+def test_ctrl_c_stops_the_run_and_leaves_nothing(start, short_tmp):
+    process = start('mode="hang"')
     assert process.stdout is not None
     for line in process.stdout:
         if "server app is here" in line:
@@ -172,29 +185,29 @@ VALUES = st.one_of(
 @settings(deadline=None)
 @given(st.dictionaries(KEYS, VALUES))
 def test_flower_reads_what_is_written(config):
-    text = simulation.format_run_config(config)
+    text = submission.format_run_config(config)
     read = parse_config_args([text])
     assert read == config
     assert [type(value) for value in read.values()] == [type(value) for value in config.values()]
-    assert simulation.parse_run_config([text]) == config
+    assert submission.parse_run_config([text]) == config
 
 
 def test_dotted_keys_stay_flat():
     config = {"t2i.lora-rank": 4, "t2i.device": "cpu", "rounds": 2}
-    assert simulation.parse_run_config([simulation.format_run_config(config)]) == config
+    assert submission.parse_run_config([submission.format_run_config(config)]) == config
 
 
 def test_the_users_settings_win(toy):
-    ours = simulation.effective_config(toy, 3, Path("runs/x"), {})
+    ours = submission.effective_config(toy, 3, Path("runs/x"), {})
     assert ours == {"min-nodes": 3, "output-dir": str(Path("runs/x").absolute())}
     users = {"min-nodes": 1, "output-dir": "/elsewhere", "mode": "x"}
-    assert simulation.effective_config(toy, 3, Path("runs/x"), users) == users
+    assert submission.effective_config(toy, 3, Path("runs/x"), users) == users
 
 
 def test_keys_that_an_app_lacks_are_not_set(toy):
     project = toy / "pyproject.toml"
     project.write_text(project.read_text().replace("min-nodes = 1\n", ""))
-    assert simulation.effective_config(toy, 3, None, {"mode": "x"}) == {"mode": "x"}
+    assert submission.effective_config(toy, 3, None, {"mode": "x"}) == {"mode": "x"}
 
 
 @pytest.mark.parametrize(
@@ -208,13 +221,13 @@ def test_keys_that_an_app_lacks_are_not_set(toy):
 )
 def test_unreadable_run_config(texts, message):
     with pytest.raises(ConfigError, match=message):
-        simulation.parse_run_config(texts)
+        submission.parse_run_config(texts)
 
 
 def test_a_toml_file_is_read(tmp_path):
     path = tmp_path / "changes.toml"
     path.write_text("rounds = 2\n[t2i]\nlora-rank = 4\n")
-    assert simulation.parse_run_config([str(path)]) == {"rounds": 2, "t2i.lora-rank": 4}
+    assert submission.parse_run_config([str(path)]) == {"rounds": 2, "t2i.lora-rank": 4}
 
 
 @pytest.mark.parametrize(
@@ -225,6 +238,7 @@ def test_a_toml_file_is_read(tmp_path):
         (["--run-config", "rouns=2 t2i.lora-rank=0"], ["'rouns' is unknown", "'t2i.lora-rank' is 0"]),
         (["--run-config", "rounds : 2"], ["'rounds : 2' is not of the form"]),
         (["--nodes", "2", "--run-config", "min-nodes=3"], ["min-nodes is 3, but only 2 nodes"]),
+        (["--run-config", 'client.models="cnn,rnn"'], ["client model 'rnn' is unknown; allowed: cnn, mlp"]),
     ],
 )
 def test_bad_input_is_refused_before_anything_starts(arguments, messages, tmp_path, monkeypatch, capsys):

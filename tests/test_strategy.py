@@ -156,8 +156,8 @@ def _train(message: Message, context):
     return Message(RecordDict(dict(reply.content)), reply_to=message)
 
 
-def test_bad_clients_are_named_and_left_out_and_the_run_goes_on(tiny_run, make_grid):
-    run_config = tiny_run(client__models="mlp")
+def test_bad_clients_are_named_and_change_nothing_for_the_others(tiny_run, make_grid):
+    run_config = tiny_run(client__models="mlp", min_nodes=1)
     _, _, lines = run(run_config, make_grid(run_config, nodes=7, app="tests.test_strategy:hostile"))
     replies = lines[1]["replies"]
     assert replies["received"] == 1
@@ -172,6 +172,16 @@ def test_bad_clients_are_named_and_left_out_and_the_run_goes_on(tiny_run, make_g
     }
     assert set(replies["reasons"]) == set(expected)
     assert all(reason in replies["reasons"][client] for client, reason in expected.items())
+
+    # The T2I and the honest client are what they are without the others, digit for digit.
+    alone = tiny_run(name="alone", client__models="mlp", min_nodes=1)
+    grid = make_grid(alone, nodes=7)
+    for node_id in list(grid.contexts)[1:]:
+        del grid.contexts[node_id]
+    _, _, honest = run(alone, grid)
+    for line, other in zip(lines, honest, strict=True):
+        assert line["generator"] == other["generator"]
+        assert line["clients"]["per_client"]["mlp-0"] == other["clients"]["per_client"]["mlp-0"]
 
 
 def test_a_run_ends_in_a_clear_error_when_no_valid_reply_is_left(tiny_run, make_grid):

@@ -1,0 +1,78 @@
+"""What the commands that run an app share: their options, their signals, their exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from common.config import ConfigError
+from deploy.processes import StartError
+from deploy.submission import COMPLETED, Value, check, effective_config, parse_run_config
+
+Runner = Callable[[Path, int, Path | None, Mapping[str, Value]], str]
+
+
+def run_command(
+    module: str, description: str, nodes: int, out: Path, runner: Runner, arguments: list[str] | None = None
+) -> int:
+    """Read the command line, check what can be checked before anything starts, and run.
+
+    Parameters
+    ----------
+    module, description : str
+        What ``--help`` says.
+    nodes : int
+        Default of ``--nodes``.
+    out : Path
+        Default of ``--out``.
+    runner : callable
+        ``(app, nodes, out, run_config) -> status``.
+    arguments : list of str, optional
+        The command line; the process's own by default.
+
+    Returns
+    -------
+    int
+        Exit code: 0 for a completed run, 1 for another, 2 for bad input.
+    """
+    options = _parse(module, description, nodes, out, arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    try:
+        # `make` passes an empty string where no run-config was given.
+        run_config = parse_run_config([text for text in options.run_config if text.strip()])
+        check(options.app, options.nodes, effective_config(options.app, options.nodes, options.out, run_config))
+        return 0 if runner(options.app, options.nodes, options.out, run_config) == COMPLETED else 1
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except StartError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parse(module: str, description: str, nodes: int, out: Path, arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--nodes", type=int, default=nodes, help="number of nodes (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=out, help="folder of the run (default: %(default)s)")
+    parser.add_argument("--app", type=Path, default=Path(), help="folder of the app (default: this one)")
+    parser.add_argument(
+        "--run-config",
+        action="append",
+        default=[],
+        metavar="PAIRS",
+        help="changes to [tool.flwr.app.config], such as 'rounds=2 t2i.lora-rank=4', or a TOML file",
+    )
+    return parser.parse_args(arguments)
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

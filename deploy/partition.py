@@ -1,0 +1,85 @@
+"""Give real machines data: write a dataset's parts into one folder a node, as a simulation would divide it.
+
+``python -m deploy.partition FOLDER --nodes 4 --run-config 'data.alpha=0.5'`` writes ``FOLDER/node-0`` and so on,
+each with ``train.parquet``, the node's own part, and ``test.parquet``, the test examples that all nodes share. A
+node reads its folder by ``data-path`` in its node-config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from common.config import ConfigError, DataConfig, RunConfig
+from common.dataset_files import quietly
+from common.datasets import load_splits
+from common.files import write_atomically
+from common.partitioning import partition_rows
+from deploy.submission import parse_run_config
+
+
+def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Path) -> list[Path]:
+    """Write the parts of a dataset.
+
+    Parameters
+    ----------
+    config : DataConfig
+        Which dataset, and how it is divided.
+    partitions : int
+        Number of nodes.
+    seed : int
+        Seed of the division; the run's, for the parts that a simulation with this seed would use.
+    folder : Path
+        Where the nodes' folders go.
+
+    Returns
+    -------
+    list of Path
+        The nodes' folders.
+
+    Raises
+    ------
+    ConfigError
+        If the dataset cannot be read or divided so, or a folder holds data or cannot be written.
+    """
+    splits = load_splits(config, seed)
+    rows = partition_rows(config, partitions, seed)
+    folders = [folder / f"node-{index}" for index in range(partitions)]
+    for path in folders:
+        if (path / "train.parquet").exists():
+            raise ConfigError(f"{path} holds data already; allowed: a folder without train.parquet")
+    try:
+        with quietly():
+            for path, own in zip(folders, rows, strict=True):
+                for name, part in (("test", splits.test), ("train", splits.train.select(own))):
+                    write_atomically(path / f"{name}.parquet", part.to_parquet)
+    except OSError as error:
+        raise ConfigError(f"the parts cannot be written: {error.strerror}") from error
+    return folders
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write what the command line asks for; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.partition", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the nodes' folders go")
+    parser.add_argument("--nodes", type=int, required=True, help="number of nodes")
+    parser.add_argument(
+        "--run-config", action="append", default=[], metavar="PAIRS", help="the run's changes; `data.` and `seed` count"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if options.nodes < 1:
+            raise ConfigError(f"--nodes is {options.nodes}; allowed: 1 or more")
+        config = RunConfig.from_flower(parse_run_config([text for text in options.run_config if text.strip()]))
+        folders = write_partitions(config.data, options.nodes, config.seed, options.folder)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for path in folders:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

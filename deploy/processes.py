@@ -1,0 +1,195 @@
+"""Processes of Flower: where its commands are, the environment they get, and that none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+STOP_GRACE = 5.0  # seconds from SIGTERM to SIGKILL; an interrupted ServerApp would take its time
+
+_RAY_PATH_LIMIT = 38  # longest folder in which Ray's socket paths stay under the system's limit
+
+_FORCED = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # else Flower installs a second torch for every run
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+_DEFAULTS = {
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # 1 s delays the start of every run; 0.1 s costs 4% of a core
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about it
+    "RAY_DEDUP_LOGS": "0",  # clients may say the same thing; show it
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
+
+
+class StartError(RuntimeError):
+    """A part of Flower could not be started; the text holds its last log lines."""
+
+
+def flower_environment(home: Path, port: int) -> dict[str, str]:
+    """Return the environment of Flower's commands: its own ``FLWR_HOME``, quiet libraries, no installation at run time.
+
+    Parameters
+    ----------
+    home : Path
+        Becomes ``FLWR_HOME``.
+    port : int
+        Port of the SuperLink that `flwr` would start by itself.
+    """
+    environment = {**_DEFAULTS, **os.environ, **_FORCED}
+    environment.pop("RAY_ADDRESS", None)  # a cluster of somebody else
+    environment["FLWR_HOME"] = str(home)
+    environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
+    # Flower starts its parts by name: they must be those of this interpreter.
+    environment["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), environment.get("PATH", os.defpath)])
+    if len(str(home)) <= _RAY_PATH_LIMIT:
+        environment["RAY_TMPDIR"] = str(home)  # Ray's logs and sockets go when the folder goes
+    return environment
+
+
+def script(name: str) -> str:
+    """Return the path of a command of this interpreter's environment."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class FlowerProcesses:
+    """Flower's long-running commands in one folder, each with a log there; all are stopped together.
+
+    Parameters
+    ----------
+    home : Path
+        Becomes ``FLWR_HOME``; holds the logs and an empty working directory, since Flower imports from there.
+    environment : mapping
+        Of `flower_environment`.
+    """
+
+    def __init__(self, home: Path, environment: Mapping[str, str]) -> None:
+        self.home = home
+        self.working_directory = home / "cwd"
+        self.environment = dict(environment)
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a command of this interpreter's environment; it logs to ``NAME.log``."""
+        self.working_directory.mkdir(parents=True, exist_ok=True)
+        with self.log(name).open("ab") as log:
+            process = subprocess.Popen(
+                [script(command), *arguments],
+                cwd=self.working_directory,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a terminal's Ctrl-C must reach this process only, which then stops it
+            )
+        self.started.append(process)
+        return process
+
+    def log(self, name: str) -> Path:
+        """Return where a command logs."""
+        return self.home / f"{name}.log"
+
+    def log_tail(self, name: str, lines: int = 20) -> str:
+        """Return the last lines of a log."""
+        return "\n".join(self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """Stop every process and all that they started, gently at first."""
+        stop_together([self])
+
+    def alive(self) -> set[psutil.Process]:
+        """Return every process started here: descendants, and orphans that still carry the folder's name."""
+        found: set[psutil.Process] = set()
+        for process in self.started:
+            if process.poll() is None:  # an ended process's id may be somebody else's by now
+                with contextlib.suppress(psutil.Error):
+                    root = psutil.Process(process.pid)
+                    found |= {root, *root.children(recursive=True)}
+        return found | {process for process in psutil.process_iter() if belongs_to(process, self.home)}
+
+
+def stop_together(groups: Sequence[FlowerProcesses]) -> None:
+    """Stop the processes of several folders and all that they started, gently at first."""
+    alive = set().union(*(group.alive() for group in groups))
+    started = [process for group in groups for process in group.started]
+    for process in started:
+        process.terminate()
+    # Flower's commands end their children, and Ray's processes end with the one that started them.
+    if wait_gone(alive, STOP_GRACE):
+        alive = alive.union(*(group.alive() for group in groups))
+        for left in alive:
+            with contextlib.suppress(psutil.Error):
+                left.kill()
+        wait_gone(alive, STOP_GRACE)
+    for process in started:
+        process.wait()
+    for group in groups:
+        group.started.clear()
+
+
+def belongs_to(process: psutil.Process, home: Path) -> bool:
+    """Tell whether a process runs for the SuperLink of a folder, by its environment or its working directory.
+
+    Some of Ray's processes overwrite their environment with their title; those have the working directory.
+    """
+    with contextlib.suppress(psutil.Error, OSError):
+        if process.environ().get("FLWR_HOME") == str(home):
+            return True
+    with contextlib.suppress(psutil.Error, OSError):
+        return str(process.cwd()).startswith(f"{home}{os.sep}")
+    return False
+
+
+def wait_gone(processes: set[psutil.Process], seconds: float) -> bool:
+    """Wait until the processes have ended; return whether one is still there."""
+    deadline = time.monotonic() + seconds
+    while any(_is_alive(process) for process in processes):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+@contextlib.contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Let no second Ctrl-C interrupt the cleaning up; other threads than the main one cannot ask for that."""
+    previous: dict[signal.Signals, Any] = {}
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            previous[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

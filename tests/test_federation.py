@@ -1,0 +1,172 @@
+"""The app on a real federation: SuperLink, SuperExec and SuperNodes over gRPC with TLS and node authentication."""
+
+import io
+import json
+import math
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import DataConfig, RunConfig, to_flower
+from deploy.certificates import make_ca
+from deploy.federation import CONNECTION, connect, is_healthy, local_federation
+from deploy.partition import write_partitions
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parent.parent
+
+
+class Watcher(io.StringIO):
+    """A log that does something once, when a line says that it is time."""
+
+    def __init__(self, when, do):
+        super().__init__()
+        self.when, self.do, self.done = when, do, False
+
+    def write(self, line):
+        if not self.done and self.when in line:
+            self.done = True
+            self.do()
+        return super().write(line)
+
+
+def settings(out, **changes):
+    config = to_flower(RunConfig()) | TINY | {"output-dir": str(out)}
+    return config | {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    with local_federation() as federation:
+        yield federation
+
+
+@pytest.fixture(scope="module")
+def nodes(federation, tmp_path_factory):
+    """Three nodes of three modalities, each with a folder of its own data."""
+    folders = write_partitions(DataConfig(), 3, 0, tmp_path_factory.mktemp("data"))
+    for model, folder in zip(("cnn", "text", "dual"), folders, strict=True):
+        config = {"name": model, "model": model, "data-path": str(folder), "state-dir": str(folder / "state")}
+        federation.add_node(model, config)
+    federation.wait_for_nodes()
+    return federation.nodes
+
+
+def test_keys_and_state_are_for_their_owner_only(federation):
+    assert stat.S_IMODE(federation.home.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(key.stat().st_mode) == 0o600 for key in federation.pki.rglob("*.key"))
+
+
+def test_a_node_whose_key_is_not_registered_is_refused(federation):
+    node = federation.add_node("stranger", {"data-path": "/nowhere"}, register=False)
+
+    code = node.process.wait(timeout=60)
+
+    assert code == 1
+    assert "2004" in node.processes.log_tail("stranger")
+    del federation.nodes["stranger"]
+
+
+def test_a_node_with_another_ca_is_refused(federation, tmp_path):
+    other, _ = make_ca(tmp_path / "pki")
+    node = federation.add_node("misled", {"data-path": "/nowhere"}, authority=other)
+
+    code = node.process.wait(timeout=60)
+
+    assert code == 1
+    assert "CERTIFICATE_VERIFY_FAILED" in node.processes.log("misled").read_text()
+    del federation.nodes["misled"]
+
+
+def test_a_submitter_with_another_ca_is_refused(federation, tmp_path):
+    other = make_ca(tmp_path / "pki")[0]
+    home = Path(federation.submitter.environment["FLWR_HOME"])
+    try:
+        connect(home, CONNECTION, federation.runtime, other)
+
+        answer = federation.submitter.flwr("ls", CONNECTION)
+    finally:
+        connect(home, CONNECTION, federation.runtime, federation.pki / "ca.crt")
+
+    assert "Error" in answer
+    assert "connection configuration" in " ".join(answer.split())  # Flower names no certificate here
+
+
+def test_a_run_outlives_a_kill_of_the_superlink(federation, nodes, tmp_path):
+    """Three modalities over TLS; the SuperLink is killed in mid-round and comes back."""
+    killed = []
+
+    def kill_and_restart():
+        killed.append(federation.kill_superlink())
+        federation.start_superlink()
+
+    log = Watcher("[ROUND 2/2]", kill_and_restart)
+
+    outcome = federation.run(ROOT, settings(tmp_path / "run", min_nodes=3), log)
+
+    assert outcome.status == "finished:completed", log.getvalue()
+    assert killed
+    assert is_healthy(federation.health)
+    lines = metrics(tmp_path / "run")
+    assert [line["replies"]["received"] for line in lines] == [3, 3, 3]
+    assert sorted(lines[-1]["clients"]["per_client"]) == ["cnn", "dual", "text"]
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_and_one_that_lies_cost_their_voices_only(tmp_path):
+    """One is killed in mid-round and comes back with its model from disk; one sends garbage in every round."""
+    models = {"cnn": "cnn", "text": "text", "dual": "dual", "liar": "hostile_node:model"}
+    folders = write_partitions(DataConfig(), len(models), 0, tmp_path / "data")
+    with local_federation() as federation:
+        for (name, model), folder in zip(models.items(), folders, strict=True):
+            config = {"name": name, "model": model, "data-path": str(folder), "state-dir": str(folder / "state")}
+            federation.add_node(name, config, environment={"PYTHONPATH": str(ROOT / "tests")})
+        federation.wait_for_nodes()
+        over = threading.Event()
+        supervisor = threading.Thread(target=kill_and_keep_up, args=(federation.nodes["cnn"], over))
+        log = Watcher("[ROUND 3/8]", supervisor.start)
+
+        outcome = federation.run(ROOT, settings(tmp_path / "run", min_nodes=4, rounds=8, round_deadline=40.0), log)
+
+        over.set()
+        supervisor.join()
+    assert outcome.status == "finished:completed", log.getvalue()
+    lines = metrics(tmp_path / "run")
+    reasons = [line["replies"]["reasons"] for line in lines]
+    assert "liar" not in reasons[0]
+    assert "cannot be read" in reasons[1]["liar"]
+    assert "cannot be read" in reasons[2]["liar"]
+    assert lines[2]["bytes"]["up"] > 100_000_000
+    assert "answers batch 'another'" in reasons[3]["liar"]
+    assert all("values are not finite" in reason["liar"] for reason in reasons[4:])
+
+    answered = [sorted(name for name in line["clients"]["per_client"] if name != "liar") for line in lines]
+    assert answered[:3] == [["cnn", "dual", "text"]] * 3
+    assert answered[3] == ["dual", "text"]
+    assert reasons[3]["cnn"]
+    assert answered[-1] == ["cnn", "dual", "text"]
+    # AdamW counts its steps: a model that had started anew would have missed those of the rounds before the kill.
+    (state,) = (folders[0] / "state").rglob("optimizer.pt")
+    steps = int(torch.load(state)["state"][0]["step"])
+    epoch = math.ceil(lines[1]["clients"]["per_client"]["cnn"]["examples"] / 16)
+    learned = sum("cnn" in names for names in answered[1:]) + 1  # once more after the last round
+    assert steps >= learned * epoch
+
+
+def kill_and_keep_up(node, over):
+    """Kill a node in mid-round, then start it again whenever it ends, as a service manager does."""
+    time.sleep(3)
+    node.kill()
+    # It is refused until the SuperLink has marked the dead one offline.
+    while not over.wait(1):
+        if node.process.poll() is not None:
+            node.start()
