@@ -172,9 +172,11 @@ def _round(path: Path) -> int:
 
 
 def _kept_of(folder: Path, last: int | None = None) -> list[Path]:
-    """List what a folder keeps of the rounds up to ``last``, or of all."""
-    kept = [path for kind in ("model", "batch", "targets") for path in sorted(folder.glob(f"{kind}-*"))]
-    return [path for path in kept if last is None or _round(path) <= last]
+    """List what a folder kept when a round ended, or all."""
+    # Soft targets of a round come with the next.
+    ends = {"model": last, "batch": last, "targets": None if last is None else last - 1}
+    kept = [(path, end) for kind, end in ends.items() for path in sorted(folder.glob(f"{kind}-*"))]
+    return [path for path, end in kept if end is None or _round(path) <= end]
 
 
 def _link(source: Path, target: Path) -> None:

@@ -229,7 +229,9 @@ def _taken_apart(state: ServerState) -> tuple[dict[str, Any], dict[str, Tensor]]
         for name, message in zip(("batch", "targets"), messages, strict=True):
             entry[name], arrays = message.parts()
             for field, array in arrays.items():
-                tensors[f"history/{index}/{name}/{field}"] = torch.from_numpy(np.array(array))  # A copy: messages are read-only.
+                tensors[f"history/{index}/{name}/{field}"] = torch.from_numpy(
+                    np.array(array)
+                )  # A copy: messages are read-only.
         history.append(entry)
     if state.pictures:
         tensors["pictures"] = torch.from_numpy(np.stack([np.asarray(picture) for picture in state.pictures]))
