@@ -84,7 +84,7 @@ class Federation:
     def start(self) -> None:
         """Start the SuperLink, and the SuperExec that runs ServerApps for it."""
         self.start_superlink()
-        self.server.start(
+        self.superexec = self.server.start(
             "superexec",
             *("flower-superexec", "--runtime-api-address", self.runtime),
             *("--root-certificates", str(self.pki / "ca.crt"), *self.secret),
