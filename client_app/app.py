@@ -21,13 +21,21 @@ from client_app.feedback import nearest_neighbour_votes, to_payload_logits, vote
 from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, parameter_groups, predict, train
 from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch
 from client_app.optimizer import AdamW
-from client_app.private_data import PrivateData, load_private_data
+from client_app.private_data import PrivateData, held_classes, load_private_data
 from client_app.task_models import PADDING, Inputs, build_task_model, model_label
 from common.config import NodeConfig, RunConfig
 from common.datasets import Examples
 from common.devices import pick_device
 from common.images import decode_images
-from common.payloads import ClientReport, DistillationPayload, Instructions, PayloadError, Request, SyntheticBatch
+from common.payloads import (
+    ClassReport,
+    ClientReport,
+    DistillationPayload,
+    Instructions,
+    PayloadError,
+    Request,
+    SyntheticBatch,
+)
 
 app = ClientApp()
 
@@ -38,9 +46,10 @@ def train_round(message: Message, context: Context) -> Message:
     request = Request.from_content(message.content)
     if not request.batches:
         raise PayloadError("a round needs a synthetic batch, and the message holds none")
-    client = Client(context, request.instructions)
+    client = Client(context, request.instructions, before=request.instructions.round)
     client.receive(request)
     client.learn()
+    client.forget_old()
     payload = client.answer(request.batches[-1])
     return Message(
         RecordDict({**client.report().to_records("report"), **payload.to_records("payload")}), reply_to=message
@@ -51,7 +60,7 @@ def train_round(message: Message, context: Context) -> Message:
 def distill(message: Message, context: Context) -> Message:
     """Distil the last soft targets and report, without a new batch."""
     request = Request.from_content(message.content)
-    client = Client(context, request.instructions)
+    client = Client(context, request.instructions, before=request.instructions.round)
     client.receive(request)
     client.learn()
     return Message(RecordDict(client.report().to_records("report")), reply_to=message)
@@ -64,6 +73,14 @@ def evaluate_model(message: Message, context: Context) -> Message:
     return Message(RecordDict(client.report().to_records("report")), reply_to=message)
 
 
+@app.query("classes")
+def name_classes(message: Message, context: Context) -> Message:
+    """Tell which classes this client holds."""
+    config, node = RunConfig.from_flower(context.run_config), NodeConfig.from_flower(context.node_config)
+    report = ClassReport(classes=held_classes(config, node))
+    return Message(RecordDict(dict(report.to_records("classes"))), reply_to=message)
+
+
 class Client:
     """One client in one message: its data, its model as it last was, and its memory.
 
@@ -73,6 +90,8 @@ class Client:
         Flower's; holds the run's and the node's configuration.
     instructions : Instructions
         The server's.
+    before : int, optional
+        A round that the client's model must not have learned in yet; without it, the newest model is taken.
 
     Raises
     ------
@@ -80,7 +99,7 @@ class Client:
         If a setting cannot be used, or the private data cannot be read.
     """
 
-    def __init__(self, context: Context, instructions: Instructions) -> None:
+    def __init__(self, context: Context, instructions: Instructions, before: int | None = None) -> None:
         self.config = RunConfig.from_flower(context.run_config)
         self.node = NodeConfig.from_flower(context.node_config)
         self.instructions = instructions
@@ -100,26 +119,34 @@ class Client:
             task_model.freeze_encoders()
         self.model = AlignedModel(task_model, instructions.anchor_size).to(self.device)
         self.optimizer = AdamW(parameter_groups(self.model, self.config.client), weight_decay=1e-3)
-        state_folder = _state_folder(self.config, self.node)
-        self.memory = ClientMemory(state_folder, instructions.run_key, self.name)
-        self.is_new = not self.memory.has_model
-        if not self.is_new:
-            self.memory.load_model(self.model, self.optimizer)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        folders = _state_folders(self.config, self.node)
+        self.memory = ClientMemory(folders[0], instructions.run_key, self.name)
+        self.memory.inherit(folders, zip(instructions.ancestors, instructions.ancestor_rounds, strict=True))
+        self.is_new = not self.memory.load_model(self.model, self.optimizer, before)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # A run may be resumed with another learning rate.
         modality = task_model.modality
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
         wanted = (self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
         if self.node.data_path:
-            self.data = load_own_data(state_folder.expanduser(), self.name, *wanted)
+            self.data = load_own_data(folders[0].expanduser(), self.name, *wanted)
         else:
             self.data = _simulated_data(*wanted)
 
     def receive(self, request: Request) -> None:
-        """Keep what the server sent, and forget what is too old."""
+        """Keep what the server sent."""
         for batch in request.batches:
             self.memory.add_batch(batch)
         for targets in request.targets:
             self.memory.add_targets(targets)
-        self.memory.prune(self.config.client.pool_rounds + 1)
+
+    def forget_old(self) -> None:
+        """Forget batches that are not drawn from any more, and models older than any that a run could go back to.
+
+        In mid-round the server's last checkpoint is that of the round before, and it keeps some more.
+        """
+        self.memory.prune(batches=self.config.client.pool_rounds + 1, models=self.config.checkpoints_kept + 1)
 
     def learn(self) -> None:
         """Train on private and kept synthetic samples, and keep the new model."""
@@ -134,7 +161,7 @@ class Client:
             "anchor_size": self.instructions.anchor_size,
             "round": self.instructions.round,
         }
-        self.memory.save_model(self.model, self.optimizer, described)
+        self.memory.save_model(self.instructions.round, self.model, self.optimizer, described)
 
     def answer(self, batch: SyntheticBatch) -> DistillationPayload:
         """Return logits on a batch, and votes where the run asks for them and the model sees images."""
@@ -161,7 +188,7 @@ class Client:
 
     def report(self) -> ClientReport:
         """Measure the present model."""
-        test = self.data.test
+        test, kept = self.data.test, self.memory.batches()
         accuracy, loss = evaluate(self.model.task_model, self._inputs(test), self._to_tensor(test.labels_N))
         return ClientReport(
             client=self.name,
@@ -170,7 +197,8 @@ class Client:
             examples=len(self.data.train),
             accuracy=accuracy,
             loss=loss,
-            kept=tuple(kept.batch.batch_id for kept in self.memory.batches()),
+            kept=tuple(item.batch.batch_id for item in kept),
+            awaiting=tuple(item.batch.batch_id for item in kept if item.targets is None),
         )
 
     def _private_set(self) -> PrivateSet:
@@ -222,12 +250,17 @@ class Client:
 _simulated_data = lru_cache(maxsize=64)(load_private_data)
 
 
-def _state_folder(config: RunConfig, node: NodeConfig) -> Path:
-    """Choose where a client keeps its memory; simulated clients keep it with the run that they are part of."""
+def _state_folders(config: RunConfig, node: NodeConfig) -> list[Path]:
+    """Choose where a client keeps its memory, and after that where else an earlier run's may lie.
+
+    Simulated clients keep it with the run that they are part of.
+    """
     if named := node.state_dir or config.client.state_dir:
-        return Path(named)
-    is_simulated = not node.data_path
-    return Path(config.output_dir) / "clients" if is_simulated and config.output_dir else DEFAULT_FOLDER
+        return [Path(named)]
+    if node.data_path:
+        return [DEFAULT_FOLDER]
+    runs = (Path(config.output_dir) if config.output_dir else None, config.resumed_folder)
+    return [*(folder / "clients" for folder in runs if folder), DEFAULT_FOLDER]
 
 
 def _join(parts: list[SyntheticSet]) -> SyntheticSet:

@@ -1,16 +1,19 @@
 """What a client keeps between rounds, on its own disk: its model, and the last synthetic batches.
 
-A deployed client is a new process for every message, so everything is read back from here. Each file is
-replaced whole; the folder is that of one run and one client, so that a new run starts fresh and two runs at
-once do not mix.
+A deployed client is a new process for every message, so everything is read back from here. Each file and each
+round's model is replaced whole; the folder is that of one run and one client, so that a new run starts fresh
+and two runs at once do not mix. A run that resumes another inherits: its clients begin with a copy of their
+memory as it was after the round from which the run goes on, and leave the other run's memory as it is.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from client_app.learning import AlignedModel
-from common.files import write_atomically, write_text
+from common.files import replaced_folder, write_atomically, write_text
 from common.payloads import PayloadError, SoftTargets, SyntheticBatch
 
 DEFAULT_FOLDER = Path("~/.fedmmkt/clients")
@@ -50,16 +53,37 @@ class ClientMemory:
     def __init__(self, root: Path, run_key: str, client: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_key):
             raise PayloadError(f"run key {run_key!r} is no plain name of letters, digits, - and _")
-        self.folder = root.expanduser() / run_key / plain_name(client)
+        self.folder = _folder(root, run_key, client)
+        self.client = client
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    @property
-    def has_model(self) -> bool:
-        """Whether this client has learned in this run before."""
-        return (self.folder / "model.safetensors").exists()
+    def inherit(self, roots: Iterable[Path], ancestors: Iterable[tuple[str, int]]) -> None:
+        """Begin with what the client kept of an earlier run, if it keeps nothing of this one.
 
-    def save_model(self, model: AlignedModel, optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> None:
-        """Keep the model (safetensors), its description (JSON) and the optimiser's state (torch).
+        Files are linked where the disk allows it: none of them is ever changed in place.
+
+        Parameters
+        ----------
+        roots : iterable of Path
+            State folders in which the earlier runs may lie.
+        ancestors : iterable of (str, int)
+            Keys of earlier runs, oldest first, and the round after which each was left; what the client learned
+            or was sent in later rounds stays behind.
+        """
+        if _kept_of(self.folder):
+            return
+        for run_key, last in reversed(list(ancestors)):
+            for root in roots:
+                if found := _kept_of(_folder(root, run_key, self.client), last):
+                    with replaced_folder(self.folder, mode=0o700) as folder:
+                        for path in found:
+                            _link(path, folder / path.name)
+                    return
+
+    def save_model(
+        self, round: int, model: AlignedModel, optimizer: torch.optim.Optimizer, described: dict[str, Any]
+    ) -> None:
+        """Keep the model of a round (safetensors), its description (JSON) and the optimiser's state (torch).
 
         A model of transformers is kept so that ``from_pretrained`` reads the folder.
 
@@ -68,23 +92,30 @@ class ClientMemory:
         OSError
             If the disk is full; the files are then what they were.
         """
-        buffer = io.BytesIO()
-        torch.save(optimizer.state_dict(), buffer)
         names = _saved_names(model)
         # Cloned, for safetensors takes no two names of one tensor, which models with tied weights have.
         weights = {names[name]: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        write_atomically(self.folder / "optimizer.pt", lambda path: path.write_bytes(buffer.getvalue()))
-        if not (self.folder / "model.json").exists():
-            model.task_model.save_description(self.folder)
-        write_text(self.folder / "model.json", json.dumps(described, indent=2) + "\n")
-        write_atomically(self.folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+        with replaced_folder(self.folder / f"model-{round:05d}", mode=0o700) as folder:
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            model.task_model.save_description(folder)
+            write_text(folder / "model.json", json.dumps(described, indent=2) + "\n")
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
-    def load_model(self, model: AlignedModel, optimizer: torch.optim.Optimizer) -> None:
-        """Read back what `save_model` kept, into a model of the same architecture."""
-        weights = load_file(self.folder / "model.safetensors")
-        names = _saved_names(model)
+    def load_model(self, model: AlignedModel, optimizer: torch.optim.Optimizer, before: int | None = None) -> bool:
+        """Read back the newest model, or the newest one from before a round, into one of the same architecture.
+
+        Returns
+        -------
+        bool
+            Whether there was one; if not, this client has not learned in this run.
+        """
+        folders = [path for path in self._model_folders() if before is None or _round(path) < before]
+        if not folders:
+            return False
+        weights, names = load_file(folders[-1] / "model.safetensors"), _saved_names(model)
         model.load_state_dict({name: weights[saved] for name, saved in names.items() if saved in weights})
-        optimizer.load_state_dict(torch.load(self.folder / "optimizer.pt", weights_only=True))
+        optimizer.load_state_dict(torch.load(folders[-1] / "optimizer.pt", weights_only=True))
+        return True
 
     def add_batch(self, batch: SyntheticBatch) -> None:
         """Keep a batch until soft targets come for it, and as long as `prune` lets it."""
@@ -107,11 +138,13 @@ class ClientMemory:
             kept.append(KeptBatch(SyntheticBatch.model_validate(_read(path)), soft))
         return kept
 
-    def prune(self, keep: int) -> None:
-        """Forget all but the last ``keep`` batches."""
-        for path in self._batch_files()[: -keep or None]:
+    def prune(self, batches: int, models: int) -> None:
+        """Forget all but the last batches and models."""
+        for path in self._batch_files()[: -batches or None]:
             path.unlink()
             path.with_name(path.name.replace("batch", "targets")).unlink(missing_ok=True)
+        for path in self._model_folders()[: -models or None]:
+            shutil.rmtree(path)
 
     def forget(self) -> None:
         """Remove all that the client keeps of this run."""
@@ -120,13 +153,43 @@ class ClientMemory:
     def _batch_files(self) -> list[Path]:
         return sorted(self.folder.glob("batch-*.npz"))
 
+    def _model_folders(self) -> list[Path]:
+        return sorted(self.folder.glob("model-*"))
+
     def _write(self, name: str, message: SyntheticBatch | SoftTargets) -> None:
-        content = {key: value for key, value in message if value is not None}
-        arrays = {key: value for key, value in content.items() if isinstance(value, np.ndarray)}
-        rest = json.dumps({key: value for key, value in content.items() if key not in arrays})
+        settings, arrays = message.parts()
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays, settings=np.frombuffer(rest.encode(), np.uint8))
+        np.savez(buffer, allow_pickle=False, **arrays, settings=np.frombuffer(json.dumps(settings).encode(), np.uint8))
         write_atomically(self.folder / f"{name}.npz", lambda path: path.write_bytes(buffer.getvalue()))
+
+
+def _folder(root: Path, run_key: str, client: str) -> Path:
+    return root.expanduser() / run_key / plain_name(client)
+
+
+def _round(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
+def _kept_of(folder: Path, last: int | None = None) -> list[Path]:
+    """List what a folder kept when a round ended, or all."""
+    # Soft targets of a round come with the next.
+    ends = {"model": last, "batch": last, "targets": None if last is None else last - 1}
+    kept = [(path, end) for kind, end in ends.items() for path in sorted(folder.glob(f"{kind}-*"))]
+    return [path for path, end in kept if end is None or _round(path) <= end]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link a file, or the files of a folder; copy where the disk has no links or is another one."""
+    if source.is_dir():
+        target.mkdir(mode=0o700)
+        for path in source.iterdir():
+            _link(path, target / path.name)
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def plain_name(name: str) -> str:

@@ -67,8 +67,8 @@ class DataConfig(_Section):
     label_column: str = Field("label", min_length=1, description="column of class labels")
     classes: tuple[str, ...] = Field(
         (),
-        description="class names, in order, or a text file with one a line; empty: those of the dataset, which the "
-        "server then must have",
+        description="class names, in order; or a text file with one a line; or `clients`: all that any client holds; "
+        "empty: those of the dataset, which the server then must have",
     )
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side at which task models see images")
     test_fraction: float = Field(
@@ -191,7 +191,13 @@ class RunConfig(_Section):
 
     rounds: int = Field(8, ge=1, le=100_000, description="rounds of mutual transfer")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
-    output_dir: str = Field("", description="absolute folder of the run; empty: ~/.fedmmkt/runs/<run id>")
+    output_dir: str = Field(
+        "", description="absolute folder of the run; empty: that of resume-from, or ~/.fedmmkt/runs/<run id>"
+    )
+    resume_from: str = Field(
+        "", description="absolute folder of an earlier run to go on with, or one of its checkpoints"
+    )
+    checkpoints_kept: int = Field(2, ge=0, le=1000, description="last rounds that a run can be resumed from; 0: none")
     feedback: Literal["logits", "logits+votes"] = Field(
         "logits+votes", description="what clients return: the paper's logits, or nearest-neighbour votes too"
     )
@@ -216,13 +222,21 @@ class RunConfig(_Section):
         """
         return _parse(cls, _nested(run_config), "run-config")
 
+    @property
+    def resumed_folder(self) -> Path | None:
+        """The run folder that ``resume-from`` names, by itself or by one of its checkpoints."""
+        if not self.resume_from:
+            return None
+        path = Path(self.resume_from).expanduser()
+        return path.parents[1] if path.parent.name == "checkpoints" else path
+
     @model_validator(mode="after")
-    def _output_dir_is_absolute(self) -> Self:
-        if self.output_dir and not Path(self.output_dir).expanduser().is_absolute():
-            raise ValueError(
-                f"output-dir is {self.output_dir!r}; allowed: an absolute path, since Flower's working "
-                "directory is not yours"
-            )
+    def _folders_are_absolute(self) -> Self:
+        for key, folder in (("output-dir", self.output_dir), ("resume-from", self.resume_from)):
+            if folder and not Path(folder).expanduser().is_absolute():
+                raise ValueError(
+                    f"{key} is {folder!r}; allowed: an absolute path, since Flower's working directory is not yours"
+                )
         return self
 
 

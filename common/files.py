@@ -48,8 +48,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
+def replaced_folder(path: Path, mode: int = 0o755) -> Iterator[Path]:
     """Give an empty folder to fill, which takes the place of ``path`` when the block ends without error.
+
+    ``mode`` is the permissions of the folder.
 
     Raises
     ------
@@ -61,7 +63,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(mode)
         if path.exists():
             path.rename(old)
         temporary.rename(path)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 MAX_SAMPLES = 1_000_000
 MAX_CLASSES = 100_000
+MAX_ANCESTORS = 100
 Modality = Literal["image", "text", "image+text"]
 
 
@@ -43,6 +44,7 @@ Float32Vector = Annotated[np.ndarray, _array("float32", 1)]
 Int64Vector = Annotated[np.ndarray, _array("int64", 1)]
 UInt8Vector = Annotated[np.ndarray, _array("uint8", 1)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+RunKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class _Message(BaseModel):
@@ -50,12 +52,17 @@ class _Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
+    def parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Part the fields that are set into plain values, which JSON takes, and arrays."""
+        content = {name: value for name, value in self if value is not None}
+        arrays = {name: value for name, value in content.items() if isinstance(value, np.ndarray)}
+        return {name: _to_setting(value) for name, value in content.items() if name not in arrays}, arrays
+
     def to_records(self, prefix: str) -> dict[str, Any]:
         """Make Flower records, named ``<prefix>`` and ``<prefix>.arrays``."""
-        content = {name: value for name, value in self if value is not None}
-        arrays = {name: Array(value) for name, value in content.items() if isinstance(value, np.ndarray)}
-        settings = {name: _to_setting(value) for name, value in content.items() if name not in arrays}
-        return {prefix: ConfigRecord(settings), f"{prefix}.arrays": ArrayRecord(arrays)}
+        settings, arrays = self.parts()
+        arrays_record = ArrayRecord({name: Array(value) for name, value in arrays.items()})
+        return {prefix: ConfigRecord(settings), f"{prefix}.arrays": arrays_record}
 
     @classmethod
     def from_records(cls, records: Mapping[str, Any], prefix: str) -> Self:
@@ -91,7 +98,7 @@ class Instructions(_Message):
     Attributes
     ----------
     run_key : str
-        Under which the client keeps its memory; the same for a run and those that resume it.
+        Under which the client keeps its memory.
     round : int
         Present round; 0 before any learning.
     classes : tuple of str
@@ -100,16 +107,23 @@ class Instructions(_Message):
         Whether the run asks for votes.
     anchor_size : int
         Dimension of the text anchors that batches bring; 0 if they bring none.
+    ancestors, ancestor_rounds : tuple
+        Keys of the runs that this one goes on from, oldest first, and the round after which each was left: where
+        a client that has no memory of this run finds the one to go on with. Sent to those that have not
+        answered yet.
     """
 
-    run_key: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    run_key: RunKey
     round: int = Field(ge=0)
     classes: tuple[Name, ...] = Field(min_length=2, max_length=MAX_CLASSES)
     votes: bool
     anchor_size: int = Field(ge=0, le=100_000)
+    ancestors: tuple[RunKey, ...] = Field((), max_length=MAX_ANCESTORS)
+    ancestor_rounds: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        _require(len(self.ancestors) == len(self.ancestor_rounds), "each ancestor needs its round")
         _require(len(set(self.classes)) == len(self.classes), "classes are not distinct")
         return self
 
@@ -209,6 +223,8 @@ class ClientReport(_Message):
         Of its present model: on the common test set in simulation, on private held-out data elsewhere.
     kept : tuple of str
         The batches that it still holds on disk, so that the server can resend what is lost.
+    awaiting : tuple of str
+        Those of them whose soft targets it has not got.
     """
 
     client: Name
@@ -218,6 +234,7 @@ class ClientReport(_Message):
     accuracy: float = Field(ge=0, le=1, allow_inf_nan=False)
     loss: float = Field(ge=0, allow_inf_nan=False)
     kept: tuple[Name, ...] = Field((), max_length=1000)
+    awaiting: tuple[Name, ...] = Field((), max_length=1000)
 
     def to_records(self, prefix: str) -> dict[str, Any]:
         """Numbers go in a MetricRecord, where Flower's own tools look for them."""
@@ -234,6 +251,12 @@ class ClientReport(_Message):
             raise PayloadError(f"no {cls.__name__} in the records {sorted(records)}; expected {prefix!r}")
         joined = {prefix: ConfigRecord({**settings, **numbers}), f"{prefix}.arrays": ArrayRecord()}
         return super().from_records(joined, prefix)
+
+
+class ClassReport(_Message):
+    """The classes of which a client holds examples; asked for where no one else knows the class space."""
+
+    classes: tuple[Name, ...] = Field(min_length=1, max_length=MAX_CLASSES)
 
 
 class DistillationPayload(_Message):

@@ -93,13 +93,13 @@ class Federation:
             If one is not, in time.
         """
         self.start_superlink()
-        superexec = self.server.start(
+        self.superexec = self.server.start(
             "superexec",
             *("flower-superexec", "--runtime-api-address", self.runtime),
             *("--root-certificates", str(self.pki / "ca.crt"), *self.secret),
             *("--health-server-address", self.superexec_health),
         )
-        _wait_healthy(self.superexec_health, superexec, self.server, "superexec")
+        _wait_healthy(self.superexec_health, self.superexec, self.server, "superexec")
 
     def start_superlink(self) -> None:
         """Start the SuperLink, or start it again with the state that it had, and wait until it is healthy.

@@ -59,11 +59,10 @@ def mismatch(requirement: Requirement) -> list[str]:
 
 def check_model(config: RunConfig, node: NodeConfig) -> str:
     """Build a node's task model, on its device."""
-    from common.datasets import read_class_names
     from common.devices import pick_device
 
     device = pick_device(node.device)
-    model = _build_model(config, node, read_class_names(config.data) or ("one class", "another")).to(device)
+    model = _build_model(config, node, _named_classes(config) or ("one class", "another")).to(device)
     return f"{_model_name(config, node)} reads {model.modality}, runs on {device}"
 
 
@@ -73,9 +72,9 @@ def check_data(config: RunConfig, node: NodeConfig) -> str:
     The class space is that of the run-config, if it names one, else that of the data itself.
     """
     from client_app.private_data import load_private_data
-    from common.datasets import load_splits, read_class_names
+    from common.datasets import load_splits
 
-    classes = read_class_names(config.data) or load_splits(node.own_data(config.data), config.seed).classes
+    classes = _named_classes(config) or load_splits(node.own_data(config.data), config.seed).classes
     modality = _build_model(config, node, classes).modality
     data = load_private_data(config, node, classes, "image" in modality, "text" in modality)
     counts_C = np.bincount(data.train.labels_N, minlength=len(classes))
@@ -117,6 +116,14 @@ def check_disk(folder: Path, least: float) -> str:
             f"{folder} has {free:.1f} GiB free, less than {least:g}; remove old runs, or use another disk"
         )
     return f"{folder} has {free:.1f} GiB free"
+
+
+def _named_classes(config: RunConfig) -> tuple[str, ...]:
+    """Return the class names of the run-config; none where the dataset or the clients are to give them."""
+    from common.datasets import read_class_names
+    from server_app.class_space import FROM_CLIENTS
+
+    return () if config.data.classes == FROM_CLIENTS else read_class_names(config.data)
 
 
 def _build_model(config: RunConfig, node: NodeConfig, classes: tuple[str, ...]) -> TaskModel:

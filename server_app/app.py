@@ -16,6 +16,8 @@ from common.config import ConfigError, RunConfig
 from common.datasets import Splits, load_splits, read_class_names, to_examples
 from server_app.adaptation import get_scores, get_update
 from server_app.aggregation import get_aggregation
+from server_app.checkpoint import ServerState, check_continues, drop_later, find_state
+from server_app.class_space import FROM_CLIENTS, classes_of_clients
 from server_app.evaluation import Judge
 from server_app.generator import Generator
 from server_app.prompts import build_prompt_source
@@ -32,13 +34,18 @@ def main(grid: Grid, context: Context) -> None:
     """Run FedMMKT as the run-config says."""
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers")
     try:
-        build_strategy(RunConfig.from_flower(context.run_config), context.run_id).start(grid)
+        config = RunConfig.from_flower(context.run_config)
+        asks = config.data.classes == FROM_CLIENTS and not config.resume_from
+        classes = classes_of_clients(grid, config) if asks else ()
+        build_strategy(config, context.run_id, classes=classes).start(grid)
     except (ConfigError, RunError, OSError) as error:
         log(ERROR, "%s", error)
         raise
 
 
-def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = FedMMKT) -> FedMMKT:
+def build_strategy(
+    config: RunConfig, run_id: int, strategy: type[FedMMKT] = FedMMKT, classes: tuple[str, ...] = ()
+) -> FedMMKT:
     """Build a strategy and its parts; whatever is wrong shows here, before anything is generated.
 
     Parameters
@@ -48,6 +55,8 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
         Flower's; names the run.
     strategy : type
         `FedMMKT` or a subclass.
+    classes : tuple of str
+        The class space, where clients were asked for it.
 
     Raises
     ------
@@ -60,10 +69,12 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
         (get_update, config.t2i.update),
     ):
         get_rule(name)
-    path = Path(config.output_dir or f"~/.fedmmkt/runs/{run_id}").expanduser()
-    run_folder = RunFolder.create(path, config.tensorboard)
+    state = find_state(Path(config.resume_from).expanduser()) if config.resume_from else None
+    classes, splits = _classes_and_splits(config, classes or (state.classes if state else ()))
+    if state:
+        check_continues(state, config, classes)
+    run_folder = _run_folder(config, run_id, state)
     log(INFO, "Run folder: %s", run_folder.path)
-    classes, splits = _classes_and_splits(config)
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed)
     judge = _judge(config, splits) if splits else None
@@ -75,14 +86,32 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
             "run_id": str(run_id),
             "threads": torch.get_num_threads(),
         }
+        | ({"resumed": {"run": state.run_key, "after-round": state.round}} if state else {})
     )
     # Flower's ids have up to 20 digits; of one length, messages of equal runs have equally many bytes.
-    return strategy(config, classes, generator, prompts, run_folder, f"{run_id:020d}", judge)
+    built = strategy(config, classes, generator, prompts, run_folder, f"{run_id:020d}", judge)
+    if state:
+        built.resume(state)
+    return built
 
 
-def _classes_and_splits(config: RunConfig) -> tuple[tuple[str, ...], Splits | None]:
-    """Take the class space from the run-config or the dataset; the dataset too, if a judge is to learn from it."""
-    named = read_class_names(config.data)
+def _run_folder(config: RunConfig, run_id: int, state: ServerState | None) -> RunFolder:
+    """Make the folder of a new run, or of one that goes on from a state, by default where the earlier one left off."""
+    earlier = config.resumed_folder
+    path = Path(config.output_dir or earlier or f"~/.fedmmkt/runs/{run_id}").expanduser()
+    if state is None or earlier is None:
+        return RunFolder.create(path, config.tensorboard)
+    run_folder = RunFolder.resume(path, config.tensorboard, RunFolder(earlier), state.metrics)
+    drop_later(run_folder.checkpoints, state.round)
+    return run_folder
+
+
+def _classes_and_splits(config: RunConfig, known: tuple[str, ...]) -> tuple[tuple[str, ...], Splits | None]:
+    """Take the class space from clients, the run-config or the dataset; the dataset too, for a judge to learn from."""
+    asked = config.data.classes == FROM_CLIENTS
+    if asked and not known:
+        raise ConfigError("run-config key 'data.classes' is 'clients', and no client was asked: see classes_of_clients")
+    named = known if asked else read_class_names(config.data)
     if named and not config.judge:
         return named, None
     splits = load_splits(config.data, config.seed)
@@ -90,7 +119,7 @@ def _classes_and_splits(config: RunConfig) -> tuple[tuple[str, ...], Splits | No
     if set(classes) != set(splits.classes):
         raise ConfigError(
             f"run-config key 'data.classes' is {', '.join(classes)!r}, but the dataset {config.data.dataset!r} "
-            f"has {', '.join(splits.classes)!r}; allowed: the dataset's classes, or empty"
+            f"has {', '.join(splits.classes)!r}; allowed: the dataset's classes, or empty; or judge=false"
         )
     return classes, splits if config.judge else None
 

@@ -1,20 +1,24 @@
 """One exchange with clients: push requests, pull replies as they come, keep what is valid.
 
-A reply that does not fit costs its sender's voice in this round and never the run.
+A reply that does not fit costs its sender's voice in this round and never the run. Which node a reply is from,
+the message that it answers tells: Flower's own error replies carry the SuperLink's id.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common.payloads import ClientReport, DistillationPayload, PayloadError, record_bytes
 
 POLL_SECONDS = 0.1
+NO_ANSWER = "no answer before the round closed"
+WENT_OFFLINE = "the node went offline during the round"
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,24 @@ class Replies:
         Valid replies, ordered by client name, so that sums do not depend on who was first.
     rejected : dict of str to str
         Reason by node, for errors and invalid replies.
-    missing : list of str
-        Nodes that had not answered when the exchange closed.
+    missing : dict of str to str
+        Reason by node, for those that had not answered when the exchange closed, or went offline.
+    gone : set of str
+        Those of them that went offline.
+    overdue : dict of str to int
+        Node by message, for messages that may still be answered.
+    late : list of Message
+        Replies to messages of earlier exchanges.
     bytes_down, bytes_up : int
         Content sent and received, over all nodes.
     """
 
     answers: list[Answer] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    overdue: dict[str, int] = field(default_factory=dict)
+    late: list[Message] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0
 
@@ -56,6 +69,7 @@ def exchange(
     node_name: Callable[[int], str],
     deadline: float,
     quorum: float,
+    overdue: Collection[str],
     on_answer: Callable[[Answer, int], object],
     on_rejected: Callable[[str, str], object],
 ) -> Replies:
@@ -74,35 +88,60 @@ def exchange(
     deadline : float
         Seconds after which the exchange closes if the quorum is met.
     quorum : float
-        Part of the messages that must have been answered, in whatever way, to close at the deadline.
+        Part of the messages that must have been answered, in whatever way but one of them validly, to close at the
+        deadline.
+    overdue : collection of str
+        Messages of earlier exchanges that may still be answered.
     on_answer, on_rejected : callable
         Are told of each valid reply with the number of those so far, and of each rejected one.
     """
     outgoing = list(messages)
     replies = Replies(bytes_down=sum(record_bytes(message.content) for message in outgoing))
-    pending = dict(zip(grid.push_messages(outgoing), (m.metadata.dst_node_id for m in outgoing), strict=True))
+    pending = _push(grid, outgoing)
+    for message in outgoing:
+        if message.metadata.dst_node_id not in pending.values():
+            replies.rejected[node_name(message.metadata.dst_node_id)] = "Flower did not take the message to the node"
+    awaited = set(overdue)
     closing = time.monotonic() + deadline
     clients: dict[str, int] = {}
     while pending:
-        arrived = list(grid.pull_messages(list(pending)))
+        arrived = list(grid.pull_messages([*pending, *awaited]))
         for reply in arrived:
-            node_id = pending.pop(reply.metadata.reply_to_message_id)
+            message_id = reply.metadata.reply_to_message_id
+            if message_id in awaited:
+                awaited.remove(message_id)
+                replies.late.append(reply)
+                replies.bytes_up += record_bytes(reply.content) if reply.has_content() else 0
+                continue
+            node_id = pending.pop(message_id)
+            name = node_name(node_id)
+            if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                replies.missing[name] = WENT_OFFLINE
+                replies.gone.add(name)
+                continue
             try:
                 answer = _checked(reply, parse, node_id, clients, replies)
             except PayloadError as error:
-                replies.rejected[node_name(node_id)] = str(error)
-                on_rejected(node_name(node_id), str(error))
+                replies.rejected[name] = str(error)
+                on_rejected(name, str(error))
             else:
                 replies.answers.append(answer)
                 on_answer(answer, len(replies.answers))
         answered = len(outgoing) - len(pending)
-        if pending and time.monotonic() > closing and answered >= quorum * len(outgoing):
+        if replies.answers and time.monotonic() > closing and answered >= quorum * len(outgoing):
             break
         if pending and not arrived:
             time.sleep(POLL_SECONDS)
-    replies.missing = sorted(node_name(node_id) for node_id in pending.values())
+    replies.overdue = pending
+    replies.missing |= {node_name(node_id): NO_ANSWER for node_id in pending.values()}
     replies.answers.sort(key=lambda answer: answer.report.client)
     return replies
+
+
+def _push(grid: Grid, messages: list[Message]) -> dict[str, int]:
+    """Return the node of each message that Flower took; for another it gives no id, or none at all."""
+    pushed = zip(grid.push_messages(messages), messages, strict=False)
+    return {message_id: message.metadata.dst_node_id for message_id, message in pushed if message_id}
 
 
 def _checked(

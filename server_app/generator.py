@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -72,6 +72,10 @@ class Generated:
         """Return some of the samples."""
         prompts = tuple(self.prompts[i] for i in index)
         return Generated(prompts, self.images_NHWC[index], self.latents_NCHW[torch.from_numpy(index)])
+
+    def without_images(self) -> Generated:
+        """Return what `Generator.adapt` needs, which is little beside the images."""
+        return Generated(self.prompts, np.empty((len(self), 0, 0, 3), np.uint8), self.latents_NCHW)
 
 
 class Generator:
@@ -296,15 +300,20 @@ class Generator:
         ConfigError
             If its tensors are not those of this model and LoRA configuration.
         """
-        from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
         path = folder / WEIGHT_NAME
         state = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
+        self.load_adapter_state(state, str(path))
+
+    def load_adapter_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Take over what `adapter_state` returned; ``source`` names it in the error, as in `load_adapter`."""
+        from peft import set_peft_model_state_dict
+
         present = self.adapter_state()
         if {name: tensor.shape for name, tensor in state.items()} != {n: t.shape for n, t in present.items()}:
-            raise ConfigError(f"{path} is an adapter of another model, or of other LoRA targets or rank")
-        set_peft_model_state_dict(self.unet, state)
+            raise ConfigError(f"{source} is an adapter of another model, or of other LoRA targets or rank")
+        set_peft_model_state_dict(self.unet, dict(state))
 
     def _conditioning(self, prompts: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Encode distinct prompts once; give the text states of some samples, and as many of the empty prompt."""

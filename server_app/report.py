@@ -146,8 +146,7 @@ def write_report(folder: Path) -> Path:
         If ``config.json`` is missing or the page could not be written; an earlier page is then kept.
     """
     run = RunFolder(folder)
-    described = json.loads(run.config.read_text(encoding="utf-8"))
-    write_text(run.report, _render(described, run.read_metrics(), _pictures(run.images), _changed(run)))
+    write_text(run.report, _render(run.read_config(), run.read_metrics(), _pictures(run), _changed(run)))
     return run.report
 
 
@@ -181,12 +180,22 @@ def _render(described: Mapping[str, Any], lines: list[Line], pictures: list[Pict
         charts=_charts(lines) if lines else [],
         clients=_clients(lines),
         lines=lines,
-        troubles=[(line["round"], *item) for line in lines for item in sorted(line["replies"]["reasons"].items())],
+        troubles=[(line["round"], *item) for line in lines for item in _troubles(line["replies"])],
         replies={kind: sum(line["replies"][kind] for line in lines) for kind in ("received", "rejected", "missing")},
         settings=list(_flat(config)),
         environment=list(_flat({key: value for key, value in described.items() if key != "config"})),
         colours=COLOURS,
     )
+
+
+def _troubles(replies: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Name who did not take part in a round as asked, and why; runs of an earlier version know no late and gone."""
+    yield from sorted(replies["reasons"].items())
+    for name in replies.get("late", ()):
+        yield name, "a reply to an earlier round came after that had closed, and is not counted"
+    for name in replies.get("gone", ()):
+        if name not in replies["reasons"]:
+            yield name, "not connected"
 
 
 def _facts(config: Mapping[str, Any], classes: Sequence[str], lines: list[Line]) -> list[str]:
@@ -336,11 +345,10 @@ def _natural(name: str) -> list[str | int]:
 # ---------------------------------------------------------------------- pictures
 
 
-def _pictures(folder: Path) -> list[Picture]:
+def _pictures(run: RunFolder) -> list[Picture]:
     """Read the rounds' grids in order; the first, the last and some between if they are many."""
-    named = ((re.fullmatch(r"round-(\d+)\.png", path.name), path) for path in folder.glob("*.png"))
-    found = {int(match[1]): path for match, path in named if match}
-    rounds = sorted(found)
+    found = run.pictures()
+    rounds = list(found)
     if len(rounds) > MOST_PICTURES:
         rounds = [rounds[index * (len(rounds) - 1) // (MOST_PICTURES - 1)] for index in range(MOST_PICTURES)]
     return [_picture(number, found[number]) for number in rounds]

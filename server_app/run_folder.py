@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from logging import getLogger
 from pathlib import Path
@@ -26,7 +30,8 @@ logger = getLogger("flwr")
 class RunFolder:
     """What a run leaves; each file is whole at any time, so that a crash costs the present round at most.
 
-    `create` makes a folder for a new run; the constructor opens one as it is, and touches nothing.
+    `create` makes a folder for a new run, `resume` for one that goes on; the constructor opens one as it is, and
+    touches nothing.
 
     Parameters
     ----------
@@ -40,6 +45,7 @@ class RunFolder:
         self.path = path
         self.tensorboard = tensorboard
         self._events: SummaryWriter | None = None
+        self._purged_from: int | None = None
 
     @classmethod
     def create(cls, path: Path, tensorboard: bool) -> RunFolder:
@@ -55,7 +61,7 @@ class RunFolder:
         Raises
         ------
         ConfigError
-            If ``path`` is not absolute, or cannot be made or written.
+            If ``path`` is not absolute, cannot be made or written, or is that of a run which is going on.
         """
         if not path.is_absolute():
             raise _unusable(path, "is not absolute")
@@ -64,11 +70,77 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             _write_something(path)
             if (path / "metrics.jsonl").exists():
-                _move_aside(path)
+                with cls(path).in_use():
+                    _move_aside(path)
                 path.mkdir()
         except OSError as error:
             raise _unusable(path, f"cannot be used ({error.strerror})") from error
         return cls(path, tensorboard)
+
+    @classmethod
+    def resume(cls, path: Path, tensorboard: bool, earlier: RunFolder, lines: Sequence[Mapping[str, Any]]) -> RunFolder:
+        """Make the folder of a run that goes on with an earlier one, in the same folder or in a new one.
+
+        In the same folder, what is there of later rounds is dropped, since they are done again; with a new one,
+        the earlier folder is only read.
+
+        Parameters
+        ----------
+        path, tensorboard
+            As in `create`.
+        earlier : RunFolder
+            The earlier run's.
+        lines : sequence of mapping
+            Its metrics up to the round after which the run goes on.
+
+        Raises
+        ------
+        ConfigError
+            As in `create`.
+        """
+        last = lines[-1]["round"]
+        if path.resolve() != earlier.path.resolve():
+            folder = cls.create(path, tensorboard)
+            for number, picture in earlier.pictures().items():
+                if number <= last:
+                    folder.images.mkdir(exist_ok=True)
+                    shutil.copy2(picture, folder.images)
+            for line in lines:
+                folder.append_metrics(line)
+            return folder
+        folder = cls(path.resolve(), tensorboard)
+        folder._purged_from = last + 1
+        with folder.in_use():
+            try:
+                write_text(folder.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+            except OSError as error:
+                raise _unusable(path, f"cannot be used ({error.strerror})") from error
+            for number, picture in folder.pictures().items():
+                if number > last:
+                    picture.unlink()
+        return folder
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the folder for this run while the block runs; the system lets go of it if the process dies.
+
+        Raises
+        ------
+        ConfigError
+            If another run is writing in it.
+        """
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise _unusable(self.path, "is being written by a run that is going on") from None
+        except OSError as error:  # Some network file systems lock no folders.
+            logger.warning("%s cannot be locked against other runs (%s)", self.path, error.strerror)
+        try:
+            yield
+        finally:
+            os.close(handle)
 
     @property
     def config(self) -> Path:
@@ -99,6 +171,17 @@ class RunFolder:
     def report(self) -> Path:
         """The run as one HTML page."""
         return self.path / "report.html"
+
+    def pictures(self) -> dict[int, Path]:
+        """The pictures that are there, by round and in its order."""
+        named = ((re.fullmatch(r"round-(\d+)\.png", path.name), path) for path in self.images.glob("*.png"))
+        found = {int(match[1]): path for match, path in named if match}
+        return {number: found[number] for number in sorted(found)}
+
+    def read_config(self) -> dict[str, Any]:
+        """Read ``config.json``; ``OSError`` if it is missing."""
+        described: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+        return described
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write ``config.json``.
@@ -175,7 +258,7 @@ class RunFolder:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, and not always wanted
 
-            self._events = SummaryWriter(str(self.path / "tensorboard"))
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purged_from)
         for tag, value in _numbers(line):
             if tag != "round":
                 self._events.add_scalar(tag, value, line["round"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any
 
@@ -18,7 +18,7 @@ from flwr.supercore import log
 from PIL import Image
 from torch import Tensor
 
-from common.config import ConfigError, RunConfig
+from common.config import RunConfig
 from common.images import encode_images, resize_images
 from common.payloads import (
     ClientReport,
@@ -30,11 +30,14 @@ from common.payloads import (
 )
 from server_app.adaptation import Feedback, get_scores, get_update
 from server_app.aggregation import get_aggregation, normalised
+from server_app.checkpoint import ServerState, write_checkpoint
+from server_app.class_space import wait_for_nodes
 from server_app.evaluation import Judge
 from server_app.exchange import Answer, Replies, exchange
 from server_app.generator import Generated, Generator
 from server_app.prompts import Prompt, PromptSource
 from server_app.report import write_report
+from server_app.round_record import RoundRecord
 from server_app.run_folder import RunFolder
 
 GRID_ROWS, GRID_COLUMNS = 10, 6
@@ -51,73 +54,6 @@ class Samples:
     generated: Generated
     batch: SyntheticBatch
     prompted_N: Tensor
-
-
-@dataclass
-class RoundRecord:
-    """What is measured in one round, on its way to ``metrics.jsonl``."""
-
-    round: int
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("generate", "clients", "aggregate", "adapt", "measure", "total"), 0.0)
-    )
-    bytes_down: int = 0
-    bytes_up: int = 0
-    reports: list[ClientReport] = field(default_factory=list)
-    rejected: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    generator_loss: float | None = None
-    alignment: float | None = None
-    frechet: float | None = None
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the block's wall time to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - start
-
-    def add(self, replies: Replies) -> None:
-        """Add an exchange; the newest report of a client stands."""
-        self.bytes_down += replies.bytes_down
-        self.bytes_up += replies.bytes_up
-        self.rejected |= replies.rejected
-        self.missing = sorted({*self.missing, *replies.missing})
-        newest = {report.client: report for report in self.reports}
-        newest |= {answer.report.client: answer.report for answer in replies.answers}
-        self.reports = [newest[name] for name in sorted(newest)]
-
-    def accuracy(self, modality: str | None = None) -> float | None:
-        """Mean accuracy of the clients, or of those of one modality; None if there is none."""
-        values = [report.accuracy for report in self.reports if modality in (None, report.modality)]
-        return float(np.mean(values)) if values else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Make a line of ``metrics.jsonl``."""
-        per_client = {
-            report.client: report.model_dump(include={"accuracy", "loss", "modality", "model", "examples"})
-            for report in self.reports
-        }
-        modalities = sorted({report.modality for report in self.reports})
-        return {
-            "round": self.round,
-            "clients": {
-                "accuracy": self.accuracy(),
-                "by_modality": {modality: self.accuracy(modality) for modality in modalities},
-                "per_client": per_client,
-            },
-            "generator": {"alignment": self.alignment, "frechet": self.frechet, "loss": self.generator_loss},
-            "bytes": {"down": self.bytes_down, "up": self.bytes_up},
-            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
-            "replies": {
-                "received": len(self.reports),
-                "rejected": len(self.rejected),
-                "missing": len(self.missing),
-                "reasons": self.rejected | dict.fromkeys(self.missing, "no answer before the round closed"),
-            },
-        }
 
 
 class FedMMKT(Strategy):
@@ -175,6 +111,10 @@ class FedMMKT(Strategy):
         self.pool: list[tuple[Generated, Tensor]] = []
         self.history: list[tuple[SyntheticBatch, SoftTargets]] = []
         self.reports: dict[int, ClientReport] = {}
+        self.clients: set[str] = set()
+        self.overdue: dict[str, tuple[int, int]] = {}
+        self.ancestors: tuple[tuple[str, int], ...] = ()
+        self.last_round: int | None = None
         self.record = RoundRecord(0)
         self.measured: tuple[float | None, float | None] = (None, None)
         self.pictures: list[Image.Image] = []
@@ -230,7 +170,7 @@ class FedMMKT(Strategy):
 
     def adapt_generator(self, server_round: int, generated: Generated, scores_N: Tensor) -> float | None:
         """Fine-tune the T2I on the scored samples of the last rounds; the mean loss, None if none scored."""
-        self.pool = [*self.pool, (generated, scores_N)][-self.config.t2i.pool_rounds :]
+        self.pool = [*self.pool, (generated.without_images(), scores_N)][-self.config.t2i.pool_rounds :]
         scores = torch.cat([scores for _, scores in self.pool])
         if not bool(scores.any()):
             return None
@@ -254,15 +194,18 @@ class FedMMKT(Strategy):
     ) -> Iterable[Message]:
         """Generate a batch; make one request a node: the batch, the last soft targets, and what the node has missed."""
         self.samples = self._make_samples(server_round)
-        contents: dict[tuple[bool, tuple[str, ...]], Any] = {}
+        contents: dict[tuple[Any, ...], Any] = {}
         for node_id in sorted(grid.get_node_ids()):
             batches, targets = self._due(node_id)
+            sees_images, is_known = self._sees_images(node_id), node_id in self.reports
             # Equal requests share one content, which Flower stores and sends as one object.
-            key = (self._sees_images(node_id), tuple(batch.batch_id for batch in batches))
+            resent = tuple(batch.batch_id for batch in batches)
+            key = (sees_images, is_known, resent, tuple(message.batch_id for message in targets))
             if key not in contents:
                 sent = [*batches, self.samples.batch]
-                shown = sent if key[0] else [batch.without_images() for batch in sent]
-                contents[key] = Request(self._instructions(server_round), tuple(shown), targets).to_content()
+                shown = sent if sees_images else [batch.without_images() for batch in sent]
+                instructions = self._instructions(server_round, is_known)
+                contents[key] = Request(instructions, tuple(shown), targets).to_content()
             yield Message(contents[key], dst_node_id=node_id, message_type=MessageType.TRAIN)
 
     def aggregate_train(
@@ -280,7 +223,7 @@ class FedMMKT(Strategy):
         grid: Grid,
     ) -> Iterable[Message]:
         """Ask every node for a report on its model as it is."""
-        content = Request(self._instructions(server_round)).to_content()
+        content = Request(self._instructions(server_round, is_known=False)).to_content()
         for node_id in sorted(grid.get_node_ids()):
             yield Message(content, dst_node_id=node_id, message_type=MessageType.EVALUATE)
 
@@ -316,7 +259,7 @@ class FedMMKT(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds.
+        """Run the rounds; after `resume`, those that are left.
 
         Parameters
         ----------
@@ -325,7 +268,7 @@ class FedMMKT(Strategy):
         initial_arrays : ArrayRecord, optional
             Not used: the adapter starts from the T2I model, and clients' weights never travel.
         num_rounds, timeout : optional
-            Override ``rounds`` and ``round-deadline`` of the configuration.
+            Override ``rounds`` and ``round-deadline`` of the configuration, also in ``config.json``.
         train_config, evaluate_config : ConfigRecord, optional
             Handed to `configure_train` and `configure_evaluate` for subclasses.
         evaluate_fn : callable, optional
@@ -339,72 +282,132 @@ class FedMMKT(Strategy):
         Raises
         ------
         ConfigError
-            If too few nodes connect.
+            If too few nodes connect, or another run is writing in the run folder.
         RunError
             If no client gives a valid reply.
         """
-        rounds = num_rounds or self.config.rounds
-        deadline = timeout or self.config.round_deadline
+        changes = {"rounds": num_rounds or self.config.rounds, "round_deadline": timeout or self.config.round_deadline}
+        self.config = self.config.model_copy(update=changes)
+        described = {"config": self.config.model_dump(mode="json", by_alias=True)}
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        with self.run_folder.in_use():
+            try:
+                self.run_folder.write_config(self.run_folder.read_config() | described)
+                return self._run(grid, train_config, evaluate_config, evaluate_fn)
+            finally:
+                self.run_folder.close()
+
+    # ------------------------------------------------------------------ a run, and going on with one
+
+    def _run(
+        self,
+        grid: Grid,
+        train_config: ConfigRecord,
+        evaluate_config: ConfigRecord,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    ) -> Result:
+        rounds, arrays, result = self.config.rounds, self._adapter_arrays(), Result()
         log(INFO, "Starting %s:", type(self).__name__)
         self.summary()
-        self._wait_for_nodes(grid)
-        result = Result()
-
+        if self.last_round is not None and self.last_round >= rounds:
+            log(INFO, "All %s rounds are done; more of them ('rounds') would go on", rounds)
+            result.arrays = arrays
+            write_report(self.run_folder.path)
+            self._log_end()
+            return result
+        wait_for_nodes(grid, self.config.min_nodes, self.config.node_timeout)
         log(INFO, "")
-        log(INFO, "[BEFORE] clients as they start")
-        with self._round(0, rounds):
-            arrays = self._adapter_arrays()
-            self._ask(grid, self.configure_evaluate(0, arrays, evaluate_config, grid), self._parse_report, deadline)
-        self._call(evaluate_fn, 0, arrays, result)
+        if self.last_round is None:
+            log(INFO, "[BEFORE] clients as they start")
+            with self._round(0):
+                self._ask(grid, self.configure_evaluate(0, arrays, evaluate_config, grid), self._parse_report)
+            self._call(evaluate_fn, 0, arrays, result)
+        else:
+            log(INFO, "[RESUME] after round %s: clients tell what they hold", self.last_round)
+            # Counted in no round, since the interrupted run had no such exchange.
+            self.record = RoundRecord(self.last_round)
+            messages = self.configure_evaluate(self.last_round, arrays, evaluate_config, grid)
+            self._ask(grid, messages, self._parse_report)
 
-        for server_round in range(1, rounds + 1):
+        for server_round in range((self.last_round or 0) + 1, rounds + 1):
             log(INFO, "")
             log(INFO, "[ROUND %s/%s]", server_round, rounds)
-            with self._round(server_round, rounds):
+            with self._round(server_round):
                 messages = self.configure_train(server_round, arrays, train_config, grid)
-                replies = self._ask(grid, messages, self._parse_payload, deadline)
+                replies = self._ask(grid, messages, self._parse_payload)
                 _, metrics = self._learn(server_round, replies.answers)
                 if server_round == rounds:
-                    self._ask(grid, self._configure_distill(server_round, grid), self._parse_report, deadline)
+                    self._ask(grid, self._configure_distill(server_round, grid), self._parse_report)
                 arrays = self._adapter_arrays()
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             self._call(evaluate_fn, server_round, arrays, result)
         result.arrays = arrays
         self._log_end()
-        self.run_folder.close()
         return result
+
+    def state(self) -> ServerState:
+        """Return what a later run needs to go on from here.
+
+        Raises
+        ------
+        RunError
+            If no round is done, not even round 0.
+        """
+        if self.last_round is None:
+            raise RunError("a run has no state before its round 0 is done")
+        return ServerState(
+            round=self.last_round,
+            run_key=self.run_key,
+            ancestors=self.ancestors,
+            config=self.config.model_dump(mode="json", by_alias=True),
+            classes=self.classes,
+            clients=tuple(sorted(self.clients)),
+            adapter=self.generator.adapter_state(),
+            pool=self.pool,
+            history=self.history,
+            measured=self.measured,
+            pictures=self.pictures,
+            metrics=self.run_folder.read_metrics(),
+        )
+
+    def resume(self, state: ServerState) -> None:
+        """Go on from a state in place of beginning; call it before `start`.
+
+        The run keeps its own key: clients copy their memory of the earlier run as it was after the state's round,
+        so that what they learned in a round that is done again does not count twice, and runs do not mix.
+
+        Raises
+        ------
+        ConfigError
+            If the adapter is another; `checkpoint.check_continues` checks the configuration.
+        """
+        self.generator.load_adapter_state(state.adapter, f"the checkpoint of round {state.round}")
+        self.last_round, self.ancestors, self.clients = state.round, state.lineage(), set(state.clients)
+        self.pool, self.history = state.pool, state.history
+        self.measured, self.pictures = state.measured, state.pictures
+        self.generator.save_adapter(self.run_folder.lora)
 
     # ------------------------------------------------------------------ one round's parts
 
-    def _wait_for_nodes(self, grid: Grid) -> None:
-        needed, closing = self.config.min_nodes, time.monotonic() + self.config.node_timeout
-        while (connected := len(list(grid.get_node_ids()))) < needed:
-            if time.monotonic() > closing:
-                raise ConfigError(
-                    f"run-config key 'min-nodes' is {needed}, but {connected} node(s) connected within "
-                    f"{self.config.node_timeout:g} s ('node-timeout'); start more (in simulation: num-supernodes), "
-                    "or lower min-nodes"
-                )
-            time.sleep(0.5)
-        log(INFO, "%s nodes connected", connected)
-
     @contextmanager
-    def _round(self, server_round: int, rounds: int) -> Iterator[None]:
-        """Time a round, then leave its record, pictures, adapter and report in the run folder."""
+    def _round(self, server_round: int) -> Iterator[None]:
+        """Time a round, then leave its record, pictures, adapter, report and checkpoint in the run folder."""
         self.record = RoundRecord(server_round)
         with self.record.timed("total"):
             yield
             self._measure(server_round)
             self.generator.save_adapter(self.run_folder.lora)
+        self.record.gone |= self.clients - self.record.asked
+        self.clients |= {report.client for report in self.record.reports}
         self.run_folder.append_metrics(self.record.to_json())
         write_report(self.run_folder.path)
-        self._log_round(rounds)
+        self.last_round = server_round
+        # Last, so that a run goes on from a round of which everything is there.
+        write_checkpoint(self.run_folder.checkpoints, self.state(), self.config.checkpoints_kept)
+        self._log_round()
 
-    def _ask(
-        self, grid: Grid, messages: Iterable[Message], parse: Callable[[Message], Answer], deadline: float
-    ) -> Replies:
+    def _ask(self, grid: Grid, messages: Iterable[Message], parse: Callable[[Message], Answer]) -> Replies:
         outgoing = list(messages)
         start = time.perf_counter()
 
@@ -425,15 +428,36 @@ class FedMMKT(Strategy):
 
         with self.record.timed("clients"):
             replies = exchange(
-                grid, outgoing, parse, self._node_name, deadline, self.config.quorum, on_answer, on_rejected
+                grid,
+                outgoing,
+                parse,
+                self._node_name,
+                self.config.round_deadline,
+                self.config.quorum,
+                self.overdue,
+                on_answer,
+                on_rejected,
             )
         self.record.add(replies)
+        self.record.asked |= {self._node_name(message.metadata.dst_node_id) for message in outgoing}
+        self._note_late(replies)
         if replies.missing:
             log(WARNING, "  clients   closed without %s", ", ".join(replies.missing))
         if not replies.answers:
-            reasons = "; ".join(f"{node}: {reason}" for node, reason in replies.rejected.items()) or "no reply came"
+            without = replies.rejected | replies.missing
+            reasons = "; ".join(f"{node}: {reason}" for node, reason in without.items()) or "none was asked"
             raise RunError(f"round {self.record.round}: none of {len(outgoing)} nodes gave a valid reply ({reasons})")
         return replies
+
+    def _note_late(self, replies: Replies) -> None:
+        """Name clients whose reply came after its round had closed; what it says is not used."""
+        for reply in replies.late:
+            node_id, asked_in = self.overdue.pop(reply.metadata.reply_to_message_id)
+            if reply.has_content():  # An error tells that no reply will come.
+                name = self._node_name(node_id)
+                self.record.late.add(name)
+                log(WARNING, "  clients   %s answered round %s after it had closed; not counted", name, asked_in)
+        self.overdue |= {message_id: (node_id, self.record.round) for message_id, node_id in replies.overdue.items()}
 
     def _learn(self, server_round: int, answers: list[Answer]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         if self.samples is None or not answers:
@@ -496,29 +520,31 @@ class FedMMKT(Strategy):
             if not self._sees_images(node_id):
                 batches = tuple(batch.without_images() for batch in batches)
             # Round + 1: what a client draws at random is not what it drew in its last round.
-            request = Request(self._instructions(server_round + 1), batches, targets)
+            request = Request(self._instructions(server_round + 1, node_id in self.reports), batches, targets)
             yield Message(request.to_content(), dst_node_id=node_id, message_type=f"{MessageType.TRAIN}.distill")
 
     def _due(self, node_id: int) -> tuple[tuple[SyntheticBatch, ...], tuple[SoftTargets, ...]]:
-        """Past batches that a node does not hold, with their soft targets; and the last soft targets in any case."""
+        """Past batches that a node does not hold; and their soft targets, with those that the node waits for."""
         report = self.reports.get(node_id)
-        kept = set(report.kept) if report else set()
-        absent = [(batch, targets) for batch, targets in self.history if batch.batch_id not in kept]
-        targets = [*(targets for _, targets in absent), *(targets for _, targets in self.history[-1:])]
-        distinct = {message.batch_id: message for message in targets}
-        return tuple(batch for batch, _ in absent), tuple(distinct.values())
+        kept, awaiting = (set(report.kept), set(report.awaiting)) if report else (set(), set())
+        absent = tuple(batch for batch, _ in self.history if batch.batch_id not in kept)
+        wanted = awaiting | {batch.batch_id for batch in absent}
+        return absent, tuple(targets for _, targets in self.history if targets.batch_id in wanted)
 
     def _sees_images(self, node_id: int) -> bool:
         """Whether a node is sent images; one that has not said what it reads is."""
         return node_id not in self.reports or self.reports[node_id].modality != "text"
 
-    def _instructions(self, server_round: int) -> Instructions:
+    def _instructions(self, server_round: int, is_known: bool) -> Instructions:
+        ancestors = () if is_known else self.ancestors
         return Instructions(
             run_key=self.run_key,
             round=server_round,
             classes=self.classes,
             votes=self.config.feedback == "logits+votes",
             anchor_size=self._anchor_size(),
+            ancestors=tuple(run_key for run_key, _ in ancestors),
+            ancestor_rounds=tuple(last for _, last in ancestors),
         )
 
     def _anchor_size(self) -> int:
@@ -575,14 +601,15 @@ class FedMMKT(Strategy):
 
     def _parents(self, server_round: int, prompts: list[Prompt]) -> dict[int, Tensor]:
         """Draw a latent of the last round by score for each prompt whose class (or text) has one."""
-        if not self.pool or self.samples is None:
+        if not self.pool:
             return {}
         generated, scores_N = self.pool[-1]
+        prompted_N = torch.from_numpy(self.history[-1][0].prompted_N)
         generator = torch.Generator().manual_seed(self._seeds(server_round, 1)[0])
         parents = {}
         for index, prompt in enumerate(prompts):
             if prompt.class_index >= 0:
-                alike_N = self.samples.prompted_N == prompt.class_index
+                alike_N = prompted_N == prompt.class_index
             else:
                 alike_N = torch.tensor([text == prompt.text for text in generated.prompts])
             chances_N = scores_N.double() * alike_N
@@ -623,7 +650,7 @@ class FedMMKT(Strategy):
 
         return progress
 
-    def _log_round(self, rounds: int) -> None:
+    def _log_round(self) -> None:
         record = self.record
         if record.round == 0:
             log(INFO, "")
@@ -632,7 +659,7 @@ class FedMMKT(Strategy):
             "round %s/%s | clients %s | image %s text %s both %s | alignment %s | Frechet %s | "
             "%.2f MB down %.2f MB up | %.0f s",
             record.round,
-            rounds,
+            self.config.rounds,
             _figure(record.accuracy()),
             _figure(record.accuracy("image")),
             _figure(record.accuracy("text")),

@@ -249,8 +249,9 @@ def node_config(tmp_path):
     return make
 
 
-def test_a_node_with_all_in_order(doctor, node_config):
-    code, lines = doctor("--node-config", node_config())
+@pytest.mark.parametrize("classes", ["", "clients"])
+def test_a_node_with_all_in_order(doctor, node_config, classes):
+    code, lines = doctor("--node-config", node_config(), "--run-config", f'data.classes="{classes}"')
 
     assert code == 0
     assert lines[0] == "ok    model: text reads text, runs on cpu"

@@ -8,8 +8,10 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common.config import DataConfig, RunConfig, to_flower
 from deploy.certificates import make_ca
@@ -18,6 +20,7 @@ from deploy.doctor import main
 from deploy.federation import CONNECTION, connect, local_federation
 from deploy.federation import main as federation_command
 from deploy.partition import write_partitions
+from server_app.generator import WEIGHT_NAME
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +156,38 @@ def test_a_home_that_is_not_empty_is_refused_and_left_as_it_is(tmp_path, capsys)
 
 
 @pytest.mark.slow
+def test_a_run_whose_server_app_was_killed_goes_on_and_equals_the_uninterrupted_one(federation, nodes, tmp_path):
+    changes = {"min_nodes": 3, "rounds": 3}
+    whole = federation.run(ROOT, settings(tmp_path / "whole", **changes), io.StringIO())
+    killed = []
+
+    def kill():
+        for process in psutil.Process(federation.superexec.pid).children(recursive=True):
+            if process.status() != psutil.STATUS_ZOMBIE and "serverapp" in " ".join(process.cmdline()):
+                killed.append(process.pid)
+                process.kill()
+
+    log = Watcher("[ROUND 2/3]", lambda: (time.sleep(5), kill()))
+    cut = federation.run(ROOT, settings(tmp_path / "cut", **changes), log)
+    resumed = federation.run(
+        ROOT, settings(tmp_path / "resumed", resume_from=str(tmp_path / "cut"), **changes), io.StringIO()
+    )
+
+    assert killed
+    assert whole.status == resumed.status == "finished:completed"
+    assert cut.status != "finished:completed"
+    assert len(metrics(tmp_path / "cut")) < 4
+    lines = [
+        [{key: value for key, value in line.items() if key != "seconds"} for line in metrics(tmp_path / name)]
+        for name in ("whole", "resumed")
+    ]
+    assert lines[0] == lines[1]
+    adapters = [load_file(tmp_path / name / "lora" / WEIGHT_NAME) for name in ("whole", "resumed")]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+
+
+@pytest.mark.slow
 def test_a_node_that_dies_and_one_that_lies_cost_their_voices_only(tmp_path):
     """One is killed in mid-round and comes back with its model from disk; one sends garbage in every round."""
     models = {"cnn": "cnn", "text": "text", "dual": "dual", "liar": "hostile_node:model"}
@@ -186,7 +221,7 @@ def test_a_node_that_dies_and_one_that_lies_cost_their_voices_only(tmp_path):
     assert reasons[3]["cnn"]
     assert answered[-1] == ["cnn", "dual", "text"]
     # AdamW counts its steps: a model that had started anew would have missed those of the rounds before the kill.
-    (state,) = (folders[0] / "state").rglob("optimizer.pt")
+    state = sorted((folders[0] / "state").rglob("optimizer.pt"))[-1]
     steps = int(torch.load(state)["state"][0]["step"])
     epoch = math.ceil(lines[1]["clients"]["per_client"]["cnn"]["examples"] / 16)
     learned = sum("cnn" in names for names in answered[1:]) + 1  # once more after the last round

@@ -31,18 +31,16 @@ def learner():
 def test_model_and_optimizer_come_back(tmp_path):
     memory = ClientMemory(tmp_path, "run", "mlp-0")
     model, optimizer = learner()
-    assert not memory.has_model
+    assert not memory.load_model(*learner())
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
-    memory.save_model(model, optimizer, {"model": "mlp"})
+    memory.save_model(3, model, optimizer, {"model": "mlp"})
 
     other, other_optimizer = learner()
-    memory.load_model(other, other_optimizer)
-
-    assert memory.has_model
+    assert memory.load_model(other, other_optimizer)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     assert str(optimizer.state_dict()) == str(other_optimizer.state_dict())
-    assert "task_model.head.weight" in load_file(memory.folder / "model.safetensors")
+    assert "task_model.head.weight" in load_file(memory.folder / "model-00003" / "model.safetensors")
 
 
 def test_batches_meet_their_targets_and_old_ones_go(tmp_path):
@@ -51,7 +49,7 @@ def test_batches_meet_their_targets_and_old_ones_go(tmp_path):
         memory.add_batch(batch(number))
     assert memory.add_targets(targets(2))
     assert not memory.add_targets(targets(9))
-    memory.prune(2)
+    memory.prune(batches=2, models=1)
 
     kept = memory.batches()
 

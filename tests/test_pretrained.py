@@ -90,13 +90,14 @@ def test_what_a_client_keeps_is_read_by_transformers(kind, source, tmp_path):
     with torch.no_grad():
         model.task_model.head.weight += 1
     memory = ClientMemory(tmp_path / "state", "run", "client")
-    memory.save_model(model, optimizer, {})
+    memory.save_model(1, model, optimizer, {})
 
     other = AlignedModel(build(source), 4)
     memory.load_model(other, torch.optim.AdamW(parameter_groups(other, ClientConfig())))
     loaders = {"image": transformers.AutoModelForImageClassification, "image+text": transformers.AutoModel}
+    saved = memory.folder / "model-00001"
     loader = loaders.get(MODALITIES[kind], transformers.AutoModelForSequenceClassification)
-    theirs, info = loader.from_pretrained(memory.folder, output_loading_info=True)
+    theirs, info = loader.from_pretrained(saved, output_loading_info=True)
 
     inputs, _ = samples(model.task_model, 3)
     inputs = inputs[torch.arange(3)]
@@ -109,11 +110,11 @@ def test_what_a_client_keeps_is_read_by_transformers(kind, source, tmp_path):
     read = {}
     if inputs.images_BCHW is not None:
         pictures = [Image.fromarray(np.full((32, 32, 3), 200 * (i % 2), np.uint8)) for i in range(3)]
-        read |= transformers.AutoImageProcessor.from_pretrained(memory.folder)(pictures, return_tensors="pt")
+        read |= transformers.AutoImageProcessor.from_pretrained(saved)(pictures, return_tensors="pt")
     if inputs.tokens_BL is not None:
         texts = ["a picture of zero", "nine", "a picture of zero"]
         padding = "max_length" if kind == "siglip" else True
-        read |= transformers.AutoTokenizer.from_pretrained(memory.folder)(texts, return_tensors="pt", padding=padding)
+        read |= transformers.AutoTokenizer.from_pretrained(saved)(texts, return_tensors="pt", padding=padding)
         read.pop("token_type_ids", None)
         if kind == "siglip":
             del read["attention_mask"]

@@ -37,7 +37,9 @@ def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
     assert [line["round"] for line in lines] == [0, 1, 2]
     last = lines[-1]
     assert set(last) == {"round", "clients", "generator", "bytes", "seconds", "replies"}
-    assert last["replies"] == {"received": 6, "rejected": 0, "missing": 0, "reasons": {}}
+    clients = ["cnn-0", "dual-5", "mlp-1", "resnet-3", "text-4", "vit-2"]
+    counts = {"received": 6, "rejected": 0, "missing": 0, "reasons": {}}
+    assert last["replies"] == counts | {"asked": clients, "answered": clients, "late": [], "gone": []}
     assert set(last["seconds"]) == {"generate", "clients", "aggregate", "adapt", "measure", "total"}
     assert len(last["clients"]["per_client"]) == 6
     accuracies = [client["accuracy"] for client in last["clients"]["per_client"].values()]
@@ -86,7 +88,7 @@ def test_nothing_but_the_named_payload_leaves_a_client(tiny_run, make_grid, feed
         expected = {"report", "report.metrics"} | ({"payload", "payload.arrays"} if kind == "train" else set())
         assert set(content) == expected
         report, numbers = content["report"], content["report.metrics"]
-        assert set(report) == {"client", "model", "modality", "kept"}
+        assert set(report) == {"client", "model", "modality", "kept", "awaiting"}
         assert set(numbers) == {"examples", "accuracy", "loss"}
         assert all(isinstance(value, int | float) for value in numbers.values())
         if kind != "train":
