@@ -122,6 +122,7 @@ class Federation:
         register: bool = True,
         authority: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        address: str | None = None,
     ) -> Node:
         """Make a node's key, register it, and start the node.
 
@@ -137,6 +138,8 @@ class Federation:
             Certificate of the CA that the node trusts; the federation's by default.
         environment : mapping, optional
             Variables that the node has beside the usual ones.
+        address : str, optional
+            Where the node finds the SuperLink's Fleet API, if not at its own port.
 
         Raises
         ------
@@ -147,7 +150,7 @@ class Federation:
         if register:
             self._register(name, public)
         health = f"{_LOOPBACK}:{free_port()}"
-        arguments = ["--root-certificates", str(authority or self.pki / "ca.crt"), "--superlink", self.fleet]
+        arguments = ["--root-certificates", str(authority or self.pki / "ca.crt"), "--superlink", address or self.fleet]
         arguments += ["--auth-supernode-private-key", str(key), "--port", str(free_port())]
         arguments += ["--health-server-address", health, "--node-config", format_run_config(node_config)]
         processes = self._processes(name)
