@@ -17,7 +17,7 @@ from common.config import DataConfig, RunConfig, to_flower
 from deploy.certificates import make_ca
 from deploy.federation import CONNECTION, connect, is_healthy, local_federation
 from deploy.partition import write_partitions
-from server_app.generator import WEIGHT_NAME
+from server_app.families import WEIGHT_NAME
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent
