@@ -149,6 +149,7 @@ def test_text_embeddings_tell_classes_apart(generator):
     ("changes", "message"),
     [
         ({"model": "/no/such/folder"}, r"'t2i.model' is '/no/such/folder'.*holds no model_index.json"),
+        ({"model": "nobody/nothing"}, r"'t2i.model' is 'nobody/nothing', which diffusers cannot load: .*hf auth login"),
         ({"lora_targets": ("attention", "nose")}, r"'t2i.lora-targets' has 'nose'.*allowed: attention, convolution"),
         ({"device": "warp"}, r"device 'warp' cannot be used"),
     ],
@@ -164,9 +165,7 @@ def test_a_folder_that_holds_another_kind_of_pipeline_is_refused(tmp_path):
     unet = UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
                        up_block_types=("UpBlock2D",), norm_num_groups=4, layers_per_block=1)  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unconditional")
-    with pytest.raises(
-        ConfigError, match="a DDPMPipeline; allowed: StableDiffusionPipeline, Stable"
-    ):
+    with pytest.raises(ConfigError, match="a DDPMPipeline; allowed: StableDiffusionPipeline, Stable"):
         Generator(FAST.model_copy(update={"model": str(tmp_path / "unconditional")}), seed=0)
 
 
