@@ -133,7 +133,8 @@ class Federation:
         register: bool = True,
         authority: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        address: str = _LOOPBACK,
+        address: str | None = None,
+        own_address: str = _LOOPBACK,
         prefix: Sequence[str] = (),
     ) -> Node:
         """Make a node's key, register it, and start the node.
@@ -150,8 +151,10 @@ class Federation:
             Certificate of the CA that the node trusts; the federation's by default.
         environment : mapping, optional
             Variables that the node has beside the usual ones.
-        address : str
-            Where it tells its health.
+        address : str, optional
+            Where the node finds the SuperLink's Fleet API, if not at its own port.
+        own_address : str
+            IPv4 address at which the node tells its health.
         prefix : sequence of str
             A command that starts it elsewhere, such as ``ip netns exec NAME``.
 
@@ -163,8 +166,8 @@ class Federation:
         key, public = make_node_key(self.pki, name)
         if register:
             self._register(name, public)
-        health = f"{address}:{free_port()}"
-        arguments = ["--root-certificates", str(authority or self.pki / "ca.crt"), "--superlink", self.fleet]
+        health = f"{own_address}:{free_port()}"
+        arguments = ["--root-certificates", str(authority or self.pki / "ca.crt"), "--superlink", address or self.fleet]
         arguments += ["--auth-supernode-private-key", str(key), "--port", str(free_port())]
         arguments += ["--health-server-address", health, "--node-config", format_run_config(node_config)]
         processes = self._processes(name)

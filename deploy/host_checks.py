@@ -83,15 +83,15 @@ def check_data(config: RunConfig, node: NodeConfig) -> str:
 
 
 def check_t2i(config: RunConfig) -> str:
-    """Load the server's T2I model, as a run does."""
+    """Load the server's T2I model, and see that it is of a family that can be adapted."""
     from common.devices import pick_device
+    from server_app.families import family_of
     from server_app.generator import load_pipeline
 
+    device = pick_device(config.t2i.device)
     pipeline = load_pipeline(config.t2i.model)
-    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    return (
-        f"{config.t2i.model} is a {type(pipeline).__name__} of {size} pixels, runs on {pick_device(config.t2i.device)}"
-    )
+    size = family_of(pipeline, config.t2i.model, device).image_size
+    return f"{config.t2i.model} is a {type(pipeline).__name__} of {size} pixels, runs on {device}"
 
 
 def check_folder(folder: Path, private: bool = True) -> str:

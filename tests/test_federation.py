@@ -20,7 +20,7 @@ from deploy.doctor import main
 from deploy.federation import CONNECTION, connect, local_federation
 from deploy.federation import main as federation_command
 from deploy.partition import write_partitions
-from server_app.generator import WEIGHT_NAME
+from server_app.families import WEIGHT_NAME
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent

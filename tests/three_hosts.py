@@ -21,7 +21,7 @@ def main(folder, namespaces):
     with local_federation(address=SERVER_ADDRESS) as federation:
         for index, (namespace, model, part) in enumerate(zip(namespaces, ("cnn", "text"), parts, strict=True)):
             settings = {"name": model, "model": model, "data-path": str(part), "state-dir": str(part / "state")}
-            federation.add_node(model, settings, address=node_address(index), prefix=inside(namespace))
+            federation.add_node(model, settings, own_address=node_address(index), prefix=inside(namespace))
         federation.wait_for_nodes()
         return federation.run(ROOT, config).status
 
