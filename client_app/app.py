@@ -21,13 +21,21 @@ from client_app.feedback import nearest_neighbour_votes, to_payload_logits, vote
 from client_app.learning import AlignedModel, PrivateSet, SyntheticSet, evaluate, parameter_groups, predict, train
 from client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch
 from client_app.optimizer import AdamW
-from client_app.private_data import PrivateData, load_private_data
+from client_app.private_data import PrivateData, held_classes, load_private_data
 from client_app.task_models import PADDING, Inputs, build_task_model, model_label
 from common.config import NodeConfig, RunConfig
 from common.datasets import Examples
 from common.devices import pick_device
 from common.images import decode_images
-from common.payloads import ClientReport, DistillationPayload, Instructions, PayloadError, Request, SyntheticBatch
+from common.payloads import (
+    ClassReport,
+    ClientReport,
+    DistillationPayload,
+    Instructions,
+    PayloadError,
+    Request,
+    SyntheticBatch,
+)
 
 app = ClientApp()
 
@@ -62,6 +70,14 @@ def evaluate_model(message: Message, context: Context) -> Message:
     """Report on the model as it is."""
     client = Client(context, Request.from_content(message.content).instructions)
     return Message(RecordDict(client.report().to_records("report")), reply_to=message)
+
+
+@app.query("classes")
+def name_classes(message: Message, context: Context) -> Message:
+    """Tell which classes this client holds."""
+    config, node = RunConfig.from_flower(context.run_config), NodeConfig.from_flower(context.node_config)
+    report = ClassReport(classes=held_classes(config, node))
+    return Message(RecordDict(dict(report.to_records("classes"))), reply_to=message)
 
 
 class Client:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from common.config import ConfigError, NodeConfig, RunConfig
-from common.datasets import Examples, load_splits, relabel, to_examples
+import numpy as np
+
+from common.config import ConfigError, DataConfig, NodeConfig, RunConfig
+from common.datasets import Examples, Splits, labels_of, load_splits, relabel, to_examples
 from common.partitioning import partition_rows
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,34 @@ def load_private_data(
     ConfigError
         If the data cannot be read or has classes outside the class space.
     """
-    data = node.own_data(config.data) if node.data_path else config.data
-    splits = load_splits(data, config.seed)
-    train = splits.train
-    if not node.data_path:
-        if node.partition_id is None or node.num_partitions is None or node.partition_id >= node.num_partitions:
-            raise ConfigError(
-                f"node-config key 'partition-id' is {node.partition_id}; allowed: 0 up to 'num-partitions' "
-                f"({node.num_partitions}) less one, or a 'data-path'"
-            )
-        train = train.select(partition_rows(data, node.num_partitions, config.seed)[node.partition_id])
+    data, splits, train = _own_part(config, node)
     examples = [to_examples(part, data, images=images, texts=texts) for part in (train, splits.test)]
     return PrivateData(*(relabel(part, splits.classes, class_space) for part in examples))
+
+
+def held_classes(config: RunConfig, node: NodeConfig) -> tuple[str, ...]:
+    """Name the classes that a node holds examples of; only labels are read.
+
+    Raises
+    ------
+    ConfigError
+        If the data cannot be read.
+    """
+    data, splits, train = _own_part(config, node)
+    return tuple(splits.classes[label] for label in np.unique(labels_of(train, data)))
+
+
+def _own_part(config: RunConfig, node: NodeConfig) -> tuple[DataConfig, Splits, datasets.Dataset]:
+    """Load a node's own dataset, or its partition of the run's: settings, splits, and its training examples."""
+    if node.data_path:
+        data: DataConfig = node.own_data(config.data)
+        splits = load_splits(data, config.seed)
+        return data, splits, splits.train
+    if node.partition_id is None or node.num_partitions is None or node.partition_id >= node.num_partitions:
+        raise ConfigError(
+            f"node-config key 'partition-id' is {node.partition_id}; allowed: 0 up to 'num-partitions' "
+            f"({node.num_partitions}) less one, or a 'data-path'"
+        )
+    splits = load_splits(config.data, config.seed)
+    rows = partition_rows(config.data, node.num_partitions, config.seed)[node.partition_id]
+    return config.data, splits, splits.train.select(rows)

@@ -67,8 +67,8 @@ class DataConfig(_Section):
     label_column: str = Field("label", min_length=1, description="column of class labels")
     classes: tuple[str, ...] = Field(
         (),
-        description="class names, in order, or a text file with one a line; empty: those of the dataset, which the "
-        "server then must have",
+        description="class names, in order; or a text file with one a line; or `clients`: all that any client holds; "
+        "empty: those of the dataset, which the server then must have",
     )
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side at which task models see images")
     test_fraction: float = Field(

@@ -253,6 +253,12 @@ class ClientReport(_Message):
         return super().from_records(joined, prefix)
 
 
+class ClassReport(_Message):
+    """The classes of which a client holds examples; asked for where no one else knows the class space."""
+
+    classes: tuple[Name, ...] = Field(min_length=1, max_length=MAX_CLASSES)
+
+
 class DistillationPayload(_Message):
     """All that a client tells of a batch: no image, no text, no weight, no gradient.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import count
@@ -99,7 +100,12 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push messages and wait for all replies."""
-        raise RuntimeError("use push_messages and pull_messages")
+        pending = list(self.push_messages(messages))
+        replies: list[Message] = []
+        while len(replies) < len(pending):
+            replies += self.pull_messages(pending)
+            time.sleep(0.01)
+        return replies
 
     def close(self) -> None:
         """Stop the worker processes."""

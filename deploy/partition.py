@@ -52,6 +52,7 @@ def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Pat
     try:
         with quietly():
             for path, own in zip(folders, rows, strict=True):
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)  # As private as the data may be.
                 for name, part in (("test", splits.test), ("train", splits.train.select(own))):
                     write_atomically(path / f"{name}.parquet", part.to_parquet)
     except OSError as error:

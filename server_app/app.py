@@ -17,6 +17,7 @@ from common.datasets import Splits, load_splits, read_class_names, to_examples
 from server_app.adaptation import get_scores, get_update
 from server_app.aggregation import get_aggregation
 from server_app.checkpoint import check_continues, drop_later, find_state
+from server_app.class_space import FROM_CLIENTS, classes_of_clients
 from server_app.evaluation import Judge
 from server_app.generator import Generator
 from server_app.prompts import build_prompt_source
@@ -33,13 +34,18 @@ def main(grid: Grid, context: Context) -> None:
     """Run FedMMKT as the run-config says."""
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers")
     try:
-        build_strategy(RunConfig.from_flower(context.run_config), context.run_id).start(grid)
+        config = RunConfig.from_flower(context.run_config)
+        asks = config.data.classes == FROM_CLIENTS and not config.resume_from
+        classes = classes_of_clients(grid, config) if asks else ()
+        build_strategy(config, context.run_id, classes=classes).start(grid)
     except (ConfigError, RunError, OSError) as error:
         log(ERROR, "%s", error)
         raise
 
 
-def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = FedMMKT) -> FedMMKT:
+def build_strategy(
+    config: RunConfig, run_id: int, strategy: type[FedMMKT] = FedMMKT, classes: tuple[str, ...] = ()
+) -> FedMMKT:
     """Build a strategy and its parts; whatever is wrong shows here, before anything is generated.
 
     Parameters
@@ -49,6 +55,8 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
         Flower's; names the run.
     strategy : type
         `FedMMKT` or a subclass.
+    classes : tuple of str
+        The class space, where clients were asked for it.
 
     Raises
     ------
@@ -63,7 +71,7 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
         get_rule(name)
     earlier = RunFolder(Path(config.resume_from).expanduser())
     state = find_state(earlier) if config.resume_from else None
-    classes, splits = _classes_and_splits(config)
+    classes, splits = _classes_and_splits(config, classes or (state.classes if state else ()))
     if state:
         check_continues(state, config, classes)
     path = Path(config.output_dir or config.resume_from or f"~/.fedmmkt/runs/{run_id}").expanduser()
@@ -93,9 +101,12 @@ def build_strategy(config: RunConfig, run_id: int, strategy: type[FedMMKT] = Fed
     return built
 
 
-def _classes_and_splits(config: RunConfig) -> tuple[tuple[str, ...], Splits | None]:
-    """Take the class space from the run-config or the dataset; the dataset too, if a judge is to learn from it."""
-    named = read_class_names(config.data)
+def _classes_and_splits(config: RunConfig, known: tuple[str, ...]) -> tuple[tuple[str, ...], Splits | None]:
+    """Take the class space from clients, the run-config or the dataset; the dataset too, for a judge to learn from."""
+    asked = config.data.classes == FROM_CLIENTS
+    if asked and not known:
+        raise ConfigError("run-config key 'data.classes' is 'clients', and no client was asked: see classes_of_clients")
+    named = known if asked else read_class_names(config.data)
     if named and not config.judge:
         return named, None
     splits = load_splits(config.data, config.seed)
@@ -103,7 +114,7 @@ def _classes_and_splits(config: RunConfig) -> tuple[tuple[str, ...], Splits | No
     if set(classes) != set(splits.classes):
         raise ConfigError(
             f"run-config key 'data.classes' is {', '.join(classes)!r}, but the dataset {config.data.dataset!r} "
-            f"has {', '.join(splits.classes)!r}; allowed: the dataset's classes, or empty"
+            f"has {', '.join(splits.classes)!r}; allowed: the dataset's classes, or empty; or judge=false"
         )
     return classes, splits if config.judge else None
 

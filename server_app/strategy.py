@@ -18,7 +18,7 @@ from flwr.supercore import log
 from PIL import Image
 from torch import Tensor
 
-from common.config import ConfigError, RunConfig
+from common.config import RunConfig
 from common.images import encode_images, resize_images
 from common.payloads import (
     ClientReport,
@@ -31,6 +31,7 @@ from common.payloads import (
 from server_app.adaptation import Feedback, get_scores, get_update
 from server_app.aggregation import get_aggregation, normalised
 from server_app.checkpoint import ServerState, write_checkpoint
+from server_app.class_space import wait_for_nodes
 from server_app.evaluation import Judge
 from server_app.exchange import Answer, Replies, exchange
 from server_app.generator import Generated, Generator
@@ -314,7 +315,7 @@ class FedMMKT(Strategy):
             write_report(self.run_folder.path)
             self._log_end()
             return result
-        self._wait_for_nodes(grid)
+        wait_for_nodes(grid, self.config.min_nodes, self.config.node_timeout)
         log(INFO, "")
         if self.last_round is None:
             log(INFO, "[BEFORE] clients as they start")
@@ -394,18 +395,6 @@ class FedMMKT(Strategy):
         self.generator.save_adapter(self.run_folder.lora)
 
     # ------------------------------------------------------------------ one round's parts
-
-    def _wait_for_nodes(self, grid: Grid) -> None:
-        needed, closing = self.config.min_nodes, time.monotonic() + self.config.node_timeout
-        while (connected := len(list(grid.get_node_ids()))) < needed:
-            if time.monotonic() > closing:
-                raise ConfigError(
-                    f"run-config key 'min-nodes' is {needed}, but {connected} node(s) connected within "
-                    f"{self.config.node_timeout:g} s ('node-timeout'); start more (in simulation: num-supernodes), "
-                    "or lower min-nodes"
-                )
-            time.sleep(0.5)
-        log(INFO, "%s nodes connected", connected)
 
     @contextmanager
     def _round(self, server_round: int) -> Iterator[None]:

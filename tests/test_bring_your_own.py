@@ -1,17 +1,22 @@
 """Data and models of users, named in configuration alone, in one federation."""
 
+import json
 import re
 from pathlib import Path
 
 import datasets
 import pytest
+from flwr.app import Context, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from client_app import task_models
 from client_app.pretrained import PREFIX
-from common.config import DataConfig, RunConfig
+from common.config import ConfigError, DataConfig, RunConfig
 from common.datasets import load_splits
 from deploy.in_process import InProcessGrid
-from server_app.app import build_strategy
+from server_app.app import build_strategy, main
+from server_app.class_space import _natural, classes_of_clients
 from tests import tiny_transformers
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "bring-your-own.md").read_text()
@@ -81,3 +86,29 @@ def test_a_class_that_the_run_does_not_have_costs_its_node_alone(digits_of, tiny
     strategy.start(InProcessGrid("client_app.app:app", run_config, nodes))
     assert strategy.run_folder.read_metrics()[-1]["replies"]["received"] == 1
     assert "the data's classes 'nine' are not in the run; allowed: zero, one" in caplog.text
+
+
+def test_the_class_space_may_be_all_that_clients_hold(digits_of, tiny_run, caplog):
+    nodes = [{"name": name, "model": "mlp", "data-path": digits_of(name, classes, ["image"])}
+             for name, classes in (("low", (0, 1)), ("high", (9, 1)))]  # fmt: skip
+    nodes.append({"name": "lost", "model": "mlp", "data-path": "/no/such/data"})
+    run_config = tiny_run(rounds=1, data__classes="clients")
+    grid = InProcessGrid("client_app.app:app", run_config, nodes)
+    main(grid, Context(1, 0, {}, RecordDict(), run_config))
+    described = json.loads((Path(run_config["output-dir"]) / "config.json").read_text())
+    assert described["classes"] == ["nine", "one", "zero"]
+    assert "A client named no classes: ConfigError: node-config key 'data-path' is '/no/such/data'" in caplog.text
+
+
+def test_fewer_than_two_classes_among_clients_are_named(digits_of, tiny_run):
+    nodes = [{"model": "mlp", "data-path": digits_of(name, (4,), ["image"])} for name in ("a", "b")]
+    run_config = tiny_run(data__classes="clients")
+    with pytest.raises(ConfigError, match=r"is 'clients', and the 2 clients hold 1 class\(es\); allowed: two or more"):
+        classes_of_clients(InProcessGrid("client_app.app:app", run_config, nodes), RunConfig.from_flower(run_config))
+
+
+@given(st.lists(st.text(min_size=1, max_size=5), unique=True).flatmap(lambda names: st.permutations(names).map(tuple)))
+def test_any_class_names_have_one_order(names):
+    backwards = list(reversed(names))
+    assert sorted(names, key=_natural) == sorted(backwards, key=_natural)
+    assert sorted(["class 10", "class 9", "a1b"], key=_natural) == ["a1b", "class 9", "class 10"]

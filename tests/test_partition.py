@@ -1,5 +1,7 @@
 """Data for real machines: the same parts that a simulation would use."""
 
+import stat
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ def test_a_node_reads_the_part_that_a_simulation_gives_it(tmp_path):
 
     folders = write_partitions(config.data, 3, config.seed, tmp_path)
 
+    assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in folders)
     for index, folder in enumerate(folders):
         own, simulated = (
             load_private_data(config, node, classes, images=True, texts=True)
