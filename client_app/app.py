@@ -46,10 +46,9 @@ def train_round(message: Message, context: Context) -> Message:
     request = Request.from_content(message.content)
     if not request.batches:
         raise PayloadError("a round needs a synthetic batch, and the message holds none")
-    client = Client(context, request.instructions, before=request.instructions.round)
+    client = Client(context, request.instructions)
     client.receive(request)
     client.learn()
-    client.forget_old()
     payload = client.answer(request.batches[-1])
     return Message(
         RecordDict({**client.report().to_records("report"), **payload.to_records("payload")}), reply_to=message
@@ -60,7 +59,7 @@ def train_round(message: Message, context: Context) -> Message:
 def distill(message: Message, context: Context) -> Message:
     """Distil the last soft targets and report, without a new batch."""
     request = Request.from_content(message.content)
-    client = Client(context, request.instructions, before=request.instructions.round)
+    client = Client(context, request.instructions)
     client.receive(request)
     client.learn()
     return Message(RecordDict(client.report().to_records("report")), reply_to=message)
@@ -90,8 +89,6 @@ class Client:
         Flower's; holds the run's and the node's configuration.
     instructions : Instructions
         The server's.
-    before : int, optional
-        A round that the client's model must not have learned in yet; without it, the newest model is taken.
 
     Raises
     ------
@@ -99,7 +96,7 @@ class Client:
         If a setting cannot be used, or the private data cannot be read.
     """
 
-    def __init__(self, context: Context, instructions: Instructions, before: int | None = None) -> None:
+    def __init__(self, context: Context, instructions: Instructions) -> None:
         self.config = RunConfig.from_flower(context.run_config)
         self.node = NodeConfig.from_flower(context.node_config)
         self.instructions = instructions
@@ -119,37 +116,27 @@ class Client:
             task_model.freeze_encoders()
         self.model = AlignedModel(task_model, instructions.anchor_size).to(self.device)
         self.optimizer = AdamW(parameter_groups(self.model, self.config.client), weight_decay=1e-3)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        folders = _state_folders(self.config, self.node)
-        self.memory = ClientMemory(folders[0], instructions.run_key, self.name)
-        self.memory.inherit(folders, zip(instructions.ancestors, instructions.ancestor_rounds, strict=True))
-        self.is_new = not self.memory.load_model(self.model, self.optimizer, before)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # A run may be resumed with another learning rate.
+        state_folder, *elsewhere = _state_folders(self.config, self.node)
+        ancestors = zip(instructions.ancestors, instructions.ancestor_rounds, strict=True)
+        self.memory = ClientMemory(state_folder, instructions.run_key, self.name, ancestors, elsewhere)
+        self.is_new = not self.memory.load_model(self.model, self.optimizer)
         modality = task_model.modality
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
         wanted = (self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
         if self.node.data_path:
-            self.data = load_own_data(folders[0].expanduser(), self.name, *wanted)
+            self.data = load_own_data(state_folder.expanduser(), self.name, *wanted)
         else:
             self.data = _simulated_data(*wanted)
 
     def receive(self, request: Request) -> None:
-        """Keep what the server sent."""
+        """Take in what the server sent."""
         for batch in request.batches:
             self.memory.add_batch(batch)
         for targets in request.targets:
             self.memory.add_targets(targets)
 
-    def forget_old(self) -> None:
-        """Forget batches that are not drawn from any more, and models older than any that a run could go back to.
-
-        In mid-round the server's last checkpoint is that of the round before, and it keeps some more.
-        """
-        self.memory.prune(batches=self.config.client.pool_rounds + 1, models=self.config.checkpoints_kept + 1)
-
     def learn(self) -> None:
-        """Train on private and kept synthetic samples, and keep the new model."""
+        """Train on private and kept synthetic samples; keep the new model and the batches."""
         settings = self.config.client
         epochs = settings.warmup_epochs if self.is_new else settings.local_epochs
         train(self.model, self.optimizer, self._private_set(), self._synthetic_set(), settings, epochs, self.generator)
@@ -161,7 +148,16 @@ class Client:
             "anchor_size": self.instructions.anchor_size,
             "round": self.instructions.round,
         }
-        self.memory.save_model(self.instructions.round, self.model, self.optimizer, described)
+        # A batch more than are drawn from, since the newest has no soft targets yet; a round more than the server
+        # keeps, since in mid-round its last checkpoint is of the round before.
+        self.memory.save(
+            self.instructions.round,
+            self.model,
+            self.optimizer,
+            described,
+            keep_batches=settings.pool_rounds + 1,
+            keep_rounds=self.config.checkpoints_kept + 1,
+        )
 
     def answer(self, batch: SyntheticBatch) -> DistillationPayload:
         """Return logits on a batch, and votes where the run asks for them and the model sees images."""
@@ -251,16 +247,14 @@ _simulated_data = lru_cache(maxsize=64)(load_private_data)
 
 
 def _state_folders(config: RunConfig, node: NodeConfig) -> list[Path]:
-    """Choose where a client keeps its memory, and after that where else an earlier run's may lie.
+    """Name the folder of a client's memory, then others in which that of an earlier run may lie.
 
     Simulated clients keep it with the run that they are part of.
     """
     if named := node.state_dir or config.client.state_dir:
         return [Path(named)]
-    if node.data_path:
-        return [DEFAULT_FOLDER]
-    runs = (Path(config.output_dir) if config.output_dir else None, config.resumed_folder)
-    return [*(folder / "clients" for folder in runs if folder), DEFAULT_FOLDER]
+    runs = [] if node.data_path else [folder for folder in (config.output_dir, config.resume_from) if folder]
+    return [*(Path(folder) / "clients" for folder in runs), DEFAULT_FOLDER]
 
 
 def _join(parts: list[SyntheticSet]) -> SyntheticSet:

@@ -203,10 +203,10 @@ class RunConfig(_Section):
     output_dir: str = Field(
         "", description="absolute folder of the run; empty: that of resume-from, or ~/.fedmmkt/runs/<run id>"
     )
-    resume_from: str = Field(
-        "", description="absolute folder of an earlier run to go on with, or one of its checkpoints"
+    resume_from: str = Field("", description="absolute folder of an earlier run to go on with")
+    checkpoints_kept: int = Field(
+        2, ge=0, le=1000, description="last rounds that a run can be resumed from, at server and clients; 0: none"
     )
-    checkpoints_kept: int = Field(2, ge=0, le=1000, description="last rounds that a run can be resumed from; 0: none")
     feedback: Literal["logits", "logits+votes"] = Field(
         "logits+votes", description="what clients return: the paper's logits, or nearest-neighbour votes too"
     )
@@ -230,14 +230,6 @@ class RunConfig(_Section):
             Names every key that is unknown, missing its type or out of range.
         """
         return _parse(cls, _nested(run_config), "run-config")
-
-    @property
-    def resumed_folder(self) -> Path | None:
-        """The run folder that ``resume-from`` names, by itself or by one of its checkpoints."""
-        if not self.resume_from:
-            return None
-        path = Path(self.resume_from).expanduser()
-        return path.parents[1] if path.parent.name == "checkpoints" else path
 
     @model_validator(mode="after")
     def _folders_are_absolute(self) -> Self:

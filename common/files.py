@@ -31,8 +31,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _to_disk(temporary)
         temporary.replace(path)
     except OSError as error:
         raise OSError(
@@ -63,6 +62,9 @@ def replaced_folder(path: Path, mode: int = 0o755) -> Iterator[Path]:
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
         temporary.chmod(mode)
         if path.exists():
             path.rename(old)
@@ -72,3 +74,9 @@ def replaced_folder(path: Path, mode: int = 0o755) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_disk(file: Path) -> None:
+    """Have the system write a file out, so that a power cut after its renaming leaves no empty one."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

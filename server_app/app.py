@@ -16,7 +16,7 @@ from common.config import ConfigError, RunConfig
 from common.datasets import Splits, load_splits, read_class_names, to_examples
 from server_app.adaptation import get_scores, get_update
 from server_app.aggregation import get_aggregation
-from server_app.checkpoint import ServerState, check_continues, drop_later, find_state
+from server_app.checkpoint import check_continues, drop_later, find_state
 from server_app.class_space import FROM_CLIENTS, classes_of_clients
 from server_app.evaluation import Judge
 from server_app.generator import Generator
@@ -69,11 +69,17 @@ def build_strategy(
         (get_update, config.t2i.update),
     ):
         get_rule(name)
-    state = find_state(Path(config.resume_from).expanduser()) if config.resume_from else None
+    earlier = RunFolder(Path(config.resume_from).expanduser())
+    state = find_state(earlier) if config.resume_from else None
     classes, splits = _classes_and_splits(config, classes or (state.classes if state else ()))
     if state:
         check_continues(state, config, classes)
-    run_folder = _run_folder(config, run_id, state)
+    path = Path(config.output_dir or config.resume_from or f"~/.fedmmkt/runs/{run_id}").expanduser()
+    if state:
+        run_folder = RunFolder.resume(path, config.tensorboard, earlier, state.metrics)
+        drop_later(run_folder.checkpoints, state.round)
+    else:
+        run_folder = RunFolder.create(path, config.tensorboard)
     log(INFO, "Run folder: %s", run_folder.path)
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed)
@@ -93,17 +99,6 @@ def build_strategy(
     if state:
         built.resume(state)
     return built
-
-
-def _run_folder(config: RunConfig, run_id: int, state: ServerState | None) -> RunFolder:
-    """Make the folder of a new run, or of one that goes on from a state, by default where the earlier one left off."""
-    earlier = config.resumed_folder
-    path = Path(config.output_dir or earlier or f"~/.fedmmkt/runs/{run_id}").expanduser()
-    if state is None or earlier is None:
-        return RunFolder.create(path, config.tensorboard)
-    run_folder = RunFolder.resume(path, config.tensorboard, RunFolder(earlier), state.metrics)
-    drop_later(run_folder.checkpoints, state.round)
-    return run_folder
 
 
 def _classes_and_splits(config: RunConfig, known: tuple[str, ...]) -> tuple[tuple[str, ...], Splits | None]:

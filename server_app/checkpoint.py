@@ -23,12 +23,16 @@ from common.config import ConfigError, RunConfig
 from common.files import replaced_folder
 from common.payloads import MAX_ANCESTORS, SoftTargets, SyntheticBatch
 from server_app.generator import Generated
+from server_app.run_folder import RunFolder
 
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 
-# With these change the adapter's tensors or the clients', who the clients are, or which examples are private and
-# which for testing: a run with other ones is another run.
-FIXED = ("seed", "data", "client.models", "t2i.model", "t2i.lora-rank", "t2i.lora-alpha", "t2i.lora-targets")
+# Settings that a run may go on with other values of: how long it is, where it is written, which nodes it waits for,
+# and on what it computes. With any other changed it would not be the run that it goes on with.
+FREE = {
+    *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tensorboard"),
+    *("min-nodes", "node-timeout", "round-deadline", "quorum", "client.threads", "t2i.device"),
+}
 
 
 class DamagedCheckpointError(ValueError):
@@ -136,30 +140,24 @@ def read_checkpoint(path: Path) -> ServerState:
         raise DamagedCheckpointError(f"{path} cannot be read ({error!r})") from error
 
 
-def find_state(path: Path) -> ServerState:
-    """Read a checkpoint, or a run's last one that is whole.
-
-    Parameters
-    ----------
-    path : Path
-        Folder of a checkpoint or of a run.
+def find_state(run: RunFolder) -> ServerState:
+    """Read a run's last checkpoint that is whole; each that is not is named in a warning.
 
     Raises
     ------
     ConfigError
         If there is none.
     """
-    found = [path] if path.parent.name == "checkpoints" else checkpoints(path / "checkpoints")
+    found, damage = checkpoints(run.checkpoints), ""
     for checkpoint in reversed(found):
         try:
             return read_checkpoint(checkpoint)
         except DamagedCheckpointError as error:
-            damage = str(error)
+            damage = f" ({error})"
             log(WARNING, "A checkpoint is damaged and left out: %s", error)
     raise ConfigError(
-        f"run-config key 'resume-from' is '{path}', which holds no checkpoint that can be read"
-        f"{f' ({damage})' if found else ''}; allowed: the folder of a run that ended its round 0 with checkpoints-kept "
-        "above 0, or one of its checkpoints/round-NNNNN"
+        f"run-config key 'resume-from' is '{run.path}', which holds no checkpoint that can be read{damage}; "
+        "allowed: the folder of a run that ended its round 0 with checkpoints-kept above 0"
     )
 
 
@@ -169,33 +167,28 @@ def check_continues(state: ServerState, config: RunConfig, classes: tuple[str, .
     Raises
     ------
     ConfigError
-        Names each setting that has changed and must not.
+        Names each setting outside `FREE` that has changed.
     """
-    present = config.model_dump(mode="json", by_alias=True)
+    earlier, present = _flat(state.config), _flat(config.model_dump(mode="json", by_alias=True))
     changed = [
-        f"{key} was {_at(state.config, key)!r} and is {_at(present, key)!r}"
-        for key in _leaves(present)
-        if _at(state.config, key) != _at(present, key)
+        f"{key!r} was {earlier[key]!r} and is {value!r}"
+        for key, value in present.items()
+        if key not in FREE and earlier.get(key, value) != value  # A key of a later version has its default.
     ]
-    weights = [_at(settings, "client.alignment-weight") for settings in (state.config, present)]
-    if bool(weights[0]) != bool(weights[1]):
-        changed.append(
-            f"client.alignment-weight was {weights[0]!r} and is {weights[1]!r}: clients' models gain or lose a part"
-        )
     if state.classes != classes:
         changed.append(f"the classes were {', '.join(state.classes)} and are {', '.join(classes)}")
     if changed:
         raise ConfigError(
-            f"run-config key 'resume-from' is {config.resume_from!r}, a run of another kind: {'; '.join(changed)}; "
-            "allowed: the values that it had"
+            f"run-config key 'resume-from' is {config.resume_from!r}, a run of another configuration: "
+            f"{'; '.join(changed)}; allowed: the values that it had, but for {', '.join(sorted(FREE))}"
         )
 
 
 def drop_later(folder: Path, round: int) -> None:
-    """Remove the checkpoints of later rounds: a run that goes on from here makes them anew."""
-    for path in checkpoints(folder):
-        if int(path.name.rpartition("-")[2]) > round:
-            shutil.rmtree(path)
+    """Remove what a run that goes on from a round has no use for: later, damaged checkpoints, and halves of any."""
+    later = [path for path in checkpoints(folder) if int(path.name.removeprefix("round-")) > round]
+    for path in [*later, *folder.glob(".round-*")]:
+        shutil.rmtree(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -203,18 +196,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-" + "[0-9]" * 5))
 
 
-def _leaves(config: Mapping[str, Any]) -> list[str]:
-    """Give the keys of `FIXED`, those of whole sections one by one."""
-    keys: list[str] = []
-    for key in FIXED:
-        value = _at(config, key)
-        keys += [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key]
-    return keys
-
-
-def _at(config: Mapping[str, Any], key: str) -> Any:
-    section, _, name = key.partition(".")
-    return config[section].get(name) if name else config.get(section)
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a configuration's settings by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _taken_apart(state: ServerState) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -229,9 +216,8 @@ def _taken_apart(state: ServerState) -> tuple[dict[str, Any], dict[str, Tensor]]
         for name, message in zip(("batch", "targets"), messages, strict=True):
             entry[name], arrays = message.parts()
             for field, array in arrays.items():
-                tensors[f"history/{index}/{name}/{field}"] = torch.from_numpy(
-                    np.array(array)
-                )  # A copy: messages are read-only.
+                # A copy, for what comes out of a message is read-only.
+                tensors[f"history/{index}/{name}/{field}"] = torch.from_numpy(np.array(array))
         history.append(entry)
     if state.pictures:
         tensors["pictures"] = torch.from_numpy(np.stack([np.asarray(picture) for picture in state.pictures]))

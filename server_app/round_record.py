@@ -73,6 +73,12 @@ class RoundRecord:
         values = [report.accuracy for report in self.reports if modality in (None, report.modality)]
         return float(np.mean(values)) if values else None
 
+    def participation(self) -> str:
+        """Say in a line how many were asked and answered, and name the others."""
+        others = {"rejected": self.rejected, "missing": self.missing, "late": self.late, "gone": self.gone}
+        named = [f"{kind}: {', '.join(sorted(names))}" for kind, names in others.items() if names]
+        return "; ".join([f"{len(self.asked)} asked, {len(self.reports)} answered", *named])
+
     def to_json(self) -> dict[str, Any]:
         """Make a line of ``metrics.jsonl``."""
         per_client = {

@@ -327,7 +327,13 @@ class FedMMKT(Strategy):
             # Counted in no round, since the interrupted run had no such exchange.
             self.record = RoundRecord(self.last_round)
             messages = self.configure_evaluate(self.last_round, arrays, evaluate_config, grid)
-            self._ask(grid, messages, self._parse_report)
+            for answer in self._ask(grid, messages, self._parse_report).answers:
+                if self.history and answer.report.client in self.clients and not answer.report.kept:
+                    log(
+                        WARNING,
+                        "  clients   %s holds nothing of the earlier run, and begins anew",
+                        answer.report.client,
+                    )
 
         for server_round in range((self.last_round or 0) + 1, rounds + 1):
             log(INFO, "")
@@ -670,6 +676,7 @@ class FedMMKT(Strategy):
             record.bytes_up / 1e6,
             record.seconds["total"],
         )
+        log(INFO, "  clients   %s", record.participation())
 
     def _log_end(self) -> None:
         lines = self.run_folder.read_metrics()

@@ -90,12 +90,12 @@ def test_what_a_client_keeps_is_read_by_transformers(kind, source, tmp_path):
     with torch.no_grad():
         model.task_model.head.weight += 1
     memory = ClientMemory(tmp_path / "state", "run", "client")
-    memory.save_model(1, model, optimizer, {})
+    memory.save(1, model, optimizer, {}, keep_batches=1, keep_rounds=1)
 
     other = AlignedModel(build(source), 4)
     memory.load_model(other, torch.optim.AdamW(parameter_groups(other, ClientConfig())))
     loaders = {"image": transformers.AutoModelForImageClassification, "image+text": transformers.AutoModel}
-    saved = memory.folder / "model-00001"
+    saved = memory.folder / "round-00001"
     loader = loaders.get(MODALITIES[kind], transformers.AutoModelForSequenceClassification)
     theirs, info = loader.from_pretrained(saved, output_loading_info=True)
 

@@ -2,28 +2,44 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from client_app import app as client_app
-from common.config import ConfigError, RunConfig
+from common.config import ConfigError, RunConfig, to_flower
+from deploy.in_process import InProcessGrid
 from server_app.app import build_strategy
 from server_app.checkpoint import checkpoints, read_checkpoint
 from server_app.strategy import FedMMKT
+from tests.conftest import TINY
 
 
 class PowerCutError(Exception):
     """The server dies."""
 
 
-class Dying(FedMMKT):
-    """Dies in round 2, when all clients have answered and learned."""
+class Joined(FedMMKT):
+    """Node 4 is there from round 3 on; on demand the server dies when all clients of a round have answered."""
+
+    dies_in = 0
+
+    def configure_train(self, server_round, arrays, config, grid):
+        grid.contexts = {node_id: grid.nodes[node_id] for node_id in ((1, 2, 3, 4) if server_round > 2 else (1, 2, 3))}
+        return super().configure_train(server_round, arrays, config, grid)
 
     def adapt_generator(self, server_round, generated, scores_N):
-        if server_round == 2:
+        if server_round == self.dies_in:
             raise PowerCutError
         return super().adapt_generator(server_round, generated, scores_N)
+
+
+class DiesIn3(Joined):
+    dies_in = 3
+
+
+class DiesIn4(Joined):
+    dies_in = 4
 
 
 def start(run_config, grid, run_id, strategy=FedMMKT):
@@ -32,59 +48,78 @@ def start(run_config, grid, run_id, strategy=FedMMKT):
     return built
 
 
-def without_seconds(strategy):
-    return [
-        {key: value for key, value in line.items() if key != "seconds"} for line in strategy.run_folder.read_metrics()
-    ]
+def start_joined(run_config, run_id, strategy, connected=3):
+    node_configs = [{"partition-id": index, "num-partitions": 4} for index in range(4)]
+    grid = InProcessGrid("client_app.app:app", run_config, node_configs)
+    grid.nodes = dict(grid.contexts)
+    for node_id in range(connected + 1, 5):
+        del grid.contexts[node_id]
+    return start(run_config, grid, run_id, strategy)
 
 
-def same_adapter(one, other):
-    states = one.generator.adapter_state(), other.generator.adapter_state()
-    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+def without_seconds(lines):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-@pytest.fixture
-def cut(tiny_run, make_grid):
-    """Run three rounds at once, and again with the power cut in round 2; return the whole run and what was left."""
-    changes = {"rounds": 3, "client__models": "mlp,text,dual", "client__balanced_softmax": True}
-    whole_config = tiny_run(name="whole", **changes)
-    whole = start(whole_config, make_grid(whole_config, nodes=3), 1)
-    cut_config = tiny_run(name="cut", **changes)
+def assert_equal(resumed, whole):
+    lines, others = (without_seconds(strategy.run_folder.read_metrics()) for strategy in (resumed, whole))
+    # A node that was not there when the run went on is told once of what run: its key, in quotes, and the round.
+    extra = [line["bytes"].pop("down") - other["bytes"].pop("down") for line, other in zip(lines, others, strict=True)]
+    assert extra == [0, 0, 0, len('"00000000000000000002"2'), 0]
+    assert lines == others
+    adapters = [strategy.generator.adapter_state() for strategy in (resumed, whole)]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    pictures = [strategy.run_folder.pictures().values() for strategy in (resumed, whole)]
+    assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
+    assert len(pictures[0]) == 5
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run four rounds at once, and again with a power cut in round 3; return the whole run and the other's settings."""
+    folder = tmp_path_factory.mktemp("runs")
+    changes = {"rounds": 4, "client.models": "mlp,text,dual,mlp", "client.pool-rounds": 1}
+    run_config = to_flower(RunConfig()) | TINY | changes | {"client.state-dir": str(folder / "clients")}
+    whole = start_joined(run_config | {"output-dir": str(folder / "whole")}, 1, Joined)
+    cut = run_config | {"output-dir": str(folder / "cut")}
     with pytest.raises(PowerCutError):
-        start(cut_config, make_grid(cut_config, nodes=3), 2, Dying)
-    return whole, cut_config | {"resume-from": cut_config["output-dir"]}
+        start_joined(cut, 2, DiesIn3)
+    return whole, cut | {"resume-from": cut["output-dir"]}
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(cut, make_grid, tmp_path):
-    whole, run_config = cut
-    # In a folder of its own first, then in that of the run that was cut off: neither run spoils the other.
+def test_a_run_that_is_cut_off_twice_equals_the_uninterrupted_one(runs, tmp_path):
+    """In a folder of its own first, then in that of the run that was cut off."""
+    whole, run_config = runs
     elsewhere = run_config | {"output-dir": str(tmp_path / "elsewhere")}
-    for number, resumed_config in enumerate((elsewhere, run_config), start=3):
-        resumed = start(resumed_config, make_grid(resumed_config, nodes=3), number)
-        assert without_seconds(resumed) == without_seconds(whole)
-        assert same_adapter(resumed, whole)
-        for round_ in range(4):
-            picture = f"images/round-{round_:03d}.png"
-            assert (resumed.run_folder.path / picture).read_bytes() == (whole.run_folder.path / picture).read_bytes()
-    described = resumed.run_folder.read_config()
-    assert described["resumed"] == {"run": f"{2:020d}", "after-round": 1}
+    with pytest.raises(PowerCutError):
+        start_joined(elsewhere, 3, DiesIn4)
+    again = elsewhere | {"resume-from": elsewhere["output-dir"]}
+
+    resumed = start_joined(again, 4, Joined, connected=4)
+
+    assert_equal(resumed, whole)
+    assert resumed.run_folder.read_config()["resumed"] == {"run": f"{3:020d}", "after-round": 3}
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(cut, make_grid, caplog):
-    whole, run_config = cut
-    last = checkpoints(whole.run_folder.checkpoints)[-1]
-    config = run_config | {"resume-from": str(whole.run_folder.path), "output-dir": run_config["output-dir"] + "-2",
-                           "client.state-dir": run_config["client.state-dir"].replace("cut", "whole")}  # fmt: skip
-    content = bytearray((last / "tensors.safetensors").read_bytes())
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs, tmp_path, caplog, file):
+    whole, run_config = runs
+    folder = shutil.copytree(run_config["resume-from"], tmp_path / "damaged")
+    last = checkpoints(folder / "checkpoints")[-1]
+    content = bytearray((last / file).read_bytes())
     content[len(content) // 2] ^= 1
-    (last / "tensors.safetensors").write_bytes(content)
+    (last / file).write_bytes(content)
+    run_config = run_config | {"resume-from": str(folder), "output-dir": str(folder)}
 
-    resumed = start(config, make_grid(config, nodes=3), 5)
-
-    assert "tensors.safetensors is not what was written (its SHA-256 is another)" in caplog.text
-    assert resumed.run_folder.read_config()["resumed"]["after-round"] == 2
-    assert without_seconds(resumed) == without_seconds(whole)
-    assert same_adapter(resumed, whole)
+    if file == "state.json":
+        build_strategy(RunConfig.from_flower(run_config), 5)
+        assert [path.name for path in checkpoints(folder / "checkpoints")] == ["round-00001"]
+    else:
+        resumed = start_joined(run_config, 5, Joined)
+        assert resumed.run_folder.read_config()["resumed"]["after-round"] == 1
+        # Node 4 is told of another round, of as many digits.
+        assert_equal(resumed, whole)
+    assert f"{last / file} is not what was written (its SHA-256 is another)" in caplog.text
 
 
 def test_more_rounds_go_on_with_a_run_that_is_done(tiny_run, make_grid):
@@ -114,9 +149,11 @@ def test_what_cannot_be_resumed_is_named(tiny_run, make_grid, tmp_path):
             build_strategy(RunConfig.from_flower(resumed | changes), 2)
         return str(caught.value)
 
-    assert "a run of another kind: seed was 0 and is 1" in error(seed=1)
-    assert "data.alpha was 0.1 and is 0.5" in error(**{"data.alpha": 0.5})
-    assert "t2i.lora-rank was 8 and is 4" in error(**{"t2i.lora-rank": 4})
+    assert "a run of another configuration: 'seed' was 0 and is 1; allowed: the values that it had" in error(seed=1)
+    both = error(**{"client.learning-rate": 0.5, "t2i.guidance": "2"})
+    assert "'client.learning-rate' was 0.001 and is 0.5; 't2i.guidance' was [1.5, 1.0] and is [2.0]" in both
+    names = "zero,one,two,three,four,five,six,seven,eight,nine"
+    assert "'data.classes' was []" in error(**{"data.classes": names})
     assert "'/no/such/run', which holds no checkpoint that can be read" in error(**{"resume-from": "/no/such/run"})
     assert "resume-from is 'runs/demo'; allowed: an absolute path" in error(**{"resume-from": "runs/demo"})
     for checkpoint in checkpoints(done.run_folder.checkpoints):
@@ -146,46 +183,36 @@ def test_two_runs_do_not_write_in_one_folder(tiny_run, make_grid):
 # ---------------------------------------------------------------------- clients that come and go
 
 
-def test_nodes_join_leave_return_and_lose_their_disk(tiny_run, make_grid):
+def test_nodes_join_leave_return_and_lose_their_disk(tiny_run, make_grid, caplog):
     """Text joins in round 3 with a modality that was not there; mlp-0 is away in rounds 2 and 3 and loses its disk."""
-    run_config = tiny_run(rounds=5, client__models="mlp,mlp,text", min_nodes=1)
+    run_config = tiny_run(rounds=5, client__models="mlp,mlp,text", min_nodes=1, checkpoints_kept=10)
     grid = make_grid(run_config, nodes=3)
-
-    nodes = dict(grid.contexts)
+    nodes, memory = dict(grid.contexts), Path(run_config["client.state-dir"]) / f"{1:020d}"
     connected = {1: {1, 2}, 2: {2}, 3: {2, 3}, 4: {1, 2, 3}, 5: {1, 2, 3}}
 
     class Changing(FedMMKT):
         def configure_train(self, server_round, arrays, config, grid):
             grid.contexts = {node_id: nodes[node_id] for node_id in connected[server_round]}
+            if server_round == 4:
+                shutil.rmtree(memory / "mlp-0")
             return super().configure_train(server_round, arrays, config, grid)
 
     del grid.contexts[3]
-    strategy = build_strategy(RunConfig.from_flower(run_config), 1, Changing)
-    receive = client_app.Client.receive
-    held = {}
-
-    def watch(self, request):
-        if self.name == "mlp-0" and self.instructions.round == 4:
-            shutil.rmtree(self.memory.folder)
-            self.memory.folder.mkdir()
-        receive(self, request)
-        held[self.instructions.round, self.name] = len(self.memory.batches())
-
-    client_app.Client.receive = watch
-    try:
-        strategy.start(grid)
-    finally:
-        client_app.Client.receive = receive
+    strategy = start(run_config, grid, 1, Changing)
 
     lines = strategy.run_folder.read_metrics()
-    assert [line["replies"]["answered"] for line in lines[1:]] == [
-        ["mlp-0", "mlp-1"], ["mlp-1"], ["mlp-1", "text-2"], ["mlp-0", "mlp-1", "text-2"], ["mlp-0", "mlp-1", "text-2"],
-    ]  # fmt: skip
+    two, three = ["mlp-0", "mlp-1"], ["mlp-0", "mlp-1", "text-2"]
+    answered = [line["replies"]["answered"] for line in lines]
+    assert answered == [two, two, ["mlp-1"], ["mlp-1", "text-2"], three, three]
     assert [line["replies"]["gone"] for line in lines[1:]] == [[], ["mlp-0"], ["mlp-0"], [], []]
     assert lines[3]["replies"]["asked"] == ["mlp-1", "text-2"]
-    assert held[3, "text-2"] == 3  # The round's batch, and the two that it has missed.
-    assert held[5, "mlp-0"] == 4  # All that are drawn from, and the round's.
+    assert "2 asked, 2 answered; gone: mlp-0" in caplog.text
     assert set(lines[-1]["clients"]["by_modality"]) == {"image", "text"}
+    # The round's batch, and those that the client had missed, from which it learned at once.
+    names = {path.name for path in (memory / "text-2" / "round-00003").glob("*.npz")}
+    assert names == {"batch-00001.npz", "batch-00002.npz", "batch-00003.npz", "targets-00001.npz", "targets-00002.npz"}
+    names = {path.name for path in (memory / "mlp-0" / "round-00005").glob("*.npz")}
+    assert names == {f"batch-{n:05d}.npz" for n in (2, 3, 4, 5)} | {f"targets-{n:05d}.npz" for n in (2, 3, 4)}
 
 
 def test_a_late_reply_is_named_and_not_counted(tiny_run, make_grid):

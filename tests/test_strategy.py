@@ -1,6 +1,7 @@
 """The whole round with the real starter model and real clients, in one process."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +213,7 @@ def test_a_client_that_joins_late_or_loses_its_disk_gets_what_it_missed(tiny_run
                 key = (message.content["instructions"]["round"], message.metadata.dst_node_id)
                 batches[key] = sum(name.startswith("batch-") and "." not in name for name in message.content)
         if messages[0].content["instructions"]["round"] == 2:
-            ClientMemory(Path(state), f"{1:020d}", "mlp-0").forget()
+            shutil.rmtree(ClientMemory(Path(state), f"{1:020d}", "mlp-0").folder)
         return push(messages)
 
     class Joining(FedMMKT):
