@@ -214,7 +214,9 @@ class RunConfig(_Section):
     node_timeout: float = Field(120, gt=0, description="seconds to wait for them")
     round_deadline: float = Field(3600, gt=0, description="seconds after which a round closes")
     quorum: Fraction = Field(0.5, description="part of the asked nodes that must have answered by then")
-    judge: bool = Field(True, description="measure both sides with a classifier trained centrally; simulation only")
+    judge: bool = Field(
+        True, description="measure the T2I with a classifier trained on the dataset, which the server then must have"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard events")
     data: DataConfig = DataConfig()
     client: ClientConfig = ClientConfig()
