@@ -79,7 +79,7 @@ def runs(tmp_path_factory):
     """Run four rounds at once, and again with a power cut in round 3; return the whole run and the other's settings."""
     folder = tmp_path_factory.mktemp("runs")
     changes = {"rounds": 4, "client.models": "mlp,text,dual,mlp", "client.pool-rounds": 1}
-    run_config = to_flower(RunConfig()) | TINY | changes | {"client.state-dir": str(folder / "clients")}
+    run_config = to_flower(RunConfig()) | TINY | changes  # Clients keep their memory in the folder of the run.
     whole = start_joined(run_config | {"output-dir": str(folder / "whole")}, 1, Joined)
     cut = run_config | {"output-dir": str(folder / "cut")}
     with pytest.raises(PowerCutError):
