@@ -1,20 +1,27 @@
 """What a round costs over its computing: ``python -m benchmarks.overhead``, on real processes over TLS.
 
 The same nodes, model and data run FedMMKT and then Flower's own FedAvg, on one SuperLink. Nothing is trained, so
-that a round's seconds are those of starting clients, reading data, moving messages and waiting.
+that a round's seconds are those of starting clients, reading data, moving messages and waiting. Bytes are counted
+on the wire between each node and the SuperLink: TLS, gRPC, polling and heartbeats are in them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import statistics
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.relay import Relay, relay
 from common.config import RunConfig
 from deploy.federation import Federation, local_federation
 from deploy.partition import write_partitions
@@ -54,8 +61,6 @@ out = ""
 FEDAVG_APPS = '''
 """Flower's FedAvg of a task model that is not trained, as its quick start writes it."""
 
-import json
-import time
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -67,15 +72,24 @@ client = ClientApp()
 server = ServerApp()
 
 
+def build(name):
+    """Build a task model, or as many weights as an adapter of the T2I has."""
+    from torch import nn, zeros
+    from client_app.task_models import build_task_model
+
+    if name.startswith("adapter:"):
+        return nn.ParameterList([zeros(int(name.removeprefix("adapter:")))])
+    return build_task_model(name, 10, 32)
+
+
 def load(message, context):
     from client_app.private_data import load_private_data
-    from client_app.task_models import Inputs, build_task_model
     from common.config import NodeConfig, RunConfig
     from common.dataset_files import DIGIT_NAMES
     import torch
 
     torch.set_num_threads(1)
-    model = build_task_model(context.run_config["model"], 10, 32)
+    model = build(context.run_config["model"])
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     node = NodeConfig.from_flower(context.node_config)
     data = load_private_data(RunConfig(), node, DIGIT_NAMES, images=True, texts=False)
@@ -84,7 +98,13 @@ def load(message, context):
 
 @client.train()
 def train(message, context):
+    import torch
+
     model, data = load(message, context)
+    torch.manual_seed(context.node_id)
+    with torch.no_grad():
+        for weight in model.parameters():  # As training would: Flower stores and sends what is equal once.
+            weight += 1e-3 * torch.randn_like(weight)
     metrics = MetricRecord({"num-examples": len(data.train)})
     return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
 
@@ -104,56 +124,106 @@ def evaluate(message, context):
 
 @server.main()
 def main(grid, context):
-    from client_app.task_models import build_task_model
-
-    config, times = context.run_config, []
-    nodes = config["min-nodes"]
-    arrays = ArrayRecord(build_task_model(config["model"], 10, 32).state_dict())
+    config, nodes = context.run_config, context.run_config["min-nodes"]
+    arrays = ArrayRecord(build(config["model"]).state_dict())
     strategy = FedAvg(
         fraction_evaluate=config["evaluate"],
         min_train_nodes=nodes,
         min_evaluate_nodes=nodes if config["evaluate"] else 0,
         min_available_nodes=nodes,
     )
-    # Called before the first round and after each.
-    strategy.start(
-        grid, arrays, num_rounds=config["rounds"], evaluate_fn=lambda *_: times.append(time.perf_counter())
-    )
-    Path(config["out"]).write_text(json.dumps(times))
+
+    def note_round(server_round, arrays):  # Called before the first round and after each.
+        with Path(config["out"]).open("a") as lines:
+            lines.write(f"{server_round}\\n")
+
+    strategy.start(grid, arrays, num_rounds=config["rounds"], evaluate_fn=note_round)
 '''
 
 
-def fedmmkt_seconds(federation: Federation, nodes: int, rounds: int, folder: Path) -> list[float]:
-    """Return each round's seconds with clients; the first and the last are no plain rounds and left out."""
-    config = NOTHING_TRAINED | {"output-dir": str(folder), "min-nodes": nodes, "rounds": rounds}
-    _run(federation, ROOT, config)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line["seconds"]["clients"] for line in lines[2:-1]]
+@dataclass(frozen=True)
+class Mark:
+    """The clock and the bytes that all nodes have received and sent, when a round had ended."""
+
+    seconds: float
+    down: int
+    up: int
 
 
-def fedavg_seconds(
-    federation: Federation, nodes: int, rounds: int, model: str, evaluate: float, folder: Path
-) -> list[float]:
-    """Return each round's seconds, but those of the first and the last."""
+@dataclass(frozen=True)
+class Costs:
+    """What each round of a run cost, but the first and the last: seconds, and bytes of a node."""
+
+    seconds: list[float]
+    down: float
+    up: float
+
+
+def fedmmkt_costs(federation: Federation, relays: Sequence[Relay], rounds: int, folder: Path) -> Costs:
+    """Run FedMMKT; its seconds are those of the exchange with clients."""
+    config = NOTHING_TRAINED | {"output-dir": str(folder), "min-nodes": len(relays), "rounds": rounds}
+    file = folder / "metrics.jsonl"
+    with marked(file, relays) as marks:
+        _run(federation, ROOT, config)
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return _costs(marks, len(relays), [line["seconds"]["clients"] for line in lines[2:-1]])
+
+
+def fedavg_costs(
+    federation: Federation, relays: Sequence[Relay], rounds: int, folder: Path, model: str, evaluate: float
+) -> Costs:
+    """Run Flower's FedAvg; its seconds are those of whole rounds, in which the server does next to nothing."""
     package = folder / "plainfedavg"
     package.mkdir(parents=True)
     (folder / "pyproject.toml").write_text(FEDAVG_PROJECT, encoding="utf-8")
     (package / "__init__.py").touch()
     (package / "apps.py").write_text(FEDAVG_APPS, encoding="utf-8")
-    out = folder / "times.json"
-    _run(
-        federation,
-        folder,
-        {"min-nodes": nodes, "rounds": rounds, "model": model, "evaluate": evaluate, "out": str(out)},
-    )
-    times = json.loads(out.read_text(encoding="utf-8"))
-    return [after - before for before, after in pairwise(times)][1:-1]
+    file = folder / "rounds.txt"
+    config: dict[str, Value] = {"min-nodes": len(relays), "rounds": rounds, "model": model, "evaluate": evaluate}
+    with marked(file, relays) as marks:
+        _run(federation, folder, config | {"out": str(file)})
+    return _costs(marks, len(relays), [after.seconds - before.seconds for before, after in pairwise(marks)][1:-1])
+
+
+@contextlib.contextmanager
+def marked(file: Path, relays: Sequence[Relay]) -> Iterator[list[Mark]]:
+    """Note clock and bytes whenever a file to which a run adds a line a round has got another line."""
+    marks: list[Mark] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            lines = file.read_bytes().count(b"\n") if file.exists() else 0
+            if lines > len(marks):
+                down, up = (sum(getattr(relay, way) for relay in relays) for way in ("down", "up"))
+                marks.append(Mark(time.perf_counter(), down, up))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield marks
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _costs(marks: Sequence[Mark], nodes: int, seconds: list[float]) -> Costs:
+    first, last = marks[1], marks[-2]
+    messages = nodes * (len(marks) - 3)
+    return Costs(seconds, (last.down - first.down) / messages, (last.up - first.up) / messages)
 
 
 def _run(federation: Federation, app: Path, config: dict[str, Value]) -> None:
     log = io.StringIO()
     if federation.run(app, config, log).status != COMPLETED:
         raise RuntimeError(log.getvalue())
+
+
+def adapter_size() -> int:
+    """Count the weights of the T2I's adapter with the default settings."""
+    from server_app.generator import Generator
+
+    return sum(tensor.numel() for tensor in Generator(RunConfig().t2i, 0).adapter_state().values())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,24 +233,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=6, help="rounds of each run; the first and the last do not count")
     parser.add_argument("--model", default="cnn", help="task model of every node")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as temporary, local_federation() as federation:
-        folder = Path(temporary)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        federation = stack.enter_context(local_federation())
+        relays = [stack.enter_context(relay(federation.fleet)) for _ in range(options.nodes)]
         parts = write_partitions(RunConfig().data, options.nodes, 0, folder / "data")
-        for index, part in enumerate(parts):
+        for index, (part, relayed) in enumerate(zip(parts, relays, strict=True)):
             name = f"{options.model}-{index}"
             state = folder / "state" / name
             config = {"name": name, "model": options.model, "data-path": str(part), "state-dir": str(state)}
-            federation.add_node(name, config, environment={"PYTHONPATH": str(ROOT)})
+            federation.add_node(name, config, environment={"PYTHONPATH": str(ROOT)}, address=relayed.address)
         federation.wait_for_nodes()
-        common = (federation, options.nodes, options.rounds)
+        common, adapter = (federation, relays, options.rounds), f"adapter:{adapter_size()}"
         rows = {
-            "FedMMKT (one message)": fedmmkt_seconds(*common, folder / "fedmmkt"),
-            "FedAvg (train, evaluate)": fedavg_seconds(*common, options.model, 1.0, folder / "both"),
-            "FedAvg (train alone)": fedavg_seconds(*common, options.model, 0.0, folder / "train"),
+            "FedMMKT (one message)": fedmmkt_costs(*common, folder / "fedmmkt"),
+            "FedAvg (train, evaluate)": fedavg_costs(*common, folder / "both", options.model, 1.0),
+            "FedAvg (train alone)": fedavg_costs(*common, folder / "train", options.model, 0.0),
+            "FedAvg of the T2I's adapter (train alone)": fedavg_costs(*common, folder / "adapter", adapter, 0.0),
         }
-    print(f"\nseconds of a round without training, {options.nodes} {options.model} nodes on this machine")
-    for name, seconds in rows.items():
-        print(f"{name:26} {statistics.mean(seconds):6.1f}  ({min(seconds):.1f} to {max(seconds):.1f})")
+    print(f"\na round without training, {options.nodes} {options.model} nodes on this machine\n")
+    print("| | seconds (least to most) | KB down a node | KB up a node |\n|---|---|---|---|")
+    for name, costs in rows.items():
+        seconds = f"{statistics.mean(costs.seconds):.1f} ({min(costs.seconds):.1f} to {max(costs.seconds):.1f})"
+        print(f"| {name} | {seconds} | {costs.down / 1e3:.1f} | {costs.up / 1e3:.1f} |")
     return 0
 
 

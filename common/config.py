@@ -160,6 +160,15 @@ class T2IConfig(_Section):
     )
     evaluation_guidance: float = Field(1.25, ge=0, le=100, description="guidance scale of these images")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of frozen weights; `auto`: full on a CPU and for the starter, half on a GPU"
+    )
+    offload: Literal["none", "model"] = Field(
+        "none", description="keep parts that are not computing in main memory (accelerate); for a GPU"
+    )
+    gradient_checkpointing: bool = Field(False, description="compute activations again in updates, to save memory")
+    attention_slicing: bool = Field(False, description="compute attention in parts, to save memory")
+    vae_tiling: bool = Field(False, description="decode large images in tiles, to save memory")
     aggregation: str = Field("mask", description="rule that turns clients' logits into soft targets")
     scores: str = Field("votes", description="rule that weights samples for the T2I: votes, consensus, none")
     update: str = Field("supervised", description="loss of the LoRA update: supervised, reward, negative-aware")
@@ -205,7 +214,9 @@ class RunConfig(_Section):
     node_timeout: float = Field(120, gt=0, description="seconds to wait for them")
     round_deadline: float = Field(3600, gt=0, description="seconds after which a round closes")
     quorum: Fraction = Field(0.5, description="part of the asked nodes that must have answered by then")
-    judge: bool = Field(True, description="measure both sides with a classifier trained centrally; simulation only")
+    judge: bool = Field(
+        True, description="measure the T2I with a classifier trained on the dataset, which the server then must have"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard events")
     data: DataConfig = DataConfig()
     client: ClientConfig = ClientConfig()

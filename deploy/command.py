@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -18,7 +18,13 @@ Runner = Callable[[Path, int, Path | None, Mapping[str, Value]], str]
 
 
 def run_command(
-    module: str, description: str, nodes: int, out: Path, runner: Runner, arguments: list[str] | None = None
+    module: str,
+    description: str,
+    nodes: int,
+    out: Path,
+    runner: Runner,
+    arguments: list[str] | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
 ) -> int:
     """Read the command line, check what can be checked before anything starts, and run.
 
@@ -34,13 +40,15 @@ def run_command(
         ``(app, nodes, out, run_config) -> status``.
     arguments : list of str, optional
         The command line; the process's own by default.
+    parents : sequence of argparse.ArgumentParser
+        More options, which the runner knows already.
 
     Returns
     -------
     int
         Exit code: 0 for a completed run, 1 for another, 2 for bad input.
     """
-    options = _parse(module, description, nodes, out, arguments)
+    options = _parse(module, description, nodes, out, arguments, parents)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     try:
@@ -59,8 +67,15 @@ def run_command(
         return 128 + signal.SIGINT
 
 
-def _parse(module: str, description: str, nodes: int, out: Path, arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+def _parse(
+    module: str,
+    description: str,
+    nodes: int,
+    out: Path,
+    arguments: list[str] | None,
+    parents: Sequence[argparse.ArgumentParser],
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, parents=parents)
     parser.add_argument("--nodes", type=int, default=nodes, help="number of nodes (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=out, help="folder of the run (default: %(default)s)")
     parser.add_argument("--app", type=Path, default=Path(), help="folder of the app (default: this one)")

@@ -7,6 +7,7 @@ keys, waits until all are healthy, submits the run, follows it to its end, and s
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import shutil
@@ -14,17 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from common.config import RunConfig
+from common.config import ConfigError, RunConfig
 from deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from deploy.command import run_command
+from deploy.connection_checks import is_healthy
 from deploy.partition import write_partitions
 from deploy.processes import FlowerProcesses, StartError, flower_environment, free_port, signals_ignored, stop_together
 from deploy.submission import Outcome, Submitter, Value, app_config, effective_config, format_run_config
@@ -65,30 +65,41 @@ class Federation:
     ----------
     home : Path
         A private folder for certificates, keys, logs and Flower's state.
+    address : str
+        IPv4 address of this host at which nodes reach the SuperLink; everything else stays on loopback.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, address: str = _LOOPBACK) -> None:
         self.home = home
         self.pki = home / "pki"
         self.nodes: dict[str, Node] = {}
-        self.runtime, self.fleet, self.health = (f"{_LOOPBACK}:{free_port()}" for _ in range(3))
+        self.runtime, self.health, self.superexec_health = (f"{_LOOPBACK}:{free_port()}" for _ in range(3))
+        self.fleet = f"{address}:{free_port()}"
         self.server = self._processes("server")
         submitter = self._processes("submitter")
         submitter.working_directory.mkdir(parents=True)
         self.submitter = Submitter(submitter.working_directory, submitter.environment)
         make_ca(self.pki)
-        make_server_certificate(self.pki, ["localhost"], [_LOOPBACK])
+        make_server_certificate(self.pki, ["localhost"], [_LOOPBACK, address])
         self.secret = ("--superexec-auth-secret-file", str(make_superexec_secret(self.pki)))
         connect(submitter.home, CONNECTION, self.runtime, self.pki / "ca.crt")
 
     def start(self) -> None:
-        """Start the SuperLink, and the SuperExec that runs ServerApps for it."""
+        """Start the SuperLink, and the SuperExec that runs ServerApps for it, and wait until both are healthy.
+
+        Raises
+        ------
+        StartError
+            If one is not, in time.
+        """
         self.start_superlink()
         self.superexec = self.server.start(
             "superexec",
             *("flower-superexec", "--runtime-api-address", self.runtime),
             *("--root-certificates", str(self.pki / "ca.crt"), *self.secret),
+            *("--health-server-address", self.superexec_health),
         )
+        _wait_healthy(self.superexec_health, self.superexec, self.server, "superexec")
 
     def start_superlink(self) -> None:
         """Start the SuperLink, or start it again with the state that it had, and wait until it is healthy.
@@ -122,6 +133,9 @@ class Federation:
         register: bool = True,
         authority: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        address: str | None = None,
+        own_address: str = _LOOPBACK,
+        prefix: Sequence[str] = (),
     ) -> Node:
         """Make a node's key, register it, and start the node.
 
@@ -137,6 +151,12 @@ class Federation:
             Certificate of the CA that the node trusts; the federation's by default.
         environment : mapping, optional
             Variables that the node has beside the usual ones.
+        address : str, optional
+            Where the node finds the SuperLink's Fleet API, if not at its own port.
+        own_address : str
+            IPv4 address at which the node tells its health.
+        prefix : sequence of str
+            A command that starts it elsewhere, such as ``ip netns exec NAME``.
 
         Raises
         ------
@@ -146,12 +166,13 @@ class Federation:
         key, public = make_node_key(self.pki, name)
         if register:
             self._register(name, public)
-        health = f"{_LOOPBACK}:{free_port()}"
-        arguments = ["--root-certificates", str(authority or self.pki / "ca.crt"), "--superlink", self.fleet]
+        health = f"{own_address}:{free_port()}"
+        arguments = ["--root-certificates", str(authority or self.pki / "ca.crt"), "--superlink", address or self.fleet]
         arguments += ["--auth-supernode-private-key", str(key), "--port", str(free_port())]
         arguments += ["--health-server-address", health, "--node-config", format_run_config(node_config)]
         processes = self._processes(name)
         processes.environment |= environment or {}
+        processes.prefix = list(prefix)
         self.nodes[name] = node = Node(name, processes, arguments, health)
         node.start()
         return node
@@ -194,23 +215,32 @@ class Federation:
 
 
 @contextlib.contextmanager
-def local_federation() -> Iterator[Federation]:
-    """Start a federation in a temporary folder; at the end stop it and remove the folder, keys and all.
+def local_federation(home: Path | None = None, address: str = _LOOPBACK) -> Iterator[Federation]:
+    """Start a federation on this host; at the end stop it.
+
+    Parameters
+    ----------
+    home : Path, optional
+        A new folder, which is kept; by default a temporary one, which is removed, keys and all.
+    address : str
+        See `Federation`.
 
     Raises
     ------
+    ConfigError
+        If the folder is there and not empty, or cannot be made.
     StartError
-        If the SuperLink does not come up.
+        If the SuperLink or the SuperExec does not come up.
     """
-    home = Path(tempfile.mkdtemp(prefix="fedmmkt-"))  # for its owner only
-    federation = Federation(home)
+    federation = Federation(_private_folder(home), address)
     try:
         federation.start()
         yield federation
     finally:
         with signals_ignored():
             federation.stop()
-            shutil.rmtree(home, ignore_errors=True)
+            if home is None:
+                shutil.rmtree(federation.home, ignore_errors=True)
 
 
 def connect(flower_home: Path, name: str, address: str, authority: Path) -> None:
@@ -221,18 +251,13 @@ def connect(flower_home: Path, name: str, address: str, authority: Path) -> None
     (flower_home / "config.toml").write_text("\n".join(lines), encoding="utf-8")
 
 
-def is_healthy(address: str) -> bool:
-    """Ask a process over gRPC whether it serves (grpc.health.v1)."""
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
-        except grpc.RpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
 def federate(
-    app: Path, nodes: int, out: Path | None, run_config: Mapping[str, Value], stream: TextIO | None = None
+    app: Path,
+    nodes: int,
+    out: Path | None,
+    run_config: Mapping[str, Value],
+    stream: TextIO | None = None,
+    home: Path | None = None,
 ) -> str:
     """Run an app once on a federation of its own.
 
@@ -243,6 +268,8 @@ def federate(
     nodes : int
         Number of SuperNodes. They get the parts of ``data.dataset``, and in turn the models that the run-config
         names in ``client.models``, or `MODELS`.
+    home : Path, optional
+        See `local_federation`.
 
     Returns
     -------
@@ -252,7 +279,7 @@ def federate(
     Raises
     ------
     ConfigError
-        If the data cannot be divided so.
+        If the data cannot be divided so, or ``home`` cannot be used.
     StartError
         If a part of the federation does not come up.
     """
@@ -260,7 +287,7 @@ def federate(
     changes = {"client.models": ",".join(MODELS), **run_config}
     effective = effective_config(app, nodes, out, changes)
     config = RunConfig.from_flower({**app_config(app)[1], **effective})
-    with local_federation() as federation:
+    with local_federation(home) as federation:
         print("SuperLink is up, with TLS and node authentication", file=output, flush=True)
         folders = write_partitions(config.data, nodes, config.seed, federation.home / "data")
         for index, folder in enumerate(folders):
@@ -276,8 +303,29 @@ def federate(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the federation that the command line asks for; return the exit code."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument(
+        "--home", type=Path, help="new folder to keep certificates, keys, nodes' data and state, and logs in"
+    )
+    runner = partial(federate, home=own.parse_known_args(arguments)[0].home)
     out = Path("runs/federation")
-    return run_command("deploy.federation", "Run the app on real processes.", len(MODELS), out, federate, arguments)
+    return run_command(
+        "deploy.federation", "Run the app on real processes.", len(MODELS), out, runner, arguments, parents=[own]
+    )
+
+
+def _private_folder(home: Path | None) -> Path:
+    if home is None:
+        return Path(tempfile.mkdtemp(prefix="fedmmkt-"))  # for its owner only
+    home = home.expanduser().absolute()
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(home.iterdir()):
+            raise ConfigError(f"--home is {str(home)!r}, which is not empty; allowed: a new folder")
+        home.chmod(0o700)
+    except OSError as error:
+        raise ConfigError(f"--home is {str(home)!r}, which cannot be made or used ({error.strerror})") from None
+    return home
 
 
 def _wait_healthy(address: str, process: subprocess.Popen[bytes], processes: FlowerProcesses, name: str) -> None:

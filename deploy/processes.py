@@ -26,16 +26,19 @@ _FORCED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "PYTHONUNBUFFERED": "1",
 }
-_DEFAULTS = {
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # 1 s delays the start of every run; 0.1 s costs 4% of a core
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about it
-    "RAY_DEDUP_LOGS": "0",  # clients may say the same thing; show it
+QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
+}
+_DEFAULTS = {
+    **QUIET_LIBRARIES,
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # 1 s delays the start of every run; 0.1 s costs 4% of a core
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about it
+    "RAY_DEDUP_LOGS": "0",  # clients may say the same thing; show it
 }
 
 
@@ -91,6 +94,7 @@ class FlowerProcesses:
         self.home = home
         self.working_directory = home / "cwd"
         self.environment = dict(environment)
+        self.prefix: list[str] = []  # a command that starts the others elsewhere
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -98,7 +102,7 @@ class FlowerProcesses:
         self.working_directory.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
-                [script(command), *arguments],
+                [*self.prefix, script(command), *arguments],
                 cwd=self.working_directory,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

@@ -31,7 +31,8 @@ STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 # and on what it computes. With any other changed it would not be the run that it goes on with.
 FREE = {
     *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tensorboard"),
-    *("min-nodes", "node-timeout", "round-deadline", "quorum", "client.threads", "t2i.device"),
+    *("min-nodes", "node-timeout", "round-deadline", "quorum", "client.threads"),
+    *("t2i.device", "t2i.offload", "t2i.gradient-checkpointing", "t2i.attention-slicing", "t2i.vae-tiling"),
 }
 
 

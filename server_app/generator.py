@@ -12,12 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DiffusionPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-)
+from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -27,15 +22,7 @@ from common.config import ConfigError, T2IConfig
 from common.devices import pick_device
 from common.files import replaced_folder
 from server_app.adaptation import get_update, rewards
-
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-# Layer names in a Stable Diffusion U-Net, by what they do.
-LORA_GROUPS = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out"),
-    "convolution": ("conv1", "conv2", "conv_shortcut"),
-    "feed-forward": ("ff.net.0.proj", "ff.net.2"),
-    "time": ("linear_1", "linear_2", "time_emb_proj"),
-}
+from server_app.families import LORA_GROUPS, Conditioning, Family, family_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +66,7 @@ class Generated:
 
 
 class Generator:
-    """A diffusers Stable Diffusion pipeline with one LoRA adapter.
+    """A diffusers text-to-image pipeline with one LoRA adapter; `families` says of which kinds.
 
     Parameters
     ----------
@@ -97,36 +84,62 @@ class Generator:
     def __init__(self, config: T2IConfig, seed: int) -> None:
         self.config = config
         self.device = pick_device(config.device)
-        self.pipeline = load_pipeline(config.model).to(self.device)
-        self.image_to_image = StableDiffusionImg2ImgPipeline(
-            **self.pipeline.components, requires_safety_checker=False
-        )  # The same parts, not copies.
-        for pipeline in (self.pipeline, self.image_to_image):
-            pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = load_pipeline(config.model, _precision(config, self.device))
+        self.family = family_of(self.pipeline, config.model, self.device)
+        self.image_to_image = self.family.image_to_image()
+        self.denoiser = self.family.denoiser
+        for part in self.pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        self.pipeline.vae.float()  # In half precision some autoencoders overflow.
+        self._place()
         self.seed = seed
-        self.unet = self.pipeline.unet
-        for part in (self.pipeline.vae, self.pipeline.text_encoder, self.unet):
-            part.requires_grad_(False).eval()
         torch.manual_seed(seed)
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             init_lora_weights="gaussian",
-            target_modules=_lora_layers(self.unet, config.lora_targets),
+            target_modules=_lora_layers(self.family, config.lora_targets),
         )
-        self.unet.add_adapter(lora)
-        # The schedule that the model was trained with, whatever sampler it is served with.
-        self.noise_scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        self.family.add_adapter(lora)
+        for parameter in self._trained():
+            parameter.data = parameter.data.float()  # Small updates are lost in half precision.
+        self.empty = self.family.encode_empty()
+
+    def _place(self) -> None:
+        """Put the pipeline where it computes, and save memory as the configuration says."""
+        config = self.config
+        if config.offload == "none":
+            self.pipeline.to(self.device)
+        else:
+            self.pipeline.enable_model_cpu_offload(device=self.device)
+        for pipeline in (self.pipeline, self.image_to_image):
+            if pipeline is not None:
+                pipeline.set_progress_bar_config(disable=True)
+        if config.attention_slicing:
+            self.pipeline.enable_attention_slicing()
+        if config.vae_tiling:
+            self.pipeline.vae.enable_tiling()
+        if config.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
 
     @property
     def image_size(self) -> int:
         """Pixels a side of what it generates."""
-        return int(self.unet.config.sample_size * self.pipeline.vae_scale_factor)
+        return self.family.image_size
 
     @property
     def anchor_size(self) -> int:
         """Dimension of `text_embeddings`."""
-        return int(self.pipeline.text_encoder.config.hidden_size)
+        return int(self.empty["prompt_embeds"].shape[-1])
+
+    @property
+    def can_vary(self) -> bool:
+        """Whether `vary` can be called: not all families have it."""
+        return self.image_to_image is not None
 
     def generate(
         self,
@@ -152,6 +165,8 @@ class Generator:
         self, parents_NCHW: Tensor, prompts: Sequence[str], seeds: Sequence[int], guidance: float, strength: float
     ) -> Generated:
         """Generate variations of samples: noise them part of the way and denoise them (SDEdit, arXiv 2108.01073).
+
+        For families that `can_vary`.
 
         Parameters
         ----------
@@ -183,14 +198,16 @@ class Generator:
     ) -> Generated:
         images, latents = [], []
         size = self.config.generation_batch_size
-        text = self._conditioning(prompts)
+        conditioning = self._conditioning(prompts)
         with self._merged_adapter():
             for start in range(0, len(prompts), size):
                 part = slice(start, start + size)
-                text_BLD, empty_BLD = text(torch.arange(len(prompts))[part])
+                given, empty = conditioning(torch.arange(len(prompts))[part])
+                negative = {f"negative_{name}": tensor for name, tensor in empty.items()} if guidance > 1 else {}
                 latent = pipeline(
-                    prompt_embeds=text_BLD,
-                    negative_prompt_embeds=empty_BLD if guidance > 1 else None,
+                    **given,
+                    **self.family.call,
+                    **negative,
                     guidance_scale=guidance,
                     num_inference_steps=self.config.inference_steps,
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
@@ -224,7 +241,8 @@ class Generator:
         if not steps or not bool(scores_N.any()):
             return 0.0
         rule, config = get_update(self.config.update), self.config
-        parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        self.denoiser.to(self.device)  # Where it is not while it is offloaded.
+        parameters = self._trained()
         optimizer = torch.optim.AdamW(parameters, lr=config.adaptation_learning_rate, weight_decay=1e-4)
         # Without the decline the adapter of the last round is a draw from noisy steps.
         decline = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -234,20 +252,17 @@ class Generator:
         conditioning = self._conditioning(samples.prompts)
         before = [parameter.detach().clone() for parameter in parameters] if rule.needs_reference else []
         total = 0.0
-        self.unet.train()
+        self.denoiser.train()
         for _ in range(steps):
             index = torch.multinomial(chances_N, config.adaptation_batch_size, True, generator=generator)
             clean = samples.latents_NCHW[index].to(self.device)
-            noise = torch.randn(clean.shape, generator=generator).to(self.device)
-            last = int(self.noise_scheduler.config.num_train_timesteps)
-            times_B = torch.randint(last, (len(index),), generator=generator).to(self.device)
+            noisy, times_B, target = self.family.noised(clean, generator)
             dropped_B11 = (torch.rand(len(index), 1, 1, generator=generator) < config.caption_dropout).to(self.device)
-            text_BLD, empty_BLD = conditioning(index)
-            text_BLD = torch.where(dropped_B11, empty_BLD, text_BLD)
-            noisy = self.noise_scheduler.add_noise(clean, noise, times_B)
-            reference = self._predict_as(before, parameters, noisy, times_B, text_BLD) if before else None
-            predicted = self.unet(noisy, times_B, text_BLD).sample
-            target = self._target(clean, noise, times_B)
+            given, empty = conditioning(index)
+            given = {name: _where(dropped_B11, empty[name], tensor) for name, tensor in given.items()}
+            noisy = noisy.to(self.denoiser.dtype)
+            reference = self._predict_as(before, parameters, noisy, times_B, given) if before else None
+            predicted = self.family.predict(noisy, times_B, given)
             loss = rule.loss(predicted, target, reference, rewards_N[index].to(self.device))
             optimizer.zero_grad()
             loss.backward()
@@ -255,7 +270,7 @@ class Generator:
             optimizer.step()
             decline.step()
             total += float(loss.detach())
-        self.unet.eval()
+        self.denoiser.eval()
         return total / steps
 
     @torch.no_grad()
@@ -264,20 +279,24 @@ class Generator:
 
         The mean over tokens, less the mean over prompts, which is what all prompts share.
         """
-        states_ND = self._encode(list(prompts)).float().mean(1)
+        states = self._encode(list(prompts))
+        states_NLD = states["prompt_embeds"].float()
+        mask_NL = states.get("prompt_attention_mask")
+        if mask_NL is None:
+            states_ND = states_NLD.mean(1)
+        else:
+            mask_NL1 = mask_NL.unsqueeze(-1)
+            states_ND = (states_NLD * mask_NL1).sum(1) / mask_NL1.sum(1).clamp_min(1)
         if len(prompts) > 1:
             states_ND = states_ND - states_ND.mean(0)
         return F.normalize(states_ND, dim=1).cpu().numpy().astype(np.float16)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Return the adapter's tensors by name, on the CPU."""
-        return {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(self.unet).items()}
+        return {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(self.denoiser).items()}
 
     def save_adapter(self, folder: Path) -> None:
-        """Save the adapter so that ``pipeline.load_lora_weights(folder)`` loads it; the folder is replaced whole.
-
-        peft's names are kept as they are: diffusers' own conversion loses tensors where convolutions and
-        attention are both targets.
+        """Save the adapter as its family's plain diffusers reads it; the folder is replaced whole.
 
         Raises
         ------
@@ -285,12 +304,7 @@ class Generator:
             If the disk is full; the folder is then what it was.
         """
         with replaced_folder(folder) as temporary:
-            type(self.pipeline).save_lora_weights(
-                temporary,
-                unet_lora_layers=self.adapter_state(),
-                weight_name=WEIGHT_NAME,
-                unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
-            )
+            self.family.save_adapter(temporary, self.adapter_state())
 
     def load_adapter(self, folder: Path) -> None:
         """Load an adapter that `save_adapter` saved, in place of the present one.
@@ -300,11 +314,7 @@ class Generator:
         ConfigError
             If its tensors are not those of this model and LoRA configuration.
         """
-        from safetensors.torch import load_file
-
-        path = folder / WEIGHT_NAME
-        state = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
-        self.load_adapter_state(state, str(path))
+        self.load_adapter_state(self.family.load_adapter(folder), str(folder))
 
     def load_adapter_state(self, state: Mapping[str, Tensor], source: str) -> None:
         """Take over what `adapter_state` returned; ``source`` names it in the error, as in `load_adapter`."""
@@ -313,45 +323,46 @@ class Generator:
         present = self.adapter_state()
         if {name: tensor.shape for name, tensor in state.items()} != {n: t.shape for n, t in present.items()}:
             raise ConfigError(f"{source} is an adapter of another model, or of other LoRA targets or rank")
-        set_peft_model_state_dict(self.unet, dict(state))
+        set_peft_model_state_dict(self.denoiser, dict(state))
 
-    def _conditioning(self, prompts: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Encode distinct prompts once; give the text states of some samples, and as many of the empty prompt."""
+    def _conditioning(self, prompts: Sequence[str]) -> Callable[[Tensor], tuple[Conditioning, Conditioning]]:
+        """Encode distinct prompts once; give the conditioning of some samples, and as many of the empty prompt."""
         distinct = list(dict.fromkeys(prompts))
         row = {prompt: index for index, prompt in enumerate(distinct)}
         rows_N = torch.tensor([row[prompt] for prompt in prompts])
-        states_ULD, empty_1LD = self._encode(distinct), self._encode([""])
+        states = self._encode(distinct)
 
-        def conditioning(index: Tensor) -> tuple[Tensor, Tensor]:
-            return states_ULD[rows_N[index].to(self.device)], empty_1LD.expand(len(index), -1, -1)
+        def conditioning(index: Tensor) -> tuple[Conditioning, Conditioning]:
+            rows = rows_N[index].to(self.device)
+            given = {name: tensor[rows] for name, tensor in states.items()}
+            empty = {name: tensor.expand(len(index), *tensor.shape[1:]) for name, tensor in self.empty.items()}
+            return given, empty
 
         return conditioning
 
     @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> Tensor:
-        parts = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]
-        return torch.cat([self.pipeline.encode_prompt(part, self.device, 1, False)[0] for part in parts])
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        parts = [self.family.encode(prompts[start : start + 256]) for start in range(0, len(prompts), 256)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _decode(self, latent: Tensor) -> np.ndarray:
-        decoded = self.pipeline.vae.decode(latent / self.pipeline.vae.config.scaling_factor).sample
-        pixels = (decoded.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+        pixels = (self.family.decode(latent).float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-    def _target(self, clean: Tensor, noise: Tensor, times_B: Tensor) -> Tensor:
-        kind = self.noise_scheduler.config.prediction_type
-        if kind == "epsilon":
-            return noise
-        return self.noise_scheduler.get_velocity(clean, noise, times_B) if kind == "v_prediction" else clean
 
     @torch.no_grad()
     def _predict_as(
-        self, before: list[Tensor], parameters: list[torch.nn.Parameter], noisy: Tensor, times_B: Tensor, text: Tensor
+        self,
+        before: list[Tensor],
+        parameters: list[torch.nn.Parameter],
+        noisy: Tensor,
+        times_B: Tensor,
+        given: Conditioning,
     ) -> Tensor:
         """Predict with the adapter as it was before the update; tensors change places, nothing is copied."""
         now = [parameter.data for parameter in parameters]
         for parameter, old in zip(parameters, before, strict=True):
             parameter.data = old
-        predicted: Tensor = self.unet(noisy, times_B, text).sample
+        predicted = self.family.predict(noisy, times_B, given)
         for parameter, new in zip(parameters, now, strict=True):
             parameter.data = new
         return predicted
@@ -359,7 +370,7 @@ class Generator:
     @contextmanager
     def _merged_adapter(self) -> Iterator[None]:
         """Generate at the bare model's speed; the base weights come back bit for bit."""
-        layers = [layer for layer in self.unet.modules() if isinstance(layer, BaseTunerLayer)]
+        layers = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
         base = [layer.get_base_layer().weight.detach().clone() for layer in layers]
         for layer in layers:
             layer.merge()
@@ -372,8 +383,8 @@ class Generator:
                 layer.get_base_layer().weight.data.copy_(weight)
 
 
-def load_pipeline(model: str) -> Any:
-    """Load a Stable Diffusion pipeline in single precision; `ConfigError` if that cannot be."""
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a pipeline from a folder or the hub; `ConfigError` if that cannot be."""
     key = "run-config key 't2i.model'"
     path = _starter_folder() if model == "starter" else Path(model).expanduser()
     is_local = path.exists() or model.startswith(("/", "~", "."))
@@ -383,13 +394,30 @@ def load_pipeline(model: str) -> Any:
             "allowed: 'starter', a diffusers pipeline folder, or a hub id"
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path if is_local else model, dtype=torch.float32)
+        return DiffusionPipeline.from_pretrained(path if is_local else model, dtype=dtype)
     except (OSError, ValueError, AttributeError, ImportError) as error:
-        hint = "" if is_local else f" (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')})"
-        raise ConfigError(f"{key} is {model!r}, which diffusers cannot load{hint}: {error}") from None
-    if not isinstance(pipeline, StableDiffusionPipeline):
-        raise ConfigError(f"{key} is {model!r}, a {type(pipeline).__name__}; allowed: a StableDiffusionPipeline")
-    return pipeline
+        reason = str(error).strip().splitlines()[0]
+        remedy = "; a folder that diffusers saved is whole if it loads with DiffusionPipeline.from_pretrained"
+        if not is_local:
+            remedy = (
+                f" (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}); allowed: 'starter', a folder, or "
+                "a hub id that this machine can reach (a gated one needs `hf auth login`) or has in its cache"
+            )
+        raise ConfigError(f"{key} is {model!r}, which diffusers cannot load: {reason}{remedy}") from None
+
+
+def _precision(config: T2IConfig, device: torch.device) -> torch.dtype:
+    """Choose the precision of frozen weights; by default full on a CPU and for the starter, half on a GPU."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device.type == "cpu" or config.model == "starter":
+        return torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _where(dropped_B11: Tensor, empty: Tensor, given: Tensor) -> Tensor:
+    """Choose by sample between conditioning of any number of dimensions."""
+    return torch.where(dropped_B11.view(-1, *[1] * (given.dim() - 1)), empty, given)
 
 
 def _starter_folder() -> Path:
@@ -402,17 +430,26 @@ def _starter_folder() -> Path:
         ) from None
 
 
-def _lora_layers(unet: torch.nn.Module, targets: Sequence[str]) -> list[str]:
-    """List the layers that the targets name, each a group of `LORA_GROUPS` or the end of layer names."""
-    layers = [name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+def _lora_layers(family: Family, targets: Sequence[str]) -> list[str]:
+    """List the layers that the targets name, each a group of the family or the end of layer names.
+
+    A group that a family lacks, as transformers have no convolutions, is left out if another names layers.
+    """
+    modules = family.denoiser.named_modules()
+    layers = [name for name, layer in modules if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
     chosen: list[str] = []
     for target in targets:
-        endings = LORA_GROUPS.get(target, (target,))
+        endings = family.lora_groups.get(target, () if target in LORA_GROUPS else (target,))
         found = [name for name in layers if any(name == end or name.endswith("." + end) for end in endings)]
-        if not found:
+        if not found and target not in LORA_GROUPS:
             raise ConfigError(
                 f"run-config key 't2i.lora-targets' has {target!r}, which names no layer of the model; "
                 f"allowed: {', '.join(LORA_GROUPS)}, or the end of a layer's name such as {layers[-1]!r}"
             )
         chosen += found
+    if not chosen:
+        raise ConfigError(
+            f"run-config key 't2i.lora-targets' is {', '.join(targets)!r}, of which the model has no layers; "
+            f"allowed: {', '.join(family.lora_groups)}, or the end of a layer's name such as {layers[-1]!r}"
+        )
     return sorted(set(chosen))

@@ -607,7 +607,7 @@ class FedMMKT(Strategy):
 
     def _parents(self, server_round: int, prompts: list[Prompt]) -> dict[int, Tensor]:
         """Draw a latent of the last round by score for each prompt whose class (or text) has one."""
-        if not self.pool:
+        if not self.pool or not self.generator.can_vary:
             return {}
         generated, scores_N = self.pool[-1]
         prompted_N = torch.from_numpy(self.history[-1][0].prompted_N)

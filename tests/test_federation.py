@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 
 from common.config import DataConfig, RunConfig, to_flower
 from deploy.certificates import make_ca
-from deploy.federation import CONNECTION, connect, is_healthy, local_federation
+from deploy.connection_checks import is_healthy
+from deploy.doctor import main
+from deploy.federation import CONNECTION, connect, local_federation
+from deploy.federation import main as federation_command
 from deploy.partition import write_partitions
-from server_app.generator import WEIGHT_NAME
+from server_app.families import WEIGHT_NAME
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +106,23 @@ def test_a_submitter_with_another_ca_is_refused(federation, tmp_path):
     assert "connection configuration" in " ".join(answer.split())  # Flower names no certificate here
 
 
+def test_the_doctor_tells_a_wrong_ca_from_the_right_one_on_both_sides(federation, tmp_path, monkeypatch, capsys):
+    other = make_ca(tmp_path / "pki")[0]
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+
+    for authority, code, said in ((federation.pki / "ca.crt", 0, "ok    "), (other, 1, "WRONG ")):
+        connect(tmp_path, "clinic", federation.runtime, authority)
+        assert main(["--ca", str(authority), "--superlink", federation.fleet, "--health", federation.health]) == code
+        as_node = capsys.readouterr().out.splitlines()
+        assert main(["--connection", "clinic"]) == code
+        as_submitter = capsys.readouterr().out.splitlines()
+
+        assert as_node[-2].startswith(f"{said}TLS: ")
+        assert as_node[-1] == f"ok    health: {federation.health} serves"
+        assert as_submitter[-1].startswith(f"{said}connection: ")
+        assert ("wrong CA" in as_submitter[-1]) == ("wrong CA" in as_node[-2]) == bool(code)
+
+
 def test_a_run_outlives_a_kill_of_the_superlink(federation, nodes, tmp_path):
     """Three modalities over TLS; the SuperLink is killed in mid-round and comes back."""
     killed = []
@@ -122,6 +142,17 @@ def test_a_run_outlives_a_kill_of_the_superlink(federation, nodes, tmp_path):
     assert [line["replies"]["received"] for line in lines] == [3, 3, 3]
     assert sorted(lines[-1]["clients"]["per_client"]) == ["cnn", "dual", "text"]
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_home_that_is_not_empty_is_refused_and_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "mine").write_text("precious")
+    mode = tmp_path.stat().st_mode
+
+    assert federation_command(["--home", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+
+    assert "which is not empty; allowed: a new folder" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert tmp_path.stat().st_mode == mode
 
 
 @pytest.mark.slow

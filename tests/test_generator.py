@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from common.config import ConfigError, T2IConfig
-from server_app.generator import LORA_GROUPS, Generated, Generator
+from server_app.families import LORA_GROUPS
+from server_app.generator import Generated, Generator
 
 STARTER = Path(__file__).parent.parent / "starter" / "model"
 PROMPTS = ["the digit three", "the digit seven", "the digit three"]
@@ -102,7 +103,7 @@ def test_an_adapter_of_another_rank_is_refused(adapted, tmp_path):
 
 def test_generating_leaves_the_base_weights_bit_for_bit(adapted):
     def base():
-        return {k: v.clone() for k, v in adapted.unet.state_dict().items() if "lora_" not in k}
+        return {k: v.clone() for k, v in adapted.denoiser.state_dict().items() if "lora_" not in k}
 
     before = base()
     adapted.generate(PROMPTS, SEEDS, 1.5)
@@ -126,7 +127,7 @@ def test_the_negative_aware_update_starts_from_the_adapter_as_it_was(adapted):
     losses = []
     for update, scores_N in (("supervised", torch.ones(3)), ("negative-aware", torch.tensor([0.0, 1.0, 2.0]))):
         generator = Generator(FAST.model_copy(update={"update": update, "adaptation_batch_size": 64}), seed=0)
-        set_peft_model_state_dict(generator.unet, state)
+        set_peft_model_state_dict(generator.denoiser, state)
         losses.append(generator.adapt(samples, scores_N, steps=1, seed=0))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -148,6 +149,7 @@ def test_text_embeddings_tell_classes_apart(generator):
     ("changes", "message"),
     [
         ({"model": "/no/such/folder"}, r"'t2i.model' is '/no/such/folder'.*holds no model_index.json"),
+        ({"model": "nobody/nothing"}, r"'t2i.model' is 'nobody/nothing', which diffusers cannot load: .*hf auth login"),
         ({"lora_targets": ("attention", "nose")}, r"'t2i.lora-targets' has 'nose'.*allowed: attention, convolution"),
         ({"device": "warp"}, r"device 'warp' cannot be used"),
     ],
@@ -163,7 +165,7 @@ def test_a_folder_that_holds_another_kind_of_pipeline_is_refused(tmp_path):
     unet = UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",),
                        up_block_types=("UpBlock2D",), norm_num_groups=4, layers_per_block=1)  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unconditional")
-    with pytest.raises(ConfigError, match="a DDPMPipeline; allowed: a StableDiffusionPipeline"):
+    with pytest.raises(ConfigError, match="a DDPMPipeline; allowed: StableDiffusionPipeline, Stable"):
         Generator(FAST.model_copy(update={"model": str(tmp_path / "unconditional")}), seed=0)
 
 

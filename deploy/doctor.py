@@ -1,0 +1,157 @@
+"""Check from any host what can be checked of a deployment; each line says ``ok`` or what to do.
+
+Only what the options name is checked. On a SuperNode's host::
+
+    python -m deploy.doctor --ca ca.crt --superlink HOST:9092 --node-key node.key --node-config 'data-path="/data" ...'
+
+On the SuperLink's ``--certificate``, ``--host`` and ``--t2i`` belong, and where runs are submitted ``--connection``.
+The exit code is 1 if anything is wrong, 2 for a command line that cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from common.config import ConfigError, NodeConfig, RunConfig
+from deploy.connection_checks import (
+    check_certificate,
+    check_connection,
+    check_health,
+    check_names,
+    check_node_key,
+    check_pair,
+    check_private,
+    check_reachable,
+    check_signature,
+    check_tls,
+)
+from deploy.host_checks import (
+    check_data,
+    check_disk,
+    check_folder,
+    check_model,
+    check_t2i,
+    check_versions,
+)
+from deploy.processes import QUIET_LIBRARIES
+
+Check = tuple[str, Callable[[], str]]
+
+
+def planned_checks(options: argparse.Namespace) -> Iterator[Check]:
+    """Give a name and a call for each check that the options ask for.
+
+    Raises
+    ------
+    ConfigError
+        If the run-config or node-config cannot be read.
+    """
+    yield "versions", check_versions
+    for path in filter(None, (options.ca, options.certificate)):
+        yield "certificate", partial(check_certificate, path)
+    if options.certificate and options.ca:
+        yield "CA", partial(check_signature, options.certificate, options.ca)
+    for host in options.host:
+        yield "names", partial(check_names, options.certificate, host)
+    for path in options.key:
+        yield "private", partial(check_private, path)
+    if options.certificate and options.certificate_key:
+        yield "private", partial(check_private, options.certificate_key)
+        yield "key", partial(check_pair, options.certificate, options.certificate_key)
+    if options.node_key:
+        yield "node key", partial(check_node_key, options.node_key)
+    for address in options.superlink:
+        yield "reachable", partial(check_reachable, address)
+        if options.ca:
+            yield "TLS", partial(check_tls, address, options.ca)
+    for address in options.health:
+        yield "health", partial(check_health, address)
+    if options.connection:
+        yield "connection", partial(check_connection, options.connection)
+    yield from _config_checks(options)
+    for folder in options.folder:
+        yield from _folder_checks(folder, options.free)
+
+
+def examine(checks: Iterable[Check]) -> bool:
+    """Print a line for each check; return whether all is well."""
+    well = True
+    for name, check in checks:
+        try:
+            print(f"ok    {name}: {check()}", flush=True)
+        except (ConfigError, OSError) as error:
+            well = False
+            print(f"WRONG {name}: {error}", flush=True)
+    return well
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check what the command line names; return the exit code."""
+    options = _parse_arguments(arguments)
+    os.environ.update({**QUIET_LIBRARIES, **os.environ})
+    try:
+        checks = list(planned_checks(options))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0 if examine(checks) else 1
+
+
+def _config_checks(options: argparse.Namespace) -> Iterator[Check]:
+    """Check what a run-config and a node-config name."""
+    if not (options.run_config or options.node_config or options.t2i):
+        return
+    from client_app.memory import DEFAULT_FOLDER  # These import torch; a health check has no need of it.
+    from deploy.submission import parse_run_config
+
+    config = RunConfig.from_flower(parse_run_config(options.run_config))
+    if options.t2i:
+        yield "T2I model", partial(check_t2i, config)
+    if not options.node_config:
+        return
+    node = NodeConfig.from_flower(parse_run_config([options.node_config]))
+    if not node.data_path:
+        raise ConfigError("node-config key 'data-path' is missing; only a simulation gives nodes partitions")
+    yield "model", partial(check_model, config, node)
+    yield "data", partial(check_data, config, node)
+    state = Path(node.state_dir or config.client.state_dir or DEFAULT_FOLDER).expanduser()
+    yield from _folder_checks(state, options.free)
+
+
+def _folder_checks(folder: Path, least: float) -> Iterator[Check]:
+    yield "folder", partial(check_folder, folder)
+    yield "disk", partial(check_disk, folder, least)
+
+
+def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.doctor",
+        description="Check from any host what can be checked of a deployment; only what is named is checked.",
+    )
+    parser.add_argument("--ca", type=Path, metavar="FILE", help="the CA's certificate, ca.crt")
+    parser.add_argument("--certificate", type=Path, metavar="FILE", help="the SuperLink's certificate, server.pem")
+    parser.add_argument("--certificate-key", type=Path, metavar="FILE", help="its private key, server.key")
+    parser.add_argument("--host", nargs="+", default=[], help="names and addresses that the certificate must have")
+    parser.add_argument("--key", nargs="+", type=Path, default=[], metavar="FILE", help="other private files")
+    parser.add_argument("--node-key", type=Path, metavar="FILE", help="a SuperNode's private key")
+    parser.add_argument("--superlink", nargs="+", default=[], metavar="HOST:PORT", help="the SuperLink's APIs")
+    parser.add_argument("--health", nargs="+", default=[], metavar="HOST:PORT", help="health servers, without TLS")
+    parser.add_argument("--connection", metavar="NAME", help="a connection in Flower's config.toml, to submit runs")
+    parser.add_argument("--node-config", metavar="PAIRS", help="as flower-supernode gets it: data, model, state folder")
+    parser.add_argument("--run-config", action="append", default=[], metavar="PAIRS", help="the run's changes")
+    parser.add_argument("--t2i", action="store_true", help="load the run's T2I model")
+    parser.add_argument("--folder", nargs="+", type=Path, default=[], help="private folders of the service")
+    parser.add_argument("--free", type=float, default=2.0, metavar="GIB", help="free disk wanted (%(default)s)")
+    options = parser.parse_args(arguments)
+    if (options.host or options.certificate_key) and not options.certificate:
+        parser.error("--host and --certificate-key need --certificate")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Checks of one host: versions, a node's data and model, the server's T2I model, folders and disk.
+
+Each check returns what it found, or raises `ConfigError` with what is wrong and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import stat
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from common.config import ConfigError, NodeConfig, RunConfig
+
+if TYPE_CHECKING:
+    from client_app.task_models import TaskModel
+
+PACKAGE = "fedmmkt"
+SHOWN = ("flwr", "torch", "diffusers", "transformers", "datasets")
+GIB = 2**30
+
+
+def check_versions() -> str:
+    """Check Python and every package against the bounds that this project was installed with."""
+    try:
+        metadata = importlib.metadata.metadata(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"{PACKAGE} is not installed for {sys.executable}; pip install it there") from None
+    wrong = []
+    if platform.python_version() not in SpecifierSet(metadata["Requires-Python"]):
+        wrong.append(f"python {platform.python_version()} ({metadata['Requires-Python']})")
+    for requirement in map(Requirement, importlib.metadata.requires(PACKAGE) or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            wrong += mismatch(requirement)
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: pip install --upgrade the package, wheel or folder, of {PACKAGE}")
+    shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
+    return f"{PACKAGE} {metadata['Version']}, python {platform.python_version()}, {shown}"
+
+
+def mismatch(requirement: Requirement) -> list[str]:
+    """Say what an installed package and a requirement have against each other; nothing, if it fits."""
+    wanted = f"{requirement.name}{requirement.specifier}"
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return [f"{wanted} is missing"]
+    fits = requirement.specifier.contains(version, prereleases=True)
+    return [] if fits else [f"{requirement.name} {version} is not {wanted}"]
+
+
+def check_model(config: RunConfig, node: NodeConfig) -> str:
+    """Build a node's task model, on its device."""
+    from common.devices import pick_device
+
+    device = pick_device(node.device)
+    model = _build_model(config, node, _named_classes(config) or ("one class", "another")).to(device)
+    return f"{_model_name(config, node)} reads {model.modality}, runs on {device}"
+
+
+def check_data(config: RunConfig, node: NodeConfig) -> str:
+    """Read a node's data as its client does, and count its classes.
+
+    The class space is that of the run-config, if it names one, else that of the data itself.
+    """
+    from client_app.private_data import load_private_data
+    from common.datasets import load_splits
+
+    classes = _named_classes(config) or load_splits(node.own_data(config.data), config.seed).classes
+    modality = _build_model(config, node, classes).modality
+    data = load_private_data(config, node, classes, "image" in modality, "text" in modality)
+    counts_C = np.bincount(data.train.labels_N, minlength=len(classes))
+    held = ", ".join(f"{name} {count}" for name, count in zip(classes, counts_C, strict=True) if count)
+    return f"{node.data_path} has {len(data.train)} examples to learn ({held}) and {len(data.test)} to test"
+
+
+def check_t2i(config: RunConfig) -> str:
+    """Load the server's T2I model, and see that it is of a family that can be adapted."""
+    from common.devices import pick_device
+    from server_app.families import family_of
+    from server_app.generator import load_pipeline
+
+    device = pick_device(config.t2i.device)
+    pipeline = load_pipeline(config.t2i.model)
+    size = family_of(pipeline, config.t2i.model, device).image_size
+    return f"{config.t2i.model} is a {type(pipeline).__name__} of {size} pixels, runs on {device}"
+
+
+def check_folder(folder: Path, private: bool = True) -> str:
+    """Check that this user can write to a folder, and, if it is private, that nobody else can read it."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not there; install -d -m 700 {folder}, owned by the service's user")
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{folder} cannot be written by this user; run as the service's user, or chown it to that user"
+        )
+    if private and mode & 0o077:
+        raise ConfigError(f"{folder} has mode {mode:04o}, so that others may look into it; chmod 700 {folder}")
+    return f"{folder} is writable" + (" and for its owner only" if private else "")
+
+
+def check_disk(folder: Path, least: float) -> str:
+    """Check that a folder's disk has ``least`` GiB free."""
+    free = shutil.disk_usage(folder).free / GIB
+    if free < least:
+        raise ConfigError(
+            f"{folder} has {free:.1f} GiB free, less than {least:g}; remove old runs, or use another disk"
+        )
+    return f"{folder} has {free:.1f} GiB free"
+
+
+def _named_classes(config: RunConfig) -> tuple[str, ...]:
+    """Return the class names of the run-config; none where the dataset or the clients are to give them."""
+    from common.datasets import read_class_names
+    from server_app.class_space import FROM_CLIENTS
+
+    return () if config.data.classes == FROM_CLIENTS else read_class_names(config.data)
+
+
+def _build_model(config: RunConfig, node: NodeConfig, classes: tuple[str, ...]) -> TaskModel:
+    from client_app.task_models import build_task_model
+
+    return build_task_model(_model_name(config, node), len(classes), config.data.image_size, classes)
+
+
+def _model_name(config: RunConfig, node: NodeConfig) -> str:
+    return node.model or config.client.models[0]
