@@ -122,14 +122,37 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(runs, tmp_path, caplo
     assert f"{last / file} is not what was written (its SHA-256 is another)" in caplog.text
 
 
-def test_more_rounds_go_on_with_a_run_that_is_done(tiny_run, make_grid):
+def test_more_rounds_go_on_with_a_run_that_is_done_as_if_it_had_them_from_the_start(tiny_run, make_grid):
     run_config = tiny_run(rounds=1, client__models="mlp")
     start(run_config, make_grid(run_config, nodes=2), 1)
     more = run_config | {"rounds": 2, "resume-from": run_config["output-dir"]}
     resumed = start(more, make_grid(more, nodes=2), 2)
-    assert [line["round"] for line in resumed.run_folder.read_metrics()] == [0, 1, 2]
-    again = start(more, make_grid(more, nodes=2), 3)  # Nothing is left to do.
+    whole_config = tiny_run(name="whole", rounds=2, client__models="mlp")
+    whole = start(whole_config, make_grid(whole_config, nodes=2), 3)
+
+    lines, others = (without_seconds(strategy.run_folder.read_metrics()) for strategy in (resumed, whole))
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert (lines[0], lines[2]) == (others[0], others[2])
+    # The round that was the last holds what its last message brought, which the longer run does not send.
+    assert {key for key in lines[1] if lines[1][key] != others[1][key]} == {"clients", "bytes"}
+    adapters = [strategy.generator.adapter_state() for strategy in (resumed, whole)]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+
+    again = start(more, make_grid(more, nodes=2), 4)  # Nothing is left to do.
     assert again.run_folder.read_metrics() == resumed.run_folder.read_metrics()
+
+
+def test_a_client_that_lost_its_disk_while_the_run_was_down_is_named_and_begins_anew(tiny_run, make_grid, caplog):
+    run_config = tiny_run(rounds=1, client__models="mlp")
+    start(run_config, make_grid(run_config, nodes=2), 1)
+    shutil.rmtree(Path(run_config["client.state-dir"]) / f"{1:020d}" / "mlp-1")
+    more = run_config | {"rounds": 2, "resume-from": run_config["output-dir"]}
+
+    resumed = start(more, make_grid(more, nodes=2), 2)
+
+    assert "mlp-1 holds nothing of the earlier run, and begins anew" in caplog.text
+    assert "mlp-0 holds nothing" not in caplog.text
+    assert resumed.run_folder.read_metrics()[2]["replies"]["answered"] == ["mlp-0", "mlp-1"]
 
 
 def test_the_rounds_that_start_is_told_are_in_the_configuration(tiny_run, make_grid):
