@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -105,6 +104,7 @@ class Generator:
         for parameter in self._trained():
             parameter.data = parameter.data.float()  # Small updates are lost in half precision.
         self.empty = self.family.encode_empty()
+        self._base: list[tuple[Any, Tensor]] = []  # Base weights while the adapter is merged into the denoiser's.
 
     def _place(self) -> None:
         """Put the pipeline where it computes, and save memory as the configuration says."""
@@ -199,24 +199,24 @@ class Generator:
         images, latents = [], []
         size = self.config.generation_batch_size
         conditioning = self._conditioning(prompts)
-        with self._merged_adapter():
-            for start in range(0, len(prompts), size):
-                part = slice(start, start + size)
-                given, empty = conditioning(torch.arange(len(prompts))[part])
-                negative = {f"negative_{name}": tensor for name, tensor in empty.items()} if guidance > 1 else {}
-                latent = pipeline(
-                    **given,
-                    **self.family.call,
-                    **negative,
-                    guidance_scale=guidance,
-                    num_inference_steps=self.config.inference_steps,
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-                    output_type="latent",
-                    **extra(part),
-                ).images
-                images.append(self._decode(latent))
-                latents.append(latent.float().cpu())
-                progress(start + len(latent))
+        self._merge()
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            given, empty = conditioning(torch.arange(len(prompts))[part])
+            negative = {f"negative_{name}": tensor for name, tensor in empty.items()} if guidance > 1 else {}
+            latent = pipeline(
+                **given,
+                **self.family.call,
+                **negative,
+                guidance_scale=guidance,
+                num_inference_steps=self.config.inference_steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                output_type="latent",
+                **extra(part),
+            ).images
+            images.append(self._decode(latent))
+            latents.append(latent.float().cpu())
+            progress(start + len(latent))
         return Generated(tuple(prompts), np.concatenate(images), torch.cat(latents))
 
     def adapt(self, samples: Generated, scores_N: Tensor, steps: int, seed: int) -> float:
@@ -238,6 +238,7 @@ class Generator:
         float
             Mean loss.
         """
+        self._unmerge()
         if not steps or not bool(scores_N.any()):
             return 0.0
         rule, config = get_update(self.config.update), self.config
@@ -323,6 +324,7 @@ class Generator:
         present = self.adapter_state()
         if {name: tensor.shape for name, tensor in state.items()} != {n: t.shape for n, t in present.items()}:
             raise ConfigError(f"{source} is an adapter of another model, or of other LoRA targets or rank")
+        self._unmerge()
         set_peft_model_state_dict(self.denoiser, dict(state))
 
     def _conditioning(self, prompts: Sequence[str]) -> Callable[[Tensor], tuple[Conditioning, Conditioning]]:
@@ -367,20 +369,22 @@ class Generator:
             parameter.data = new
         return predicted
 
-    @contextmanager
-    def _merged_adapter(self) -> Iterator[None]:
-        """Generate at the bare model's speed; the base weights come back bit for bit."""
+    def _merge(self) -> None:
+        """Add the adapter to the base weights until it learns again, to generate at the bare model's speed."""
+        if self._base:
+            return
         layers = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
-        base = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+        self._base = [(layer, layer.get_base_layer().weight.detach().clone()) for layer in layers]
         for layer in layers:
             layer.merge()
-        try:
-            yield
-        finally:
-            for layer, weight in zip(layers, base, strict=True):
-                # Not unmerge(), which computes each layer's update again only to subtract it, inexactly.
-                layer.merged_adapters.clear()
-                layer.get_base_layer().weight.data.copy_(weight)
+
+    def _unmerge(self) -> None:
+        """Put the base weights back bit for bit."""
+        for layer, weight in self._base:
+            # Not layer.unmerge(), which computes each layer's update again only to subtract it, inexactly.
+            layer.merged_adapters.clear()
+            layer.get_base_layer().weight.data.copy_(weight)
+        self._base = []
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
