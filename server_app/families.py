@@ -7,6 +7,7 @@ it should then predict, which layers a LoRA may take, and how its adapter is sav
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ LORA_GROUPS = ("attention", "convolution", "feed-forward", "time")
 Conditioning = dict[str, Tensor]
 
 
-class Family:
+class Family(ABC):
     """Diffusion with a noise schedule, on a U-Net or a transformer; the base of all families.
 
     Parameters
@@ -67,17 +68,17 @@ class Family:
 
         return getattr(diffusers, self.variations)(**self.pipeline.components) if self.variations else None
 
+    @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts."""
-        raise NotImplementedError
 
     def encode_empty(self) -> Conditioning:
         """Encode the prompt that says nothing, from which guidance leads away."""
         return self.encode([""])
 
+    @abstractmethod
     def predict(self, noisy: Tensor, times_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Call the denoiser."""
-        raise NotImplementedError
 
     def noised(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Noise clean latents to random times.

@@ -94,9 +94,18 @@ def test_the_class_space_may_be_all_that_clients_hold(digits_of, tiny_run, caplo
     nodes.append({"name": "lost", "model": "mlp", "data-path": "/no/such/data"})
     run_config = tiny_run(rounds=1, data__classes="clients")
     grid = InProcessGrid("client_app.app:app", run_config, nodes)
+    told, pull = [], grid.pull_messages
+    grid.pull_messages = lambda ids: [told.append(reply) or reply for reply in pull(ids)]
     main(grid, Context(1, 0, {}, RecordDict(), run_config))
     described = json.loads((Path(run_config["output-dir"]) / "config.json").read_text())
     assert described["classes"] == ["nine", "one", "zero"]
+    first = [reply.content for reply in told if reply.metadata.message_type == "query.classes" and reply.has_content()]
+    assert [set(content) for content in first] == [{"classes", "classes.arrays"}] * 2
+    assert [dict(content["classes"]) for content in first] == [
+        {"classes": ["zero", "one"]},
+        {"classes": ["one", "nine"]},
+    ]
+    assert not any(content["classes.arrays"] for content in first)
     assert "A client named no classes: ConfigError: node-config key 'data-path' is '/no/such/data'" in caplog.text
 
 

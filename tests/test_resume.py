@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,26 @@ def test_two_runs_do_not_write_in_one_folder(tiny_run, make_grid):
     strategy = build_strategy(RunConfig.from_flower(run_config), 1)
     with strategy.run_folder.in_use(), pytest.raises(ConfigError, match=r"is being written by a run that is going on"):
         strategy.start(make_grid(run_config, nodes=2))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+    """In a process of its own, files may grow to 64 kB: writing the second checkpoint fails as on a full disk."""
+    script = (
+        "import resource, signal, sys, torch; from pathlib import Path\n"
+        "from server_app.checkpoint import ServerState, write_checkpoint\n"
+        "def state(number):\n"
+        "    adapter = {'lora': torch.full((100_000,), float(number))}\n"
+        "    return ServerState(number, 'run', (), {}, ('a', 'b'), (), adapter, [], [], (None, None), [], [])\n"
+        "write_checkpoint(Path(sys.argv[1]), state(1), 2)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "write_checkpoint(Path(sys.argv[1]), state(2), 2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "could not be written" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["round-00001"]
+    assert read_checkpoint(tmp_path / "round-00001").adapter["lora"][0] == 1.0
 
 
 # ---------------------------------------------------------------------- clients that come and go
