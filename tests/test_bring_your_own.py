@@ -102,8 +102,8 @@ def test_the_class_space_may_be_all_that_clients_hold(digits_of, tiny_run, caplo
     first = [reply.content for reply in told if reply.metadata.message_type == "query.classes" and reply.has_content()]
     assert [set(content) for content in first] == [{"classes", "classes.arrays"}] * 2
     assert [dict(content["classes"]) for content in first] == [
-        {"classes": ["zero", "one"]},
-        {"classes": ["one", "nine"]},
+        {"classes": ["one", "zero"]},
+        {"classes": ["nine", "one"]},
     ]
     assert not any(content["classes.arrays"] for content in first)
     assert "A client named no classes: ConfigError: node-config key 'data-path' is '/no/such/data'" in caplog.text
