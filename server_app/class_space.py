@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from logging import INFO, WARNING
 
@@ -11,6 +10,7 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 
 from common.config import ConfigError, RunConfig
+from common.natural_order import natural_key
 from common.payloads import ClassReport, PayloadError
 
 FROM_CLIENTS = ("clients",)
@@ -61,10 +61,4 @@ def classes_of_clients(grid: Grid, config: RunConfig) -> tuple[str, ...]:
             f"run-config key 'data.classes' is 'clients', and the {len(asked)} clients hold {len(held)} class(es); "
             "allowed: two or more"
         )
-    return tuple(sorted(held, key=_natural))
-
-
-def _natural(name: str) -> tuple[list[tuple[int, int | str]], str]:
-    """Sort digits by their number and words by their letters."""
-    parts = [part for part in re.split(r"(\d+)", name) if part]
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts], name
+    return tuple(sorted(held, key=natural_key))

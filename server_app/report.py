@@ -6,7 +6,6 @@ import argparse
 import base64
 import io
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from common.files import write_text
+from common.natural_order import natural_key
 from server_app.run_folder import RunFolder
 
 Line = dict[str, Any]
@@ -334,12 +334,7 @@ def _clients(lines: list[Line]) -> list[ClientRow]:
         rows.append(
             ClientRow(name, **described, before=before["accuracy"], after=after["accuracy"], first=first, last=last)
         )
-    return sorted(rows, key=lambda row: (row.modality, _natural(row.name)))
-
-
-def _natural(name: str) -> list[str | int]:
-    """Make a sort key that puts ``cnn-2`` before ``cnn-10``."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return sorted(rows, key=lambda row: (row.modality, natural_key(row.name)))
 
 
 # ---------------------------------------------------------------------- pictures

@@ -14,9 +14,10 @@ from client_app import task_models
 from client_app.pretrained import PREFIX
 from common.config import ConfigError, DataConfig, RunConfig
 from common.datasets import load_splits
+from common.natural_order import natural_key
 from deploy.in_process import InProcessGrid
 from server_app.app import build_strategy, main
-from server_app.class_space import _natural, classes_of_clients
+from server_app.class_space import classes_of_clients
 from tests import tiny_transformers
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "bring-your-own.md").read_text()
@@ -119,5 +120,5 @@ def test_fewer_than_two_classes_among_clients_are_named(digits_of, tiny_run):
 @given(st.lists(st.text(min_size=1, max_size=5), unique=True).flatmap(lambda names: st.permutations(names).map(tuple)))
 def test_any_class_names_have_one_order(names):
     backwards = list(reversed(names))
-    assert sorted(names, key=_natural) == sorted(backwards, key=_natural)
-    assert sorted(["class 10", "class 9", "a1b"], key=_natural) == ["a1b", "class 9", "class 10"]
+    assert sorted(names, key=natural_key) == sorted(backwards, key=natural_key)
+    assert sorted(["class 10", "class 9", "a1b"], key=natural_key) == ["a1b", "class 9", "class 10"]
