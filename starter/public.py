@@ -1,0 +1,171 @@
+"""Pre-train a small T2I on the public part of a dataset, and leave the rest as the clients' data.
+
+``python -m starter.public --dataset /data/birds --public 10000 --out /data/birds-start`` writes
+
+- ``model/``: a Stable Diffusion pipeline that has seen the public examples alone, for ``t2i.model``;
+- ``data/``: ``train.parquet`` without the public examples, and ``test.parquet``, for ``data.dataset``;
+- ``prompts.jsonl``: the public captions with their classes, for ``t2i.prompts``, where a column holds captions;
+- ``cost.json``: what it was made from, and the seconds that it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from common.config import ConfigError, DataConfig
+from common.datasets import labels_of, load_splits, to_examples
+from common.files import replaced_folder
+from starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
+
+if TYPE_CHECKING:
+    import datasets
+
+TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}")
+
+
+@dataclass(frozen=True)
+class PublicPart:
+    """The public examples of a dataset, and what is left for clients.
+
+    Attributes
+    ----------
+    public, private, test : datasets.Dataset
+        Disjoint rows; ``test`` is the dataset's own, or held out.
+    classes : tuple of str
+        The class names.
+    """
+
+    public: datasets.Dataset
+    private: datasets.Dataset
+    test: datasets.Dataset
+    classes: tuple[str, ...]
+
+
+def divide(config: DataConfig, count: int, seed: int) -> PublicPart:
+    """Draw ``count`` public examples from a dataset's training part, each class in proportion.
+
+    Raises
+    ------
+    ConfigError
+        If the dataset cannot be read, or does not have more training examples than ``count``.
+    """
+    from sklearn.model_selection import train_test_split
+
+    splits = load_splits(config, seed)
+    labels_N = labels_of(splits.train, config)
+    if not len(splits.classes) <= count <= len(labels_N) - len(splits.classes):
+        raise ConfigError(
+            f"--public is {count}; allowed: {len(splits.classes)} (the classes) up to "
+            f"{len(labels_N) - len(splits.classes)} ({config.dataset} has {len(labels_N)} training examples)"
+        )
+    stratify = labels_N if np.bincount(labels_N).min() >= 2 else None
+    rows = np.arange(len(labels_N))
+    public, private = train_test_split(rows, train_size=count, stratify=stratify, random_state=seed)
+    return PublicPart(
+        splits.train.select(np.sort(public)), splits.train.select(np.sort(private)), splits.test, splits.classes
+    )
+
+
+def captions_of(part: PublicPart, config: DataConfig, column: str, seed: int) -> list[str]:
+    """Caption the public examples: by a column of texts, or by templates filled with the class name."""
+    if column:
+        return [str(text) for text in part.public[column][:]]
+    rng = np.random.default_rng(seed)
+    names = [part.classes[label] for label in labels_of(part.public, config)]
+    return [TEMPLATES[rng.integers(len(TEMPLATES))].format(name) for name in names]
+
+
+def write_prompts(path: Path, part: PublicPart, config: DataConfig, captions: list[str]) -> None:
+    """Write the distinct captions with their class, which `t2i.prompts` reads."""
+    classes = [part.classes[label] for label in labels_of(part.public, config)]
+    lines = dict(zip(captions, classes, strict=True))
+    path.write_text("".join(json.dumps({"prompt": text, "class": name}) + "\n" for text, name in lines.items()))
+
+
+def main() -> None:
+    """Parse the command line, divide, train and write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m starter.public", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="as run-config key data.dataset")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; replaced if it is there")
+    parser.add_argument("--public", type=int, required=True, help="training examples that the T2I sees")
+    parser.add_argument("--image-column", default="image")
+    parser.add_argument("--label-column", default="label")
+    parser.add_argument("--caption-column", default="", help="column of captions; none: templates with the class name")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels a side, a multiple of eight")
+    parser.add_argument("--autoencoder", type=int, nargs="+", default=(32, 64, 96), help="channels of its levels")
+    parser.add_argument("--latent-channels", type=int, default=4)
+    parser.add_argument("--unet", type=int, nargs=2, default=(64, 128), help="channels of its two levels")
+    parser.add_argument("--tokens", type=int, default=24, help="of a caption; longer ones are cut")
+    parser.add_argument("--autoencoder-steps", type=int, default=2_000)
+    parser.add_argument("--diffusion-steps", type=int, default=6_000)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        with replaced_folder(arguments.out) as folder:
+            cost = make(arguments, folder)
+    except ConfigError as error:
+        parser.exit(1, f"{error}\n")
+    print(f"saved {arguments.out.resolve()}: {cost['private']} private examples, {cost['seconds']:.0f} s of training")
+
+
+def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Write what the module's description names into ``folder``; return what is in ``cost.json``."""
+    config = DataConfig(
+        dataset=arguments.dataset,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        image_size=arguments.image_size,
+    )
+    part = divide(config, arguments.public, arguments.seed)
+    captions = captions_of(part, config, arguments.caption_column, arguments.seed)
+    (folder / "data").mkdir()
+    part.private.to_parquet(folder / "data" / "train.parquet")
+    part.test.to_parquet(folder / "data" / "test.parquet")
+    if arguments.caption_column:
+        write_prompts(folder / "prompts.jsonl", part, config, captions)
+    images_NHWC = to_examples(part.public, config, images=True, texts=False).images_NHWC
+    assert images_NHWC is not None
+    images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    start = time.perf_counter()
+    torch.manual_seed(arguments.seed)
+    pipeline = pretrain(
+        images_NCHW,
+        captions,
+        build_tokenizer(captions, arguments.tokens),
+        Architecture(tuple(arguments.autoencoder), arguments.latent_channels, tuple(arguments.unet)),
+        arguments.autoencoder_steps,
+        arguments.diffusion_steps,
+        arguments.seed,
+        arguments.device,
+    )
+    seconds = time.perf_counter() - start
+    save(pipeline, folder / "model")
+    most = [caption for caption, _ in Counter(captions).most_common(10)]
+    draw_samples(folder / "model", most)
+    cost = {
+        **{name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
+        "private": len(part.private),
+        "parameters": sum(
+            p.numel() for m in (pipeline.vae, pipeline.unet, pipeline.text_encoder) for p in m.parameters()
+        ),
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+    }
+    (folder / "cost.json").write_text(json.dumps(cost, indent=2) + "\n")
+    return cost
+
+
+if __name__ == "__main__":
+    main()
