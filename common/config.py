@@ -171,6 +171,11 @@ class T2IConfig(_Section):
     vae_tiling: bool = Field(False, description="decode large images in tiles, to save memory")
     aggregation: str = Field("mask", description="rule that turns clients' logits into soft targets")
     scores: str = Field("votes", description="rule that weights samples for the T2I: votes, consensus, none")
+    agreement: Literal["cross-modal", "confidence"] = Field(
+        "cross-modal",
+        description="what the image of a prompt without a class must show: what text clients read in the prompt, "
+        "or any class that image clients are sure of",
+    )
     update: str = Field("supervised", description="loss of the LoRA update: supervised, reward, negative-aware")
     lora_rank: int = Field(8, ge=1, le=1024, description="LoRA rank")
     lora_alpha: float = Field(8, gt=0, le=4096, description="LoRA alpha")

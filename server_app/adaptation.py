@@ -31,16 +31,28 @@ class Feedback:
         int64 prompted class, -1 for none.
     votes_N : torch.Tensor, optional
         Sum of the clients' nearest-neighbour votes, where the run asks for them.
+    read_NC : torch.Tensor, optional
+        Probabilities by clients that see the prompts alone: what they read in those that name no class.
     """
 
     consensus_NC: Tensor
     prompted_N: Tensor
     votes_N: Tensor | None
+    read_NC: Tensor | None = None
 
     def agreement_N(self) -> Tensor:
-        """Consensus probability of the prompted class; of the likeliest one where the prompt names none."""
+        """Chance that the image shows what its prompt says, in the clients' eyes.
+
+        The consensus probability of the prompted class. Where the prompt names none, the probability that what
+        image clients see and what text clients read is of one class, each independently: the agreement across
+        modalities by which a wrong pair is known. Where nobody reads, the probability of the likeliest class.
+        """
         named_N = self.consensus_NC.gather(1, self.prompted_N.clamp_min(0)[:, None])[:, 0]
-        return torch.where(self.prompted_N >= 0, named_N, self.consensus_NC.max(1).values)
+        if self.read_NC is None:
+            unnamed_N = self.consensus_NC.max(1).values
+        else:
+            unnamed_N = (self.consensus_NC * self.read_NC).sum(1)
+        return torch.where(self.prompted_N >= 0, named_N, unnamed_N)
 
 
 ScoreRule = Callable[[Feedback], Tensor]

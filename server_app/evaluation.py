@@ -69,7 +69,7 @@ class Judge:
         )
         self.head = nn.Linear(FEATURES, classes)
         self._train(_to_float(train_NHWC), torch.from_numpy(train_labels_N), seed)
-        test_features_NF = self._embed(test_NHWC)
+        test_features_NF = self.embed(test_NHWC)
         self.accuracy = float(
             (self.head(test_features_NF).argmax(1) == torch.from_numpy(test_labels_N)).double().mean()
         )
@@ -77,7 +77,7 @@ class Judge:
 
     def measure(self, images_NHWC: np.ndarray, prompted_N: np.ndarray) -> GeneratorMeasures:
         """Measure generated images (uint8, of the judge's size) against their prompted classes."""
-        features_NF = self._embed(images_NHWC)
+        features_NF = self.embed(images_NHWC)
         with torch.no_grad():
             recognised_N = self.head(features_NF).argmax(1).numpy()
         named_N = prompted_N >= 0
@@ -97,7 +97,8 @@ class Judge:
         network.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def _embed(self, images_NHWC: np.ndarray) -> Tensor:
+    def embed(self, images_NHWC: np.ndarray) -> Tensor:
+        """Return features (N, F) of uint8 images of the judge's size."""
         chunks = range(0, len(images_NHWC), 512)
         return torch.cat([self.features(_to_float(images_NHWC[start : start + 512])) for start in chunks])
 

@@ -166,7 +166,8 @@ class FedMMKT(Strategy):
         judges = [answer for answer in answers if answer.report.modality == "image"] or answers
         votes = [torch.from_numpy(_payload(a).votes_N) for a in answers if _payload(a).votes_N is not None]
         consensus_NC = self.aggregate_logits(judges, prompted_N)
-        return self.scores(Feedback(consensus_NC, prompted_N, torch.stack(votes).sum(0) if votes else None))
+        read_NC = self._read_in_prompts(answers, prompted_N)
+        return self.scores(Feedback(consensus_NC, prompted_N, torch.stack(votes).sum(0) if votes else None, read_NC))
 
     def adapt_generator(self, server_round: int, generated: Generated, scores_N: Tensor) -> float | None:
         """Fine-tune the T2I on the scored samples of the last rounds; the mean loss, None if none scored."""
@@ -472,7 +473,8 @@ class FedMMKT(Strategy):
         with self.record.timed("aggregate"):
             probabilities_NC = self.aggregate_logits(answers, samples.prompted_N)
             scores_N = self.score_samples(answers, samples.prompted_N)
-            targets = self._soft_targets(samples, probabilities_NC)
+            read_NC = self._read_in_prompts(answers, samples.prompted_N)
+            targets = self._soft_targets(samples, probabilities_NC, read_NC)
             self.history = [*self.history, (samples.batch, targets)][-self.config.client.pool_rounds :]
         with self.record.timed("adapt"):
             loss = self.adapt_generator(server_round, samples.generated, scores_N)
@@ -482,8 +484,15 @@ class FedMMKT(Strategy):
         accuracy = float(np.mean([answer.report.accuracy for answer in answers]))
         return self._adapter_arrays(), MetricRecord({"accuracy": accuracy, "replies": len(answers)})
 
-    def _soft_targets(self, samples: Samples, probabilities_NC: Tensor) -> SoftTargets:
-        agreement_N = Feedback(probabilities_NC, samples.prompted_N, None).agreement_N()
+    def _read_in_prompts(self, answers: list[Answer], prompted_N: Tensor) -> Tensor | None:
+        """Consensus of those that see no image, where a prompt names no class and the configuration asks for it."""
+        readers = [answer for answer in answers if answer.report.modality == "text"]
+        if not readers or self.config.t2i.agreement != "cross-modal" or not bool((prompted_N < 0).any()):
+            return None
+        return self.aggregate_logits(readers, prompted_N)
+
+    def _soft_targets(self, samples: Samples, probabilities_NC: Tensor, read_NC: Tensor | None) -> SoftTargets:
+        agreement_N = Feedback(probabilities_NC, samples.prompted_N, None, read_NC).agreement_N()
         return SoftTargets(
             batch_id=samples.batch.batch_id,
             probabilities_NC=probabilities_NC.clamp(0, 1).numpy().astype(np.float16),

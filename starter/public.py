@@ -4,6 +4,7 @@
 
 - ``model/``: a Stable Diffusion pipeline that has seen the public examples alone, for ``t2i.model``;
 - ``data/``: ``train.parquet`` without the public examples, and ``test.parquet``, for ``data.dataset``;
+- ``public/train.parquet``: what the T2I has seen;
 - ``prompts.jsonl``: the public captions with their classes, for ``t2i.prompts``, where a column holds captions;
 - ``cost.json``: what it was made from, and the seconds that it took.
 """
@@ -131,6 +132,8 @@ def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     part = divide(config, arguments.public, arguments.seed)
     captions = captions_of(part, config, arguments.caption_column, arguments.seed)
     (folder / "data").mkdir()
+    (folder / "public").mkdir()
+    part.public.to_parquet(folder / "public" / "train.parquet")
     part.private.to_parquet(folder / "data" / "train.parquet")
     part.test.to_parquet(folder / "data" / "test.parquet")
     if arguments.caption_column:

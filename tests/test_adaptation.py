@@ -16,6 +16,15 @@ def test_agreement_is_on_the_prompted_class_or_the_likeliest():
     assert feedback().agreement_N().tolist() == pytest.approx([0.9, 0.5, 0.8])
 
 
+def test_agreement_across_modalities_is_the_chance_that_both_see_one_class():
+    consensus_NC = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
+    read_NC = torch.tensor([[0.5, 0.5], [0.3, 0.7], [1.0, 0.0]])
+
+    agreement_N = Feedback(consensus_NC, torch.tensor([0, -1, -1]), None, read_NC).agreement_N()
+
+    assert agreement_N.tolist() == pytest.approx([0.9, 0.2 * 0.3 + 0.8 * 0.7, 0.2])
+
+
 def test_consensus_scores_average_one_within_a_class():
     scores_N = get_scores("consensus")(feedback())
     assert scores_N.tolist() == pytest.approx([0.9 / 0.7, 0.5 / 0.7, 1.0])
