@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,8 +42,14 @@ def load_private_data(
         If the data cannot be read or has classes outside the class space.
     """
     data, splits, train = _own_part(config, node)
-    examples = [to_examples(part, data, images=images, texts=texts) for part in (train, splits.test)]
+    examples = to_examples(train, data, images=images, texts=texts), _test_part(data, config.seed, images, texts)
     return PrivateData(*(relabel(part, splits.classes, class_space) for part in examples))
+
+
+@lru_cache(maxsize=4)
+def _test_part(data: DataConfig, seed: int, images: bool, texts: bool) -> Examples:
+    """Decode the test part, once for all simulated clients of a process."""
+    return to_examples(load_splits(data, seed).test, data, images=images, texts=texts)
 
 
 def held_classes(config: RunConfig, node: NodeConfig) -> tuple[str, ...]:

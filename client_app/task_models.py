@@ -260,6 +260,18 @@ class ResidualBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
+class SeparableBlock(nn.Sequential):
+    """A depthwise, then a pointwise convolution (MobileNet, arXiv 1704.04861), with group norm."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels_in, channels_in, 3, stride, 1, groups=channels_in, bias=False),
+            *(nn.GroupNorm(8, channels_in), nn.ReLU()),
+            nn.Conv2d(channels_in, channels, 1, bias=False),
+            *(nn.GroupNorm(8, channels), nn.ReLU()),
+        )
+
+
 class PatchTransformer(nn.Module):
     """transformers' ViT on few patches; its tokens are flattened, since their mean loses place on small data."""
 
@@ -349,6 +361,15 @@ def resnet(classes: int, image_size: int) -> TaskModel:
     blocks = (ResidualBlock(16, 16, 1), ResidualBlock(16, 32, 2), ResidualBlock(32, 64, 2))
     encoder = nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten())
     return TaskModel(classes, 256, image_encoder=encoder)
+
+
+@register_task_model("mobilenet")
+def mobilenet(classes: int, image_size: int) -> TaskModel:
+    """Four depthwise separable blocks; 76 thousand parameters."""
+    stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.GroupNorm(8, 32), nn.ReLU())
+    sizes = ((32, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2))
+    encoder = nn.Sequential(stem, *(SeparableBlock(*size) for size in sizes), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return TaskModel(classes, 1024, image_encoder=encoder)
 
 
 @register_task_model("vit")

@@ -83,7 +83,7 @@ def build_strategy(
     log(INFO, "Run folder: %s", run_folder.path)
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed)
-    judge = _judge(config, splits) if splits else None
+    judge = train_judge(config, splits) if splits else None
     run_folder.write_config(
         {
             "config": config.model_dump(mode="json", by_alias=True),
@@ -119,8 +119,8 @@ def _classes_and_splits(config: RunConfig, known: tuple[str, ...]) -> tuple[tupl
     return classes, splits if config.judge else None
 
 
-def _judge(config: RunConfig, splits: Splits) -> Judge | None:
-    """Train the judge, if the dataset has images."""
+def train_judge(config: RunConfig, splits: Splits) -> Judge | None:
+    """Train the judge, if the dataset has images; it depends on the data and the seed alone."""
     if config.data.image_column not in splits.train.column_names:
         return None
     log(INFO, "Training the judge on %s images", len(splits.train))

@@ -18,6 +18,7 @@ from common.augmentation import augment
 
 FEATURES = 64
 JUDGE_EPOCHS = 25
+JUDGE_EXAMPLES = 200_000  # Seen in all; a large dataset has fewer epochs.
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Judge:
         network = nn.Sequential(self.features, self.head)
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(JUDGE_EPOCHS):
+        for _ in range(judge_epochs(len(labels_N))):
             for index in torch.randperm(len(labels_N), generator=generator).split(64):
                 loss = F.cross_entropy(network(augment(images_NCHW[index], generator)), labels_N[index])
                 optimizer.zero_grad()
@@ -101,6 +102,11 @@ class Judge:
         """Return features (N, F) of uint8 images of the judge's size."""
         chunks = range(0, len(images_NHWC), 512)
         return torch.cat([self.features(_to_float(images_NHWC[start : start + 512])) for start in chunks])
+
+
+def judge_epochs(examples: int) -> int:
+    """Return how often the judge sees each example: 25 times, less often from 8,000 on, at least once."""
+    return max(1, min(JUDGE_EPOCHS, JUDGE_EXAMPLES // examples))
 
 
 def frechet_distance(first_NF: np.ndarray, second_MF: np.ndarray) -> float:

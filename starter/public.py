@@ -92,7 +92,7 @@ def write_prompts(path: Path, part: PublicPart, config: DataConfig, captions: li
     path.write_text("".join(json.dumps({"prompt": text, "class": name}) + "\n" for text, name in lines.items()))
 
 
-def main() -> None:
+def main(command: list[str] | None = None) -> None:
     """Parse the command line, divide, train and write."""
     parser = argparse.ArgumentParser(
         prog="python -m starter.public", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--diffusion-steps", type=int, default=6_000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     try:
         with replaced_folder(arguments.out) as folder:
             cost = make(arguments, folder)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from server_app.evaluation import Judge, frechet_distance
+from server_app.evaluation import Judge, frechet_distance, judge_epochs
 
 
 def test_frechet_distance_of_equal_spreads_is_the_squared_distance_of_means():
@@ -36,3 +36,8 @@ def test_the_judge_recognises_prompted_classes():
     assert judge.measure(images_NHWC, np.full(60, -1)).alignment is None
     assert judge.measure(images_NHWC, labels_N).frechet == pytest.approx(0, abs=1e-3)
     assert judge.measure(255 - images_NHWC, labels_N).frechet > 1
+
+
+@pytest.mark.parametrize(("examples", "epochs"), [(1, 25), (8_000, 25), (40_000, 5), (300_000, 1)])
+def test_the_judge_sees_the_examples_of_a_large_dataset_less_often(examples, epochs):
+    assert judge_epochs(examples) == epochs

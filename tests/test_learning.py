@@ -76,7 +76,7 @@ def test_spreading_keeps_order_and_loses_nothing(count, extra):
     assert [item for item in spread if item is not None] == batches
 
 
-@pytest.mark.parametrize("name", ["cnn", "mlp", "resnet", "vit", "text", "text-transformer", "dual"])
+@pytest.mark.parametrize("name", ["cnn", "mlp", "resnet", "mobilenet", "vit", "text", "text-transformer", "dual"])
 def test_every_model_learns_from_private_and_synthetic_samples(name):
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)

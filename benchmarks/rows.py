@@ -1,0 +1,131 @@
+"""Rows of a benchmark: run-config overrides, each run over seeds, and their table.
+
+Strategy and clients are those of ``flwr run``; messages go to client processes directly, without SuperLink and
+Ray. A finished run is kept in the output folder and not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import RunConfig, to_flower
+from deploy.in_process import InProcessGrid
+from server_app.app import build_strategy
+
+Overrides = dict[str, bool | int | float | str]
+Lines = list[dict[str, Any]]  # A run's metrics, a line a round.
+Runs = dict[str, list[Lines]]  # By row, one a seed.
+
+# Clients that learn from synthetic samples as plain distillation has it.
+PLAIN: Overrides = {"client.balanced-softmax": False, "client.prompt-weight": 0.0, "client.alignment-weight": 0.0}
+
+
+def run_once(folder: Path, overrides: Overrides, nodes: int) -> Lines:
+    """Run one row with one seed on simulated nodes, unless it is there; return its lines of metrics."""
+    done = folder / "done.json"
+    if not done.exists():
+        folders = {"output-dir": str(folder / "run"), "client.state-dir": str(folder / "clients")}
+        run_config = to_flower(RunConfig()) | {"tensorboard": False, "min-nodes": nodes} | folders | overrides
+        node_configs: list[Any] = [{"partition-id": node, "num-partitions": nodes} for node in range(nodes)]
+        grid = InProcessGrid("client_app.app:app", run_config, node_configs, workers=min(nodes, os.cpu_count() or 1))
+        start = time.perf_counter()
+        # The run id keys the clients' memory: a run that was cut short must not be continued by its clients.
+        strategy = build_strategy(RunConfig.from_flower(run_config), time.time_ns() % 2**31)
+        strategy.start(grid)
+        grid.close()
+        keep(folder, strategy.run_folder.read_metrics(), time.perf_counter() - start)
+    lines: Lines = json.loads(done.read_text())["lines"]
+    return lines
+
+
+def keep(folder: Path, lines: Lines, seconds: float) -> None:
+    """Keep a finished run, so that `run_once` finds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.json").write_text(json.dumps({"seconds": seconds, "lines": lines}))
+
+
+def run_rows(rows: Mapping[str, Overrides], common: Overrides, seeds: int, nodes: int, out: Path) -> Runs:
+    """Run each row with seeds 0, 1, ... and report each on stderr.
+
+    Parameters
+    ----------
+    rows : mapping
+        By name, what a row changes in the run-config; it goes before ``common``.
+    common : mapping
+        What all rows change.
+    seeds, nodes : int
+        How many.
+    out : Path
+        Absolute folder of kept runs, ``<row>/seed-<seed>`` each.
+    """
+    runs: Runs = {name: [] for name in rows}
+    started = time.perf_counter()
+    for seed in range(seeds):
+        for name, overrides in rows.items():
+            lines = run_once(row_folder(out, name, seed), common | {"seed": seed} | overrides, nodes)
+            runs[name].append(lines)
+            accuracy, seconds = lines[-1]["clients"]["accuracy"], time.perf_counter() - started
+            print(f"{out.name} seed {seed} {name}: {accuracy:.3f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    return runs
+
+
+def row_folder(out: Path, name: str, seed: int) -> Path:
+    """Name the folder in which a run is kept."""
+    return out / name.replace(" ", "-").replace(",", "") / f"seed-{seed}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its title, its value of one run (None: has none), and decimals."""
+
+    title: str
+    value: Callable[[Lines], float | None]
+    decimals: int = 3
+
+
+def modality(name: str, title: str) -> Column:
+    """Show the accuracy of the clients of one modality."""
+    return Column(title, lambda lines: lines[-1]["clients"]["by_modality"].get(name))
+
+
+ACCURACY = Column("all clients", lambda lines: lines[-1]["clients"]["accuracy"])
+COSTS_AND_T2I = (
+    Column("alignment", lambda lines: lines[-1]["generator"]["alignment"]),
+    Column("Frechet", lambda lines: lines[-1]["generator"]["frechet"], 0),
+    Column("MB down", lambda lines: sum(line["bytes"]["down"] for line in lines) / 1e6, 2),
+    Column("MB up", lambda lines: sum(line["bytes"]["up"] for line in lines) / 1e6, 2),
+    Column("seconds", lambda lines: sum(line["seconds"]["total"] for line in lines), 0),
+)
+
+
+def spread(values: Sequence[float | None], decimals: int = 3) -> str:
+    """Mean and standard deviation; a dash where there is no value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = f" ± {statistics.stdev(known):.{decimals}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{decimals}f}{deviation}"
+
+
+def table(runs: Runs, columns: Sequence[Column]) -> str:
+    """Make a Markdown table, a row a method, mean and standard deviation over seeds."""
+    lines = [f"| | {' | '.join(column.title for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, seeds in runs.items():
+        cells = [spread([column.value(run) for run in seeds], column.decimals) for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def t2i_before(runs: Runs) -> str:
+    """Say how the T2I was before any round, over the seeds of the last row."""
+    first = [run[0]["generator"] for run in list(runs.values())[-1]]
+    alignment, frechet = spread([g["alignment"] for g in first]), spread([g["frechet"] for g in first], 0)
+    return f"The T2I before: alignment {alignment}, Frechet {frechet}."
