@@ -1,0 +1,106 @@
+"""A T2I of a public part of a dataset, and the benchmark that begins with it, on a tiny dataset made here."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+
+from benchmarks.emoji import PairJudge, measures, paired_tests, run_row, table
+from common.config import T2IConfig
+from server_app.generator import Generator
+from starter import public
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    rows = {"image": [], "name": [], "label": [], "row": []}
+    for index in range(90):
+        colour = list(COLOURS)[index % 3]
+        image = np.clip(np.array(COLOURS[colour]) + rng.integers(-40, 40, (20, 20, 3)), 0, 255).astype(np.uint8)
+        for column, value in zip(rows, (image, f"{colour} thing {index}", index % 3, index), strict=True):
+            rows[column].append(value)
+    features = datasets.Features(
+        image=datasets.Image(),
+        name=datasets.Value("string"),
+        label=datasets.ClassLabel(names=list(COLOURS)),
+        row=datasets.Value("int64"),
+    )
+    folder = tmp_path_factory.mktemp("data")
+    datasets.Dataset.from_dict(rows, features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start") / "made"
+    sizes = ["--image-size", "16", "--autoencoder", "8", "16", "--unet", "16", "16"]
+    steps = ["--autoencoder-steps", "3", "--diffusion-steps", "3", "--tokens", "8"]
+    columns = ["--caption-column", "name", "--public", "21"]
+    public.main(["--dataset", str(dataset), "--out", str(folder), *columns, *sizes, *steps])
+    return folder
+
+
+def rows_of(folder):
+    return datasets.load_dataset("parquet", data_files=str(folder), split="train", cache_dir=str(folder.parent / "c"))
+
+
+def test_the_public_part_is_never_in_the_clients_data(start):
+    parts = [rows_of(start / name) for name in ("public/train.parquet", "data/train.parquet", "data/test.parquet")]
+
+    seen = [set(part["row"]) for part in parts]
+    assert [len(rows) for rows in seen] == [21, 51, 18]
+    assert set.union(*seen) == set(range(90))
+    assert np.bincount(parts[0]["label"]).tolist() == [7, 7, 7]
+
+
+def test_what_is_made_is_a_pipeline_with_its_prompts_and_cost(start):
+    pipeline = DiffusionPipeline.from_pretrained(start / "model")
+    prompts = [json.loads(line) for line in (start / "prompts.jsonl").read_text().splitlines()]
+    cost = json.loads((start / "cost.json").read_text())
+
+    assert pipeline("red thing", num_inference_steps=2).images[0].size == (16, 16)
+    assert {prompt["prompt"].split()[0] == prompt["class"] for prompt in prompts} == {True}
+    assert len(prompts) == 21
+    assert (cost["public"], cost["private"]) == (21, 51)
+    assert cost["seconds"] > 0
+    assert (start / "model" / "samples.png").exists()
+
+
+@pytest.mark.parametrize("count", ["2", "70", "1000"])
+def test_too_few_or_too_many_public_examples_are_refused(dataset, tmp_path, capsys, count):
+    with pytest.raises(SystemExit):
+        public.main(["--dataset", str(dataset), "--out", str(tmp_path / "out"), "--public", count])
+    assert f"--public is {count}; allowed: 3 (the classes) up to 69" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_benchmark_of_pairs_runs_a_federation_and_measures_its_t2i(start, tmp_path):
+    judge = PairJudge(start)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in judge.prompts))
+    tiny = {"data.min-examples": 2, "data.text-column": "name", "data.image-size": 16, "t2i.inference-steps": 2}
+    tiny |= {"client.distillation-steps": 2, "client.warmup-epochs": 1, "t2i.adaptation-steps": 1}
+
+    lines = run_row("whole, agreement across modalities", 0, 1, 100.0, start, tmp_path, tiny)
+    generator = Generator(T2IConfig(model=str(start / "model"), inference_steps=2), 0)
+    pairs = judge.measure(generator, 1.0)
+
+    assert lines[-1]["generator"]["loss"] > 0
+    assert 0 <= pairs.own <= 1
+    assert pairs.frechet > 0
+    row = measures(lines, pairs)
+    assert table({"one": [row, row]}).splitlines()[2].startswith(f"| one | {row['all clients']:.3f} ± 0.000 |")
+
+
+def test_paired_differences_by_hand():
+    on, off = ([dict.fromkeys(("all clients", "own image"), value) for value in values] for values in ((3, 4), (2, 2)))
+    rows = {"whole, agreement across modalities": on, "whole, confidence of image clients": off}
+
+    cells = paired_tests(rows).splitlines()[2].split(" | ")
+
+    # Differences 1 and 2: mean 1.5, standard error 0.5, t = 3 with one degree of freedom, p = 0.2048.
+    assert cells[1] == "+1.500 (2/2, p = 0.2)"
