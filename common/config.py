@@ -139,6 +139,9 @@ class T2IConfig(_Section):
     """The server's text-to-image model, how it generates and how it is adapted."""
 
     model: str = Field("starter", min_length=1, description="`starter`, a diffusers folder, or a hub id")
+    adapter: str = Field(
+        "", description="folder of an adapter to begin with, such as `lora` of an earlier run; empty: a new one"
+    )
     prompts: str = Field("templates", min_length=1, description="`templates`, or a JSONL file of prompts")
     prompt_templates: tuple[str, ...] = Field(
         ("the digit {}", "the number {}", "a picture of the digit {}", "an image of a {}"),

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,7 +78,8 @@ class Generator:
     Raises
     ------
     ConfigError
-        If the model cannot be loaded, is no text-to-image pipeline, or has none of the LoRA targets.
+        If the model cannot be loaded, is no text-to-image pipeline, or has none of the LoRA targets; or if
+        ``t2i.adapter`` is no adapter of it.
     """
 
     def __init__(self, config: T2IConfig, seed: int) -> None:
@@ -105,6 +107,8 @@ class Generator:
             parameter.data = parameter.data.float()  # Small updates are lost in half precision.
         self.empty = self.family.encode_empty()
         self._base: list[tuple[Any, Tensor]] = []  # Base weights while the adapter is merged into the denoiser's.
+        if config.adapter:
+            self.load_adapter(Path(config.adapter).expanduser())
 
     def _place(self) -> None:
         """Put the pipeline where it computes, and save memory as the configuration says."""
@@ -313,9 +317,17 @@ class Generator:
         Raises
         ------
         ConfigError
-            If its tensors are not those of this model and LoRA configuration.
+            If it cannot be read, or its tensors are not those of this model and LoRA configuration.
         """
-        self.load_adapter_state(self.family.load_adapter(folder), str(folder))
+        try:
+            state = self.family.load_adapter(folder)
+        except (OSError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"run-config key 't2i.adapter' is {str(folder)!r}, which holds no adapter that can be read ({reason}); "
+                "allowed: the folder `lora` of a run, or empty"
+            ) from None
+        self.load_adapter_state(state, str(folder))
 
     def load_adapter_state(self, state: Mapping[str, Tensor], source: str) -> None:
         """Take over what `adapter_state` returned; ``source`` names it in the error, as in `load_adapter`."""
@@ -323,7 +335,11 @@ class Generator:
 
         present = self.adapter_state()
         if {name: tensor.shape for name, tensor in state.items()} != {n: t.shape for n, t in present.items()}:
-            raise ConfigError(f"{source} is an adapter of another model, or of other LoRA targets or rank")
+            raise ConfigError(
+                f"{source} is an adapter of another model, or of other LoRA targets or rank, than "
+                f"t2i.model {self.config.model!r} with t2i.lora-targets {','.join(self.config.lora_targets)!r} and "
+                f"t2i.lora-rank {self.config.lora_rank}; allowed: one that was made with these"
+            )
         self._unmerge()
         set_peft_model_state_dict(self.denoiser, dict(state))
 

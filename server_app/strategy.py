@@ -161,11 +161,16 @@ class FedMMKT(Strategy):
     def score_samples(self, answers: list[Answer], prompted_N: Tensor) -> Tensor:
         """Weigh each sample for the T2I's update (not negative, samples).
 
-        Only clients that see images without their prompts judge an image; where there is none, all do.
+        Only clients that see images without their prompts judge an image, or where there is none, all. A class that
+        none of them holds is judged by those that see images beside prompts, since nobody else knows it.
         """
         judges = [answer for answer in answers if answer.report.modality == "image"] or answers
         votes = [torch.from_numpy(_payload(a).votes_N) for a in answers if _payload(a).votes_N is not None]
         consensus_NC = self.aggregate_logits(judges, prompted_N)
+        unjudged_N = (prompted_N >= 0) & ~_held_C(judges)[prompted_N]
+        pairs = [answer for answer in answers if answer.report.modality == "image+text"]
+        if pairs and bool(unjudged_N.any()):
+            consensus_NC = torch.where(unjudged_N[:, None], self.aggregate_logits(pairs, prompted_N), consensus_NC)
         read_NC = self._read_in_prompts(answers, prompted_N)
         return self.scores(Feedback(consensus_NC, prompted_N, torch.stack(votes).sum(0) if votes else None, read_NC))
 
@@ -708,6 +713,11 @@ def _payload(answer: Answer) -> DistillationPayload:
     if answer.payload is None:
         raise ValueError(f"the reply of {answer.report.client} holds no payload")
     return answer.payload
+
+
+def _held_C(answers: list[Answer]) -> Tensor:
+    """Tell which classes these clients have examples of."""
+    return torch.from_numpy(np.sum([_payload(answer).class_counts_C for answer in answers], axis=0) > 0)
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

@@ -34,7 +34,7 @@ def test_flat_settings_come_back_as_they_were():
     ("settings", "message"),
     [
         ({"roundz": 3}, r"'roundz' is unknown; allowed: rounds, seed"),
-        ({"t2i.rank": 3}, r"'t2i.rank' is unknown; allowed: model, prompts"),
+        ({"t2i.rank": 3}, r"'t2i.rank' is unknown; allowed: model, adapter, prompts"),
         ({"rounds": 0}, r"'rounds' is 0; allowed: Input should be greater than or equal to 1"),
         ({"rounds": "many"}, r"'rounds' is 'many'"),
         ({"data.alpha": -0.5}, r"'data.alpha' is -0.5; allowed: Input should be greater than 0"),

@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from common.config import ConfigError, T2IConfig
-from server_app.families import LORA_GROUPS
+from server_app.families import LORA_GROUPS, WEIGHT_NAME
 from server_app.generator import Generated, Generator
+from tests import tiny_pipelines
 
 STARTER = Path(__file__).parent.parent / "starter" / "model"
 PROMPTS = ["the digit three", "the digit seven", "the digit three"]
@@ -86,19 +87,34 @@ def test_the_adapter_round_trips_through_plain_diffusers(tmp_path, targets):
     assert not np.array_equal(adapted_images, Generator(FAST, 0).generate(PROMPTS, SEEDS, 1.5).images_NHWC)
 
 
-def test_a_saved_adapter_loads_into_a_new_generator(adapted, tmp_path):
+def test_a_run_may_begin_with_a_saved_adapter(adapted, tmp_path):
     adapted.save_adapter(tmp_path / "lora")
-    other = Generator(FAST, seed=5)
-    other.load_adapter(tmp_path / "lora")
+
+    other = Generator(FAST.model_copy(update={"adapter": str(tmp_path / "lora")}), seed=5)
+
     first, second = (g.generate(PROMPTS, SEEDS, 1.0).images_NHWC for g in (adapted, other))
     assert np.array_equal(first, second)
 
 
 def test_an_adapter_of_another_rank_is_refused(adapted, tmp_path):
     adapted.save_adapter(tmp_path / "lora")
-    other = Generator(FAST.model_copy(update={"lora_rank": 2}), seed=0)
-    with pytest.raises(ConfigError, match="an adapter of another model, or of other LoRA targets or rank"):
-        other.load_adapter(tmp_path / "lora")
+    with pytest.raises(ConfigError, match=r"an adapter of another model, or .*, than t2i.model 'starter'.*lora-rank 2"):
+        Generator(FAST.model_copy(update={"adapter": str(tmp_path / "lora"), "lora_rank": 2}), seed=0)
+
+
+def test_an_adapter_of_another_base_model_is_refused(tmp_path):
+    tiny_pipelines.stable_diffusion().save_pretrained(tmp_path / "model")
+    Generator(FAST.model_copy(update={"model": str(tmp_path / "model")}), seed=0).save_adapter(tmp_path / "lora")
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/lora is an adapter of another model.* 'starter'"):
+        Generator(FAST.model_copy(update={"adapter": str(tmp_path / "lora")}), seed=0)
+
+
+@pytest.mark.parametrize("content", [None, b"no tensors"])
+def test_an_adapter_that_cannot_be_read_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / WEIGHT_NAME).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"'t2i.adapter' is '{tmp_path}', which holds no adapter that can be read"):
+        Generator(FAST.model_copy(update={"adapter": str(tmp_path)}), seed=0)
 
 
 def test_an_update_begins_with_the_base_weights_bit_for_bit(adapted):

@@ -14,8 +14,10 @@ import client_app.app
 from client_app.memory import ClientMemory
 from client_app.task_models import _FACTORIES, register_task_model
 from common.config import ConfigError, RunConfig
+from common.payloads import ClientReport, DistillationPayload
 from server_app.aggregation import _RULES, register_aggregation
 from server_app.app import build_strategy
+from server_app.exchange import Answer
 from server_app.prompts import Prompt
 from server_app.strategy import FedMMKT, RunError
 
@@ -292,3 +294,25 @@ def test_prompts_without_classes_work(tiny_run, make_grid, tmp_path):
     assert lines[-1]["generator"]["alignment"] is None
     assert lines[-1]["generator"]["frechet"] > 0
     assert lines[-1]["replies"]["rejected"] == 0
+
+
+def answer_of(modality, logits_NC, counts_C, votes_N=None):
+    report = ClientReport(client=modality, model="any", modality=modality, examples=1, accuracy=0, loss=0)
+    logits_NC, counts_C = np.array(logits_NC, dtype=np.float16), np.array(counts_C)
+    votes_N = None if votes_N is None else np.array(votes_N, dtype=np.float32)
+    return Answer(1, report, DistillationPayload(batch_id="b", logits_NC=logits_NC, class_counts_C=counts_C, votes_N=votes_N))  # fmt: skip
+
+
+def test_a_class_that_only_pairs_know_is_judged_by_those_that_hold_them(tiny_run):
+    """Two samples of class 0, which the image client holds, and two of class 1, which it does not."""
+    strategy = build_strategy(RunConfig.from_flower(tiny_run(data__classes="no,yes")), 1)
+    prompted_N = torch.tensor([0, 0, 1, 1])
+    sure, other = [8.0, -8.0], [-8.0, 8.0]
+    image = answer_of("image", [sure, other, sure, sure], [5, 0], votes_N=[1, 1, 0, 0])
+    pairs = answer_of("image+text", [sure, sure, other, sure], [1, 3], votes_N=[0, 0, 1, 1])
+
+    scores_N = strategy.score_samples([image, pairs], prompted_N)
+
+    # Class 0 by the image client alone, which votes on no other class, and so never against it.
+    # Class 1 by the pairs: they see it in the third sample, and not in the fourth.
+    assert scores_N.tolist() == pytest.approx([1, 1, 1, 0.02**2], abs=1e-4)
