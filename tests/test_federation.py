@@ -228,6 +228,31 @@ def test_a_node_that_dies_and_one_that_lies_cost_their_voices_only(tmp_path):
     assert steps >= learned * epoch
 
 
+@pytest.mark.slow
+def test_a_node_that_lies_changes_nothing_for_the_others(federation, nodes, tmp_path):
+    changes = {"min_nodes": 3, "rounds": 4, "judge": True}
+    folder = write_partitions(DataConfig(), 4, 1, tmp_path / "data")[0]
+    honest = federation.run(ROOT, settings(tmp_path / "honest", **changes), io.StringIO())
+    config = {"name": "liar", "model": "hostile_node:model", "data-path": str(folder), "state-dir": str(tmp_path)}
+    liar = federation.add_node("liar", config, environment={"PYTHONPATH": str(ROOT / "tests")})
+    try:
+        federation.wait_for_nodes()
+        log = io.StringIO()
+
+        lied_to = federation.run(ROOT, settings(tmp_path / "lied-to", **changes | {"min_nodes": 4}), log)
+    finally:
+        liar.processes.stop()
+        del federation.nodes["liar"]
+
+    assert honest.status == lied_to.status == "finished:completed", log.getvalue()
+    lines = [metrics(tmp_path / name) for name in ("honest", "lied-to")]
+    assert all(line["replies"]["reasons"].keys() == {"liar"} for line in lines[1][1:])
+    assert [line["generator"] for line in lines[0]] == [line["generator"] for line in lines[1]]
+    for alone, together in zip(*lines, strict=True):
+        others = {name: values for name, values in together["clients"]["per_client"].items() if name != "liar"}
+        assert others == alone["clients"]["per_client"]
+
+
 def kill_and_keep_up(node, over):
     """Kill a node in mid-round, then start it again whenever it ends, as a service manager does."""
     time.sleep(3)
