@@ -1,20 +1,27 @@
 """Rows of a benchmark: run-config overrides, each run over seeds, and their table.
 
 Strategy and clients are those of ``flwr run``; messages go to client processes directly, without SuperLink and
-Ray. A finished run is kept in the output folder and not repeated.
+Ray. Each run has a server process of its own, so that its peak memory is its own. A finished run is kept in the
+output folder and not repeated.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from common.config import RunConfig, to_flower
 from deploy.in_process import InProcessGrid
@@ -32,18 +39,38 @@ def run_once(folder: Path, overrides: Overrides, nodes: int) -> Lines:
     """Run one row with one seed on simulated nodes, unless it is there; return its lines of metrics."""
     done = folder / "done.json"
     if not done.exists():
-        folders = {"output-dir": str(folder / "run"), "client.state-dir": str(folder / "clients")}
-        run_config = to_flower(RunConfig()) | {"tensorboard": False, "min-nodes": nodes} | folders | overrides
-        node_configs: list[Any] = [{"partition-id": node, "num-partitions": nodes} for node in range(nodes)]
-        grid = InProcessGrid("client_app.app:app", run_config, node_configs, workers=min(nodes, os.cpu_count() or 1))
-        start = time.perf_counter()
-        # The run id keys the clients' memory: a run that was cut short must not be continued by its clients.
-        strategy = build_strategy(RunConfig.from_flower(run_config), time.time_ns() % 2**31)
-        strategy.start(grid)
-        grid.close()
-        keep(folder, strategy.run_folder.read_metrics(), time.perf_counter() - start)
-    lines: Lines = json.loads(done.read_text())["lines"]
-    return lines
+        # Not `fork`: a server that has the memory of this process tells nothing of its own.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            lines, seconds = pool.submit(_run, folder, overrides, nodes).result()
+        keep(folder, lines, seconds)
+    kept: Lines = json.loads(done.read_text())["lines"]
+    return kept
+
+
+def _run(folder: Path, overrides: Overrides, nodes: int) -> tuple[Lines, float]:
+    """Run once in this process, with client processes beside it; the last line tells the peak memory of both."""
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    folders = {"output-dir": str(folder / "run"), "client.state-dir": str(folder / "clients")}
+    run_config = to_flower(RunConfig()) | {"tensorboard": False, "min-nodes": nodes} | folders | overrides
+    node_configs: list[Any] = [{"partition-id": node, "num-partitions": nodes} for node in range(nodes)]
+    grid = InProcessGrid("client_app.app:app", run_config, node_configs, workers=min(nodes, os.cpu_count() or 1))
+    start = time.perf_counter()
+    # The run id keys the clients' memory: a run that was cut short must not be continued by its clients.
+    strategy = build_strategy(RunConfig.from_flower(run_config), time.time_ns() % 2**31)
+    strategy.start(grid)
+    seconds = time.perf_counter() - start
+    clients = [_peak_megabytes(process.pid) for process in psutil.Process().children()]
+    memory = {"server": _peak_megabytes(os.getpid()), "client": max(filter(None, clients), default=None)}
+    grid.close()
+    lines = strategy.run_folder.read_metrics()
+    return [*lines[:-1], lines[-1] | {"memory": memory}], seconds
+
+
+def _peak_megabytes(pid: int) -> float | None:
+    """Return the most memory that a process has had resident; None where the system does not tell (not Linux)."""
+    status = Path(f"/proc/{pid}/status")
+    peak = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(peak[1]) * 1024 / 1e6 if peak else None
 
 
 def keep(folder: Path, lines: Lines, seconds: float) -> None:
@@ -103,6 +130,10 @@ COSTS_AND_T2I = (
     Column("MB down", lambda lines: sum(line["bytes"]["down"] for line in lines) / 1e6, 2),
     Column("MB up", lambda lines: sum(line["bytes"]["up"] for line in lines) / 1e6, 2),
     Column("seconds", lambda lines: sum(line["seconds"]["total"] for line in lines), 0),
+)
+MEMORY = (
+    Column("server MB", lambda lines: lines[-1].get("memory", {}).get("server"), 0),
+    Column("client MB", lambda lines: lines[-1].get("memory", {}).get("client"), 0),
 )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 STOP_GRACE = 5.0  # seconds from SIGTERM to SIGKILL; an interrupted ServerApp would take its time
 

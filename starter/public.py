@@ -51,16 +51,16 @@ class PublicPart:
     classes: tuple[str, ...]
 
 
-def divide(config: DataConfig, count: int, seed: int) -> PublicPart:
+def divide(config: DataConfig, count: int, seed: int, private: int = 0, test: int = 0) -> PublicPart:
     """Draw ``count`` public examples from a dataset's training part, each class in proportion.
+
+    ``private`` and ``test`` say how many of the others, and of the test part, are kept; 0 for all.
 
     Raises
     ------
     ConfigError
         If the dataset cannot be read, or does not have more training examples than ``count``.
     """
-    from sklearn.model_selection import train_test_split
-
     splits = load_splits(config, seed)
     labels_N = labels_of(splits.train, config)
     if not len(splits.classes) <= count <= len(labels_N) - len(splits.classes):
@@ -68,12 +68,26 @@ def divide(config: DataConfig, count: int, seed: int) -> PublicPart:
             f"--public is {count}; allowed: {len(splits.classes)} (the classes) up to "
             f"{len(labels_N) - len(splits.classes)} ({config.dataset} has {len(labels_N)} training examples)"
         )
-    stratify = labels_N if np.bincount(labels_N).min() >= 2 else None
-    rows = np.arange(len(labels_N))
-    public, private = train_test_split(rows, train_size=count, stratify=stratify, random_state=seed)
-    return PublicPart(
-        splits.train.select(np.sort(public)), splits.train.select(np.sort(private)), splits.test, splits.classes
-    )
+    public, rest = _drawn(splits.train, config, count, seed)
+    kept = _drawn(rest, config, private, seed)[0] if private else rest
+    tested = _drawn(splits.test, config, test, seed)[0] if test else splits.test
+    return PublicPart(public, kept, tested, splits.classes)
+
+
+def _drawn(
+    rows: datasets.Dataset, config: DataConfig, count: int, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Draw ``count`` rows (all, if there are no more), each class in proportion where it can be; and the others."""
+    from sklearn.model_selection import train_test_split
+
+    index_N, labels_N = np.arange(len(rows)), labels_of(rows, config)
+    if count >= len(rows):
+        return rows, rows.select([])
+    counts = np.bincount(labels_N)
+    both_have_all = min(count, len(rows) - count) >= len(counts) and counts[counts > 0].min() >= 2
+    stratify = labels_N if both_have_all else None
+    drawn, others = train_test_split(index_N, train_size=count, stratify=stratify, random_state=seed)
+    return rows.select(np.sort(drawn)), rows.select(np.sort(others))
 
 
 def captions_of(part: PublicPart, config: DataConfig, column: str, seed: int) -> list[str]:
@@ -100,6 +114,8 @@ def main(command: list[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True, help="as run-config key data.dataset")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; replaced if it is there")
     parser.add_argument("--public", type=int, required=True, help="training examples that the T2I sees")
+    parser.add_argument("--private", type=int, default=0, help="training examples left to clients; 0: all others")
+    parser.add_argument("--test", type=int, default=0, help="test examples; 0: all")
     parser.add_argument("--image-column", default="image")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--caption-column", default="", help="column of captions; none: templates with the class name")
@@ -129,7 +145,7 @@ def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         label_column=arguments.label_column,
         image_size=arguments.image_size,
     )
-    part = divide(config, arguments.public, arguments.seed)
+    part = divide(config, arguments.public, arguments.seed, arguments.private, arguments.test)
     captions = captions_of(part, config, arguments.caption_column, arguments.seed)
     (folder / "data").mkdir()
     (folder / "public").mkdir()
@@ -160,6 +176,7 @@ def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     cost = {
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
         "private": len(part.private),
+        "test": len(part.test),
         "parameters": sum(
             p.numel() for m in (pipeline.vae, pipeline.unet, pipeline.text_encoder) for p in m.parameters()
         ),

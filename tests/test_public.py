@@ -1,14 +1,16 @@
 """A T2I of a public part of a dataset, and the benchmark that begins with it, on a tiny dataset made here."""
 
 import json
+import sys
 
 import datasets
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 
+from benchmarks import cifar10
 from benchmarks.emoji import PairJudge, measures, paired_tests, run_row, table
-from common.config import T2IConfig
+from common.config import DataConfig, RunConfig, T2IConfig, to_flower
 from server_app.generator import Generator
 from starter import public
 
@@ -71,6 +73,18 @@ def test_what_is_made_is_a_pipeline_with_its_prompts_and_cost(start):
     assert (start / "model" / "samples.png").exists()
 
 
+def test_clients_and_test_part_may_get_a_part_of_the_others(dataset):
+    config = DataConfig(dataset=str(dataset))
+
+    part = public.divide(config, 21, 0, private=12, test=6)
+
+    seen = [set(rows["row"][:]) for rows in (part.public, part.private, part.test)]
+    assert [len(rows) for rows in seen] == [21, 12, 6]
+    assert len(set.union(*seen)) == 39
+    assert np.bincount(part.private["label"]).tolist() == [4, 4, 4]
+    assert len(public.divide(config, 21, 0, private=1000).private) == 51
+
+
 @pytest.mark.parametrize("count", ["2", "70", "1000"])
 def test_too_few_or_too_many_public_examples_are_refused(dataset, tmp_path, capsys, count):
     with pytest.raises(SystemExit):
@@ -90,6 +104,8 @@ def test_the_benchmark_of_pairs_runs_a_federation_and_measures_its_t2i(start, tm
     pairs = judge.measure(generator, 1.0)
 
     assert lines[-1]["generator"]["loss"] > 0
+    if sys.platform == "linux":
+        assert all(100 < megabytes < 4000 for megabytes in lines[-1]["memory"].values())
     assert 0 <= pairs.own <= 1
     assert pairs.frechet > 0
     row = measures(lines, pairs)
@@ -104,3 +120,21 @@ def test_paired_differences_by_hand():
 
     # Differences 1 and 2: mean 1.5, standard error 0.5, t = 3 with one degree of freedom, p = 0.2048.
     assert cells[1] == "+1.500 (2/2, p = 0.2)"
+
+
+def test_the_centralised_bound_is_of_every_architecture_and_kept(dataset, tmp_path):
+    settings = to_flower(RunConfig()) | {"rounds": 1, "client.warmup-epochs": 4, "client.local-epochs": 1}
+    data = DataConfig(dataset=str(dataset), image_size=16)
+
+    rows = cifar10.centralised(data, settings, 0, tmp_path)
+
+    assert [name for name, _ in rows] == list(cifar10.ARCHITECTURES)
+    assert max(accuracy for _, accuracy in rows) > 0.6  # three colours, one in three by chance
+    assert cifar10.centralised(data, settings, 0, tmp_path) == rows
+
+
+def test_every_profile_and_row_of_the_benchmark_is_a_configuration():
+    for profile in (cifar10.FULL, cifar10.QUICK):
+        for row in cifar10.ROWS.values():
+            config = RunConfig.from_flower(to_flower(RunConfig()) | cifar10.SETTINGS | profile.settings | row)
+            assert config.client.models == cifar10.ARCHITECTURES

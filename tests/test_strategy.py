@@ -300,7 +300,8 @@ def answer_of(modality, logits_NC, counts_C, votes_N=None):
     report = ClientReport(client=modality, model="any", modality=modality, examples=1, accuracy=0, loss=0)
     logits_NC, counts_C = np.array(logits_NC, dtype=np.float16), np.array(counts_C)
     votes_N = None if votes_N is None else np.array(votes_N, dtype=np.float32)
-    return Answer(1, report, DistillationPayload(batch_id="b", logits_NC=logits_NC, class_counts_C=counts_C, votes_N=votes_N))  # fmt: skip
+    payload = DistillationPayload(batch_id="b", logits_NC=logits_NC, class_counts_C=counts_C, votes_N=votes_N)
+    return Answer(1, report, payload)
 
 
 def test_a_class_that_only_pairs_know_is_judged_by_those_that_hold_them(tiny_run):
