@@ -457,7 +457,8 @@ class FedMMKT(Strategy):
             log(WARNING, "  clients   closed without %s", ", ".join(replies.missing))
         if not replies.answers:
             without = replies.rejected | replies.missing
-            reasons = "; ".join(f"{node}: {reason}" for node, reason in without.items()) or "none was asked"
+            nodes = {reason: [node for node in without if without[node] == reason] for reason in without.values()}
+            reasons = "; ".join(f"{', '.join(named)}: {reason}" for reason, named in nodes.items()) or "none was asked"
             raise RunError(f"round {self.record.round}: none of {len(outgoing)} nodes gave a valid reply ({reasons})")
         return replies
 

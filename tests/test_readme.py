@@ -4,13 +4,15 @@ import re
 from pathlib import Path
 
 import numpy as np
-from flwr.common.config import parse_config_args
+import pytest
 from PIL import Image
 
 from client_app import task_models
 from common.config import RunConfig, to_flower
+from deploy.submission import parse_run_config
 from server_app import aggregation
 from server_app.app import build_strategy
+from tests import tiny_pipelines, tiny_transformers
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -38,20 +40,62 @@ def test_the_snippets_run_in_a_federation(tiny_run, make_grid):
     assert not scores_N[~agreed_N].any()
 
 
+def shown():
+    """Return every run-config of the page, as flat settings."""
+    found = re.findall(r"RUN_CONFIG='([^']*)'", README) + re.findall(r"`'([a-z][^`]*)'`", README)
+    return [parse_run_config([overrides]) for overrides in found]
+
+
 def test_every_run_config_shown_is_accepted():
-    shown = re.findall(r"RUN_CONFIG='([^']*)'", README) + re.findall(r"`'([a-z][^`]*)'`", README)
-    assert len(shown) >= 6
-    for overrides in shown:
-        changed = parse_config_args([overrides])
-        flat = {}
-        for key, value in changed.items():
-            flat |= (
-                {f"{key}.{inner}": content for inner, content in value.items()}
-                if isinstance(value, dict)
-                else {key: value}
-            )
-        assert flat.keys() <= to_flower(RunConfig()).keys()
-        RunConfig.from_flower(to_flower(RunConfig()) | flat)
+    assert len(shown()) >= 6
+    for changed in shown():
+        assert changed.keys() <= to_flower(RunConfig()).keys()
+        RunConfig.from_flower(to_flower(RunConfig()) | changed)
+
+
+def birds(folder):
+    """Make the table that the page's example of data names, with its columns and image files beside it."""
+    rng = np.random.default_rng(0)
+    lines = ["photo,species,note"]
+    for index, species in enumerate(("robin", "wren", "owl")):
+        for number in range(60):
+            pixels = np.clip(rng.integers(0, 60, (40, 24, 3)) + index * 90, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{species}-{number}.png")
+            lines.append(f"{species}-{number}.png,{species},a {species} on a branch")
+    (folder / "birds.csv").write_text("\n".join(lines))
+    return str(folder / "birds.csv")
+
+
+STAND_INS = {
+    "/data/birds.csv": birds,
+    "stabilityai/stable-diffusion-3.5-medium": lambda folder: tiny_pipelines.save("sd3", folder / "sd3"),
+    "google/vit-base-patch16-224": lambda folder: tiny_model(folder / "vit", tiny_transformers.image_config()),
+    "distilbert-base-uncased": lambda folder: tiny_model(folder / "bert", tiny_transformers.text_config("distilbert")),
+}
+
+
+def tiny_model(folder, config):
+    return tiny_transformers.save(folder, config).removeprefix("transformers:")
+
+
+@pytest.mark.parametrize("named", [("/data/birds.csv",), ("stabilityai/stable-diffusion-3.5-medium",),
+                                   ("google/vit-base-patch16-224", "distilbert-base-uncased")])  # fmt: skip
+def test_each_example_of_own_data_and_models_runs(named, tiny_run, make_grid, tmp_path):
+    """As it is written, but for the user's file and the hub's models, in whose place are small ones made here."""
+    (changed,) = [changed for changed in shown() if all(name in str(changed) for name in named)]
+    for name in named:
+        place = STAND_INS[name](tmp_path)
+        changed = {k: v.replace(name, place) if isinstance(v, str) else v for k, v in changed.items()}
+    run_config = tiny_run(rounds=1, t2i__samples_per_round=12, data__alpha=1.0) | changed
+    models = run_config["client.models"].split(",")
+
+    strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+    strategy.start(make_grid(run_config, nodes=min(len(models), 6)))
+
+    lines = strategy.run_folder.read_metrics()
+    assert lines[-1]["replies"]["rejected"] == 0
+    assert lines[-1]["replies"]["received"] == len(models)
+    assert lines[-1]["generator"]["loss"] > 0
 
 
 def test_a_folder_of_images_runs_by_configuration_alone(tiny_run, make_grid, tmp_path):
