@@ -166,8 +166,10 @@ class T2IConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of frozen weights; `auto`: full on a CPU and for the starter, half on a GPU"
     )
-    offload: Literal["none", "model"] = Field(
-        "none", description="keep parts that are not computing in main memory (accelerate); for a GPU"
+    offload: Literal["auto", "none", "model"] = Field(
+        "auto",
+        description="`model`: keep parts that are not computing in main memory (accelerate); `auto`: where the whole "
+        "would fill a GPU",
     )
     gradient_checkpointing: bool = Field(False, description="compute activations again in updates, to save memory")
     attention_slicing: bool = Field(False, description="compute attention in parts, to save memory")

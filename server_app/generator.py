@@ -24,6 +24,8 @@ from common.files import replaced_folder
 from server_app.adaptation import get_update, rewards
 from server_app.families import LORA_GROUPS, Conditioning, Family, family_of
 
+WEIGHTS_PART = 0.6  # Of a GPU's free memory; activations and what updates need take the rest.
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -113,10 +115,10 @@ class Generator:
     def _place(self) -> None:
         """Put the pipeline where it computes, and save memory as the configuration says."""
         config = self.config
-        if config.offload == "none":
-            self.pipeline.to(self.device)
-        else:
+        if config.offload == "model" or (config.offload == "auto" and self._would_fill_the_gpu()):
             self.pipeline.enable_model_cpu_offload(device=self.device)
+        else:
+            self.pipeline.to(self.device)
         for pipeline in (self.pipeline, self.image_to_image):
             if pipeline is not None:
                 pipeline.set_progress_bar_config(disable=True)
@@ -126,6 +128,12 @@ class Generator:
             self.pipeline.vae.enable_tiling()
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
+
+    def _would_fill_the_gpu(self) -> bool:
+        if self.device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return would_fill(self.pipeline, free)
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
@@ -424,6 +432,13 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
                 "a hub id that this machine can reach (a gated one needs `hf auth login`) or has in its cache"
             )
         raise ConfigError(f"{key} is {model!r}, which diffusers cannot load: {reason}{remedy}") from None
+
+
+def would_fill(pipeline: Any, free: int) -> bool:
+    """Tell whether a pipeline's weights take more than `WEIGHTS_PART` of the free bytes of a device."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
+    return bool(weights > WEIGHTS_PART * free)
 
 
 def _precision(config: T2IConfig, device: torch.device) -> torch.dtype:

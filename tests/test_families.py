@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from common.config import RunConfig, T2IConfig
 from server_app.app import build_strategy
-from server_app.generator import Generated, Generator
+from server_app.generator import Generated, Generator, would_fill
 from tests import tiny_pipelines
 
 PROMPTS = ["the digit three", "the digit seven", "the digit three"]
@@ -106,7 +106,15 @@ def test_prompts_have_embeddings_of_unit_length(folder):
 def test_memory_savers_change_little(folder):
     plain_one = Generator(settings(folder), seed=0)
     saving = Generator(
-        settings(folder, dtype="bfloat16", gradient_checkpointing=True, attention_slicing=True, vae_tiling=True), seed=0
+        settings(
+            folder,
+            dtype="bfloat16",
+            offload="model",
+            gradient_checkpointing=True,
+            attention_slicing=True,
+            vae_tiling=True,
+        ),
+        seed=0,
     )
     samples = plain_one.generate(PROMPTS, SEEDS, 1.0)
     losses = [generator.adapt(samples, torch.ones(3), steps=2, seed=0) for generator in (plain_one, saving)]
@@ -114,6 +122,16 @@ def test_memory_savers_change_little(folder):
     assert saving.denoiser.dtype == torch.bfloat16
     assert all(tensor.dtype == torch.float32 for tensor in saving.adapter_state().values())
     assert np.isfinite(saving.generate(PROMPTS, SEEDS, 2.0).latents_NCHW).all()
+
+
+def test_a_pipeline_is_offloaded_where_its_weights_would_fill_the_device(folder):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(parameter.numel() * 4 for module in modules for parameter in module.parameters())
+
+    assert would_fill(pipeline, weights)
+    assert would_fill(pipeline, int(weights / 0.61))
+    assert not would_fill(pipeline, int(weights / 0.59))
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sana"])
