@@ -1,4 +1,4 @@
-"""Image, text and image+text clients on real pairs, and what agreement across modalities gives.
+"""Image, text and image+text clients on real pairs, and what alignment across modalities gives.
 
 ``python -m benchmarks.emoji --start DIR``, where ``DIR`` is what ``python -m starter.public`` made of a dataset with
 images, texts and labels. Prompts are the public texts without their classes: what a prompt means, only the
@@ -19,15 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import ArrayRecord, MetricRecord
 from scipy import stats
 from torch.nn import functional as F
 
-from benchmarks.rows import Lines, Overrides, row_folder, run_once, spread
+from benchmarks.rows import MEMORY, Lines, Overrides, row_folder, run_once, spread
 from common.config import DataConfig, T2IConfig
 from common.dataset_files import read_dataset
 from common.datasets import load_splits, to_examples
+from common.payloads import SoftTargets, SyntheticBatch
 from server_app.evaluation import Judge
+from server_app.exchange import Answer
 from server_app.generator import Generator
+from server_app.strategy import FedMMKT
 
 NODES = 6
 SETTINGS: Overrides = {
@@ -38,25 +42,64 @@ SETTINGS: Overrides = {
     "data.alpha": 0.5,
     "judge": False,
     "checkpoints-kept": 0,
-    "t2i.guidance": "1.5,1.0",
+    "t2i.adaptation-steps": 40,
 }
+ACROSS, WITHIN = "whole, soft targets across modalities", "whole, soft targets within modalities"
+CONFIDENCE, LOSS = "whole, confidence in place of agreement", "whole, with the alignment loss"
+LOCAL, FROZEN = "local-only", "frozen T2I, soft targets across modalities"
 ROWS: dict[str, Overrides] = {
-    "local-only": {"t2i.scores": "none", "client.distillation-weight": 0.0, "t2i.samples-per-round": 20},
-    "frozen T2I": {"t2i.scores": "none"},
-    "whole, confidence of image clients": {"t2i.agreement": "confidence"},
-    "whole, agreement across modalities": {},
-    "whole, agreement and alignment loss": {"client.alignment-weight": 0.1},
+    LOCAL: {"t2i.scores": "none", "client.distillation-weight": 0.0, "t2i.samples-per-round": 20},
+    FROZEN: {"t2i.scores": "none"},
+    WITHIN: {},
+    CONFIDENCE: {"t2i.agreement": "confidence"},
+    LOSS: {"client.alignment-weight": 0.1},
+    ACROSS: {},
 }
-PAIRS = (
-    ("whole, agreement across modalities", "whole, confidence of image clients"),
-    ("whole, agreement and alignment loss", "whole, agreement across modalities"),
-    ("whole, agreement across modalities", "frozen T2I"),
-    ("frozen T2I", "local-only"),
-)
+PAIRS = ((ACROSS, WITHIN), (ACROSS, CONFIDENCE), (LOSS, ACROSS), (ACROSS, FROZEN), (ACROSS, LOCAL))
+
+
+class WithinModalities(FedMMKT):
+    """The control without transfer across modalities: what text clients answer reaches text clients alone.
+
+    Those that see images get what image clients say. That of image+text clients, who read the prompts too, reaches
+    nobody.
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.own: dict[tuple[str, bool], SoftTargets] = {}
+
+    def _learn(self, server_round: int, answers: list[Answer]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        learned = super()._learn(server_round, answers)
+        if self.samples is not None:
+            for sees_images, modality in ((True, "image"), (False, "text")):
+                own = [answer for answer in answers if answer.report.modality == modality]
+                probabilities_NC = self.aggregate_logits(own, self.samples.prompted_N)
+                targets = self._soft_targets(self.samples, probabilities_NC, None)
+                self.own[self.samples.batch.batch_id, sees_images] = targets
+        return learned
+
+    def _due(self, node_id: int) -> tuple[tuple[SyntheticBatch, ...], tuple[SoftTargets, ...]]:
+        batches, targets = super()._due(node_id)
+        return batches, tuple(self.own[one.batch_id, self._sees_images(node_id)] for one in targets)
 
 
 GUIDANCE = 1.25  # of the images that are measured
-COLUMNS = ("all clients", "image", "text", "image+text", "own image", "alignment", "Frechet", "MB down", "MB up")
+COLUMNS = (
+    "all clients",
+    "image",
+    "text",
+    "image+text",
+    "own image",
+    "alignment",
+    "Frechet",
+    "MB down",
+    "MB up",
+    "server MB",
+    "client MB",
+)
+DECIMALS = {"Frechet": 0, "MB down": 2, "MB up": 2, "server MB": 0, "client MB": 0}
+TESTED = COLUMNS[:7]  # Columns of the paired tests.
 Measures = dict[str, float | None]
 
 
@@ -138,7 +181,8 @@ def run_row(
         "t2i.model": str(start / "model"),
         "t2i.prompts": str(out / "prompts.jsonl"),
     }
-    return run_once(row_folder(out, name, seed), SETTINGS | changes | ROWS[name] | (extra or {}), NODES)
+    strategy = WithinModalities if name == WITHIN else FedMMKT
+    return run_once(row_folder(out, name, seed), SETTINGS | changes | ROWS[name] | (extra or {}), NODES, strategy)
 
 
 def measured_pairs(name: str, seed: int, start: Path, out: Path, judge: PairJudge) -> Pairs:
@@ -159,6 +203,7 @@ def measures(lines: Lines, pairs: Pairs) -> Measures:
     clients = lines[-1]["clients"]
     values: Measures = {"all clients": clients["accuracy"]}
     values |= {name: clients["by_modality"].get(name) for name in ("image", "text", "image+text")}
+    values |= {column.title: column.value(lines) for column in MEMORY}
     values |= {"own image": pairs.own, "alignment": pairs.alignment, "Frechet": pairs.frechet}
     return values | {f"MB {way}": sum(line["bytes"][way] for line in lines) / 1e6 for way in ("down", "up")}
 
@@ -167,19 +212,19 @@ def table(rows: dict[str, list[Measures]]) -> str:
     """Make a Markdown table, a row a method, mean and standard deviation over seeds."""
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, seeds in rows.items():
-        cells = [spread([one[column] for one in seeds], 0 if column == "Frechet" else 3) for column in COLUMNS]
+        cells = [spread([one[column] for one in seeds], DECIMALS.get(column, 3)) for column in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def paired_tests(rows: dict[str, list[Measures]]) -> str:
     """Compare rows seed by seed: mean difference, seeds that agree with its sign, and p of a paired t-test."""
-    lines = [f"| difference | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [f"| difference | {' | '.join(TESTED)} |", "|---" * (len(TESTED) + 1) + "|"]
     for one, other in PAIRS:
         if one not in rows or other not in rows or len(rows[one]) < 2:
             continue
         cells = []
-        for column in COLUMNS:
+        for column in TESTED:
             pairs = [(a.get(column), b.get(column)) for a, b in zip(rows[one], rows[other], strict=True)]
             differences = np.array([a - b for a, b in pairs if a is not None and b is not None])
             if not differences.any():
@@ -188,8 +233,7 @@ def paired_tests(rows: dict[str, list[Measures]]) -> str:
             mean = differences.mean()
             alike = int((np.sign(differences) == np.sign(mean)).sum())
             p = stats.ttest_1samp(differences, 0).pvalue
-            digits = 0 if column == "Frechet" else 3
-            cells.append(f"{mean:+.{digits}f} ({alike}/{len(differences)}, p = {p:.2g})")
+            cells.append(f"{mean:+.{DECIMALS.get(column, 3)}f} ({alike}/{len(differences)}, p = {p:.2g})")
         lines.append(f"| {one} - {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ import psutil
 from common.config import RunConfig, to_flower
 from deploy.in_process import InProcessGrid
 from server_app.app import build_strategy
+from server_app.strategy import FedMMKT
 
 Overrides = dict[str, bool | int | float | str]
 Lines = list[dict[str, Any]]  # A run's metrics, a line a round.
@@ -35,19 +36,19 @@ Runs = dict[str, list[Lines]]  # By row, one a seed.
 PLAIN: Overrides = {"client.balanced-softmax": False, "client.prompt-weight": 0.0, "client.alignment-weight": 0.0}
 
 
-def run_once(folder: Path, overrides: Overrides, nodes: int) -> Lines:
+def run_once(folder: Path, overrides: Overrides, nodes: int, strategy: type[FedMMKT] = FedMMKT) -> Lines:
     """Run one row with one seed on simulated nodes, unless it is there; return its lines of metrics."""
     done = folder / "done.json"
     if not done.exists():
         # Not `fork`: a server that has the memory of this process tells nothing of its own.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            lines, seconds = pool.submit(_run, folder, overrides, nodes).result()
+            lines, seconds = pool.submit(_run, folder, overrides, nodes, strategy).result()
         keep(folder, lines, seconds)
     kept: Lines = json.loads(done.read_text())["lines"]
     return kept
 
 
-def _run(folder: Path, overrides: Overrides, nodes: int) -> tuple[Lines, float]:
+def _run(folder: Path, overrides: Overrides, nodes: int, kind: type[FedMMKT]) -> tuple[Lines, float]:
     """Run once in this process, with client processes beside it; the last line tells the peak memory of both."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folders = {"output-dir": str(folder / "run"), "client.state-dir": str(folder / "clients")}
@@ -56,7 +57,7 @@ def _run(folder: Path, overrides: Overrides, nodes: int) -> tuple[Lines, float]:
     grid = InProcessGrid("client_app.app:app", run_config, node_configs, workers=min(nodes, os.cpu_count() or 1))
     start = time.perf_counter()
     # The run id keys the clients' memory: a run that was cut short must not be continued by its clients.
-    strategy = build_strategy(RunConfig.from_flower(run_config), time.time_ns() % 2**31)
+    strategy = build_strategy(RunConfig.from_flower(run_config), time.time_ns() % 2**31, kind)
     strategy.start(grid)
     seconds = time.perf_counter() - start
     clients = [_peak_megabytes(process.pid) for process in psutil.Process().children()]

@@ -9,7 +9,7 @@ import pytest
 from diffusers import DiffusionPipeline
 
 from benchmarks import cifar10
-from benchmarks.emoji import PairJudge, measures, paired_tests, run_row, table
+from benchmarks.emoji import ACROSS, WITHIN, PairJudge, measures, paired_tests, run_row, table
 from common.config import DataConfig, RunConfig, T2IConfig, to_flower
 from server_app.generator import Generator
 from starter import public
@@ -93,13 +93,14 @@ def test_too_few_or_too_many_public_examples_are_refused(dataset, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_the_benchmark_of_pairs_runs_a_federation_and_measures_its_t2i(start, tmp_path):
+@pytest.mark.parametrize("row", [ACROSS, WITHIN])
+def test_the_benchmark_of_pairs_runs_a_federation_and_measures_its_t2i(start, tmp_path, row):
     judge = PairJudge(start)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in judge.prompts))
     tiny = {"data.min-examples": 2, "data.text-column": "name", "data.image-size": 16, "t2i.inference-steps": 2}
     tiny |= {"client.distillation-steps": 2, "client.warmup-epochs": 1, "t2i.adaptation-steps": 1}
 
-    lines = run_row("whole, agreement across modalities", 0, 1, 100.0, start, tmp_path, tiny)
+    lines = run_row(row, 0, 2, 100.0, start, tmp_path, tiny)
     generator = Generator(T2IConfig(model=str(start / "model"), inference_steps=2), 0)
     pairs = judge.measure(generator, 1.0)
 
@@ -114,7 +115,7 @@ def test_the_benchmark_of_pairs_runs_a_federation_and_measures_its_t2i(start, tm
 
 def test_paired_differences_by_hand():
     on, off = ([dict.fromkeys(("all clients", "own image"), value) for value in values] for values in ((3, 4), (2, 2)))
-    rows = {"whole, agreement across modalities": on, "whole, confidence of image clients": off}
+    rows = {ACROSS: on, WITHIN: off}
 
     cells = paired_tests(rows).splitlines()[2].split(" | ")
 
