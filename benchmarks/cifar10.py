@@ -69,7 +69,7 @@ FULL = Profile(
         *("--public", "10000", "--test", "2000", "--latent-channels", "8"),
         *("--autoencoder-steps", "1500", "--diffusion-steps", "4500"),
     ),
-    settings={"rounds": 5, "client.distillation-steps": 100},
+    settings={"rounds": 4, "client.distillation-steps": 100},
 )
 QUICK = Profile(
     start=(

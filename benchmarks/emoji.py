@@ -44,18 +44,19 @@ SETTINGS: Overrides = {
     "checkpoints-kept": 0,
     "t2i.adaptation-steps": 40,
 }
-ACROSS, WITHIN = "whole, soft targets across modalities", "whole, soft targets within modalities"
-CONFIDENCE, LOSS = "whole, confidence in place of agreement", "whole, with the alignment loss"
-LOCAL, FROZEN = "local-only", "frozen T2I, soft targets across modalities"
+LOCAL, WITHIN, ACROSS = "local-only", "soft targets within modalities", "soft targets across modalities"
+CONFIDENCE, LOSS = "the same, samples by confidence alone", "the same, with the alignment loss"
+WHOLE = "the same, the T2I adapted"
+FROZEN: Overrides = {"t2i.scores": "none"}
 ROWS: dict[str, Overrides] = {
-    LOCAL: {"t2i.scores": "none", "client.distillation-weight": 0.0, "t2i.samples-per-round": 20},
-    FROZEN: {"t2i.scores": "none"},
-    WITHIN: {},
-    CONFIDENCE: {"t2i.agreement": "confidence"},
-    LOSS: {"client.alignment-weight": 0.1},
-    ACROSS: {},
+    LOCAL: FROZEN | {"client.distillation-weight": 0.0, "t2i.samples-per-round": 20},
+    WITHIN: FROZEN,
+    ACROSS: FROZEN,
+    CONFIDENCE: FROZEN | {"t2i.agreement": "confidence"},
+    LOSS: FROZEN | {"client.alignment-weight": 0.1},
+    WHOLE: {},
 }
-PAIRS = ((ACROSS, WITHIN), (ACROSS, CONFIDENCE), (LOSS, ACROSS), (ACROSS, FROZEN), (ACROSS, LOCAL))
+PAIRS = ((ACROSS, WITHIN), (ACROSS, CONFIDENCE), (LOSS, ACROSS), (WHOLE, ACROSS), (ACROSS, LOCAL))
 
 
 class WithinModalities(FedMMKT):

@@ -8,6 +8,7 @@ decodes the node's data and begins a model; later ones find a decoded copy and t
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import pickle
 import statistics
@@ -30,7 +31,7 @@ def answer(folder: Path, started: float) -> dict[str, float]:
         marks.append(time.time())
         return marks[-1] - marks[-2]
 
-    from flwr.app import Context, Message, RecordDict
+    from flwr.app import Context, RecordDict
     from flwr.clientapp import ClientApp  # noqa: F401
 
     content, run_config, node_config = pickle.loads((folder / "message.pickle").read_bytes())
@@ -38,8 +39,7 @@ def answer(folder: Path, started: float) -> dict[str, float]:
     import torch  # noqa: F401
 
     seconds["torch"] = stage()
-    import client_app.app as app
-
+    app: Any = importlib.import_module("client_app.app")
     seconds["the app"] = stage()
     load, reading = app.load_own_data, [0.0]
 
@@ -58,12 +58,12 @@ def answer(folder: Path, started: float) -> dict[str, float]:
     client.receive(request)
     client.learn()
     payload = client.answer(request.batches[-1])
-    Message(RecordDict({**client.report().to_records("report"), **payload.to_records("payload")}), 1, "train")
+    RecordDict({**client.report().to_records("report"), **payload.to_records("payload")})
     seconds["answer"] = stage()
     return seconds | {"all": marks[-1] - started}
 
 
-def measure(model: str, repeats: int, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+def measure(repeats: int, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Answer messages in fresh processes; seconds by stage of the first, and medians of the later ones."""
     command = [sys.executable, "-m", "benchmarks.message", "--answer", str(folder), "--started"]
     seconds: list[dict[str, float]] = []
@@ -123,9 +123,7 @@ def main() -> None:
         data = write_partitions(DataConfig(), 4, 0, Path(home) / "data")[0]
         for model in arguments.models:
             write_message(model, data, Path(home) / model)
-            for name, seconds in zip(
-                ("first", "later"), measure(model, arguments.repeats, Path(home) / model), strict=True
-            ):
+            for name, seconds in zip(("first", "later"), measure(arguments.repeats, Path(home) / model), strict=True):
                 cells = " | ".join(f"{seconds[stage]:.2f}" for stage in STAGES)
                 print(f"| {model}, {name} message | {cells} |", flush=True)
 
