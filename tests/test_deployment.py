@@ -48,7 +48,7 @@ class Host:
         text = re.sub(r"^ssh -fN .*$", "true", text, flags=re.MULTILINE)
         text = re.sub(r"sudo (-u fedmmkt )?", "", text).replace("-o fedmmkt -g fedmmkt ", "")
         text = text.replace("fedmmkt:fedmmkt", str(os.getuid())).replace("scp ", "cp ")
-        text = text.replace("/opt/fedmmkt/bin", SCRIPTS).replace(".venv/bin", SCRIPTS)
+        text = re.sub(r"/opt/fedmmkt/bin|\.venv/bin", SCRIPTS, text)  # at once: SCRIPTS may hold the second
         text = text.replace("flwr run . ", f"flwr run {ROOT} ")
         text = text.replace('output-dir="', 'output-dir="root@superlink.example:')  # whose path it is
         text = re.sub(r"(?:root@([\w-]+)\.example:)?(/etc/fedmmkt|/var/lib/fedmmkt)", self._place, text)
