@@ -7,9 +7,11 @@ import datasets
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
+from PIL import Image
 
-from benchmarks import cifar10
+from benchmarks import cifar10, curves
 from benchmarks.emoji import ACROSS, WHOLE, WITHIN, PairJudge, measures, paired_tests, run_row, table
+from benchmarks.rows import keep
 from common.config import DataConfig, RunConfig, T2IConfig, to_flower
 from server_app.generator import Generator
 from starter import public
@@ -139,3 +141,18 @@ def test_every_profile_and_row_of_the_benchmark_is_a_configuration():
         for row in cifar10.ROWS.values():
             config = RunConfig.from_flower(to_flower(RunConfig()) | cifar10.SETTINGS | profile.settings | row)
             assert config.client.models == cifar10.ARCHITECTURES
+
+
+def test_curves_are_means_over_seeds_with_one_standard_deviation(tmp_path):
+    lines = [[{"clients": {"accuracy": value}, "generator": {"alignment": None}} for value in values]
+             for values in ((0.1, 0.5, 0.7), (0.3, 0.9))]  # fmt: skip
+    for seed, kept in enumerate(lines):
+        keep(tmp_path / "a-row" / f"seed-{seed}", kept, 1.0)
+
+    runs = curves.read_runs(tmp_path)
+    mean_R, deviation_R = curves.band([[line["clients"]["accuracy"] for line in seed] for seed in runs["a row"]])
+    curves.draw(runs, tmp_path / "figure.png")
+
+    assert mean_R.tolist() == pytest.approx([0.2, 0.7])
+    assert deviation_R.tolist() == pytest.approx([0.02**0.5, 0.08**0.5])
+    assert Image.open(tmp_path / "figure.png").size[0] > 400
