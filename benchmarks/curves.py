@@ -23,15 +23,16 @@ MEASURES: dict[str, Callable[[dict[str, dict[str, float | None]]], float | None]
 }
 
 
-def read_runs(folder: Path) -> Curves:
-    """Read the kept runs below a benchmark's folder by row, in the order in which they were first finished.
+def read_runs(folder: Path, rows: Sequence[str] = ()) -> Curves:
+    """Read the kept runs below a benchmark's folder by row (all, or those named), in the order of their finishing.
 
     Raises
     ------
     FileNotFoundError
         If there is none.
     """
-    kept = sorted(folder.glob("*/seed-*/done.json"), key=lambda path: path.stat().st_mtime)
+    found = [path for row in rows or ("*",) for path in folder.glob(f"{row}/seed-*/done.json")]
+    kept = sorted(found, key=lambda path: path.stat().st_mtime)
     if not kept:
         raise FileNotFoundError(f"{folder} holds no finished run (ROW/seed-N/done.json)")
     runs: Curves = {}
@@ -78,10 +79,11 @@ def main() -> None:
     parser.add_argument(
         "runs", type=Path, help="folder of a benchmark's rows, such as runs/benchmarks/digits/alpha-0.1"
     )
+    parser.add_argument("--rows", nargs="+", help="folders of rows to draw; all by default")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     arguments = parser.parse_args()
     try:
-        draw(read_runs(arguments.runs), arguments.out)
+        draw(read_runs(arguments.runs, arguments.rows or ()), arguments.out)
     except FileNotFoundError as error:
         parser.error(str(error))
 
