@@ -18,6 +18,7 @@ from torch import Tensor
 from common.config import ConfigError
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+LATENT_CHANNELS = 4  # By which diffusers' image to image of Stable Diffusion tells latents from images.
 LORA_GROUPS = ("attention", "convolution", "feed-forward", "time")
 # What prompts become: keyword arguments of the pipeline, samples first.
 Conditioning = dict[str, Tensor]
@@ -148,10 +149,16 @@ class StableDiffusion(Family):
     }
 
     def image_to_image(self) -> Any:
-        """Return a pipeline of the same parts that varies images."""
+        """Return a pipeline of the same parts that varies images, or None where diffusers would not take latents."""
         from diffusers import StableDiffusionImg2ImgPipeline
 
+        if not self._takes_latents():
+            return None
         return StableDiffusionImg2ImgPipeline(**self.pipeline.components, requires_safety_checker=False)
+
+    def _takes_latents(self) -> bool:
+        """Whether image to image knows latents as such: those of these families do so by four channels alone."""
+        return bool(self.pipeline.vae.config.latent_channels == LATENT_CHANNELS)
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts to CLIP's states."""
@@ -170,8 +177,8 @@ class StableDiffusionXL(StableDiffusion):
     variations = "StableDiffusionXLImg2ImgPipeline"
 
     def image_to_image(self) -> Any:
-        """Return a pipeline of the same parts that varies images."""
-        return Family.image_to_image(self)
+        """Return a pipeline of the same parts that varies images, or None where diffusers would not take latents."""
+        return Family.image_to_image(self) if self._takes_latents() else None
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts to the states of both encoders, and the pooled ones of the second."""

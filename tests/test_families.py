@@ -144,3 +144,14 @@ def test_a_federation_runs_by_configuration_alone(kind, tiny_run, make_grid, tmp
     line = strategy.run_folder.read_metrics()[-1]
     assert line["replies"]["received"] == 2
     assert line["generator"]["loss"] > 0
+
+
+def test_a_family_that_varies_samples_makes_new_ones_where_latents_have_other_channels(tiny_run, make_grid, tmp_path):
+    tiny_pipelines.stable_diffusion(latent_channels=8).save_pretrained(tmp_path / "wide")
+    run_config = tiny_run(t2i__model=str(tmp_path / "wide"), client__models="mlp", t2i__samples_per_round=10)
+    strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+
+    strategy.start(make_grid(run_config, nodes=2))
+
+    assert not strategy.generator.can_vary
+    assert strategy.run_folder.read_metrics()[-1]["generator"]["loss"] > 0

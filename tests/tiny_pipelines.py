@@ -63,11 +63,13 @@ def unet(**changes):
     return diffusers.UNet2DConditionModel(**settings | changes)
 
 
-def stable_diffusion(prediction="epsilon"):
+def stable_diffusion(prediction="epsilon", latent_channels=4):
     scheduler = diffusers.DDIMScheduler(prediction_type=prediction, steps_offset=1, clip_sample=False)
     return diffusers.StableDiffusionPipeline(
-        autoencoder(), clip_text(), clip_tokenizer(), unet(), scheduler, None, None, requires_safety_checker=False
-    )
+        autoencoder(latent_channels=latent_channels), clip_text(), clip_tokenizer(),
+        unet(in_channels=latent_channels, out_channels=latent_channels), scheduler, None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def stable_diffusion_xl():
