@@ -23,7 +23,7 @@ BRIEF: Overrides = {
     "data.partitioner": "iid",
     "judge": False,
 }
-SIZES = ((4, 2), (4, 8), (4, 24), (16, 4), (64, 4))
+SIZES = ((4, 2), (4, 8), (4, 24), (4, 72), (16, 4), (64, 4))
 
 
 def main() -> None:
