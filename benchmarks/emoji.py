@@ -46,7 +46,7 @@ SETTINGS: Overrides = {
 }
 LOCAL, WITHIN, ACROSS = "local-only", "soft targets within modalities", "soft targets across modalities"
 CONFIDENCE, LOSS = "the same, samples by confidence alone", "the same, with the alignment loss"
-WHOLE = "the same, the T2I adapted"
+WHOLE, CONTRAST = "the same, the T2I adapted", "the same, the T2I adapted by contrast"
 FROZEN: Overrides = {"t2i.scores": "none"}
 ROWS: dict[str, Overrides] = {
     LOCAL: FROZEN | {"client.distillation-weight": 0.0, "t2i.samples-per-round": 20},
@@ -55,8 +55,17 @@ ROWS: dict[str, Overrides] = {
     CONFIDENCE: FROZEN | {"t2i.agreement": "confidence"},
     LOSS: FROZEN | {"client.alignment-weight": 0.1},
     WHOLE: {},
+    CONTRAST: {"t2i.scores": "consensus", "t2i.update": "negative-aware"},
 }
-PAIRS = ((ACROSS, WITHIN), (ACROSS, CONFIDENCE), (LOSS, ACROSS), (WHOLE, ACROSS), (ACROSS, LOCAL))
+PAIRS = (
+    (ACROSS, WITHIN),
+    (ACROSS, CONFIDENCE),
+    (LOSS, ACROSS),
+    (WHOLE, ACROSS),
+    (CONTRAST, ACROSS),
+    (CONTRAST, WHOLE),
+    (ACROSS, LOCAL),
+)
 
 
 class WithinModalities(FedMMKT):

@@ -170,9 +170,13 @@ register_update("negative-aware", UpdateRule(_negative_aware, draws_by_score=Fal
 
 
 def rewards(scores_N: Tensor) -> Tensor:
-    """Map scores to rewards in [0, 1] by rank, ties alike: the best gets 1, the worst 0."""
-    distinct, rank_N = scores_N.unique(sorted=True, return_inverse=True)
-    return rank_N.float() / max(1, len(distinct) - 1)
+    """Map scores to rewards in [0, 1] by rank, ties sharing their mean rank, so that rewards average one half.
+
+    A negative-aware update then learns from what tells samples apart: equal scores teach nothing.
+    """
+    _, distinct_N, counts = scores_N.unique(sorted=True, return_inverse=True, return_counts=True)
+    mean_ranks = counts.cumsum(0) - (counts + 1) / 2
+    return ((mean_ranks[distinct_N] + 0.5) / len(scores_N)).float()
 
 
 def _get(rules: dict[str, _Rule], key: str, name: str) -> _Rule:

@@ -44,9 +44,13 @@ def test_no_scores_are_zero():
     assert not get_scores("none")(feedback()).any()
 
 
-def test_rewards_are_ranks():
-    assert rewards(torch.tensor([3.0, 0.0, 3.0, 1.0])).tolist() == [1.0, 0.0, 1.0, 0.5]
-    assert rewards(torch.ones(2)).tolist() == [0.0, 0.0]
+def test_rewards_are_ranks_and_ties_share_theirs():
+    # Ranks 0, 1 and twice 2.5, each half a step from the ends of [0, 1].
+    assert rewards(torch.tensor([3.0, 0.0, 3.0, 1.0])).tolist() == [0.75, 0.125, 0.75, 0.375]
+
+
+def test_equal_scores_are_neither_good_nor_bad():
+    assert rewards(torch.ones(3)).tolist() == [0.5, 0.5, 0.5]
 
 
 def test_update_losses():

@@ -149,6 +149,20 @@ def test_the_negative_aware_update_starts_from_the_adapter_as_it_was(adapted):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_equal_scores_teach_the_negative_aware_update_nothing(adapted):
+    samples = adapted.generate(PROMPTS, SEEDS, 1.0)
+    state = adapted.adapter_state()
+    moved = {}
+    for update in ("supervised", "negative-aware"):
+        generator = Generator(FAST.model_copy(update={"update": update}), seed=0)
+        generator.load_adapter_state(state, "the same")
+        generator.adapt(samples, torch.ones(3), steps=5, seed=0)
+        made = generator.generate(PROMPTS, SEEDS, 1.0)
+        moved[update] = float((made.latents_NCHW - samples.latents_NCHW).square().mean())
+    # Not quite nothing: AdamW makes steps of rounding errors.
+    assert moved["negative-aware"] < 0.1 * moved["supervised"]
+
+
 def test_samples_without_score_teach_nothing(generator):
     before = generator.adapter_state()
     samples = generator.generate(PROMPTS, SEEDS, 1.0)
