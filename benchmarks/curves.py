@@ -1,7 +1,7 @@
 """Curves of kept runs: ``python -m benchmarks.curves runs/benchmarks/emoji/alpha-0.1 --out docs/emoji.png``.
 
-A line a row of the benchmark, by round: clients' mean accuracy and, where a judge measured it, the T2I's alignment.
-Lines are means over seeds, bands one standard deviation.
+A line a row of the benchmark, by round: clients' mean accuracy and, where a judge measured the T2I, its alignment and
+Frechet distance. Lines are means over seeds, bands one standard deviation.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,9 +18,10 @@ import numpy as np
 from benchmarks.rows import Lines
 
 Curves = dict[str, list[Lines]]
-MEASURES: dict[str, Callable[[dict[str, dict[str, float | None]]], float | None]] = {
+MEASURES: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "clients' accuracy": lambda line: line["clients"]["accuracy"],
     "T2I alignment": lambda line: line["generator"]["alignment"],
+    "T2I Frechet distance": lambda line: line["generator"]["frechet"],
 }
 
 
@@ -48,20 +50,30 @@ def band(values: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
     return array_SR.mean(0), array_SR.std(0, ddof=1) if len(values) > 1 else np.zeros(shortest)
 
 
+def values(seeds: Sequence[Lines], measure: str) -> list[list[float]]:
+    """Return a measure by seed and round; empty unless all have it."""
+    of = MEASURES[measure]
+    found = [[of(line) for line in lines] for lines in seeds]
+    whole = [[value for value in seed if value is not None] for seed in found]
+    return whole if list(map(len, whole)) == list(map(len, found)) else []
+
+
 def draw(runs: Curves, path: Path) -> None:
-    """Draw a panel a measure, as far as runs have it."""
+    """Draw a panel for each measure that some rows have."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [name for name, of in MEASURES.items() if all(of(line) is not None for run in runs.values()
-                                                           for line in run[0])]  # fmt: skip
+    panels = [name for name in MEASURES if any(values(seeds, name) for seeds in runs.values())]
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, layout="constrained")
     for panel, axis in zip(panels, axes[0], strict=True):
-        for row, seeds in runs.items():
-            mean_R, deviation_R = band([[MEASURES[panel](line) or 0.0 for line in lines] for lines in seeds])
-            rounds = np.arange(len(mean_R))
-            axis.plot(rounds, mean_R, marker=".", label=f"{row} ({len(seeds)})")
-            axis.fill_between(rounds, mean_R - deviation_R, mean_R + deviation_R, alpha=0.15)
+        for index, (row, seeds) in enumerate(runs.items()):
+            found = values(seeds, panel)
+            if not found:
+                continue
+            mean_R, deviation_R = band(found)
+            rounds, colour = np.arange(len(mean_R)), f"C{index}"
+            axis.plot(rounds, mean_R, marker=".", color=colour, label=f"{row} ({len(seeds)})")
+            axis.fill_between(rounds, mean_R - deviation_R, mean_R + deviation_R, color=colour, alpha=0.15)
         axis.set(xlabel="round", ylabel=panel)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -144,7 +144,8 @@ def test_every_profile_and_row_of_the_benchmark_is_a_configuration():
 
 
 def test_curves_are_means_over_seeds_with_one_standard_deviation(tmp_path):
-    lines = [[{"clients": {"accuracy": value}, "generator": {"alignment": None}} for value in values]
+    nothing = {"alignment": None, "frechet": None}
+    lines = [[{"clients": {"accuracy": value}, "generator": nothing} for value in values]
              for values in ((0.1, 0.5, 0.7), (0.3, 0.9))]  # fmt: skip
     for seed, kept in enumerate(lines):
         keep(tmp_path / "a-row" / f"seed-{seed}", kept, 1.0)
@@ -156,3 +157,16 @@ def test_curves_are_means_over_seeds_with_one_standard_deviation(tmp_path):
     assert mean_R.tolist() == pytest.approx([0.2, 0.7])
     assert deviation_R.tolist() == pytest.approx([0.02**0.5, 0.08**0.5])
     assert Image.open(tmp_path / "figure.png").size[0] > 400
+
+
+def test_curves_have_a_panel_for_what_some_rows_measure(tmp_path):
+    for row, alignment in (("frozen", None), ("adapted", 0.5)):
+        line = {"clients": {"accuracy": 0.1}, "generator": {"alignment": alignment, "frechet": None}}
+        keep(tmp_path / row / "seed-0", [line, line], 1.0)
+
+    runs = curves.read_runs(tmp_path)
+    curves.draw(runs, tmp_path / "figure.png")
+
+    assert curves.values(runs["frozen"], "T2I alignment") == []
+    assert curves.values(runs["adapted"], "T2I alignment") == [[0.5, 0.5]]
+    assert Image.open(tmp_path / "figure.png").size[0] > 2 * 400
