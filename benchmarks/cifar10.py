@@ -129,7 +129,7 @@ def main() -> None:
         nargs="+",
         choices=list(ROWS),
         default=[name for name in ROWS if name != VOTES],
-        help="all but the last",
+        help=f"all but {VOTES!r}",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/cifar10"))
     arguments = parser.parse_args()

@@ -175,8 +175,8 @@ def rewards(scores_N: Tensor) -> Tensor:
     A negative-aware update then learns from what tells samples apart: equal scores teach nothing.
     """
     _, distinct_N, counts = scores_N.unique(sorted=True, return_inverse=True, return_counts=True)
-    mean_ranks = counts.cumsum(0) - (counts + 1) / 2
-    return ((mean_ranks[distinct_N] + 0.5) / len(scores_N)).float()
+    middles = counts.cumsum(0) - counts / 2
+    return (middles[distinct_N] / len(scores_N)).float()
 
 
 def _get(rules: dict[str, _Rule], key: str, name: str) -> _Rule:
