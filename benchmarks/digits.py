@@ -16,7 +16,7 @@ from benchmarks.rows import ACCURACY, COSTS_AND_T2I, PLAIN, Overrides, modality,
 from common.config import RunConfig, T2IConfig
 from common.datasets import load_splits, to_examples
 from server_app.evaluation import Judge
-from server_app.generator import Generated, Generator
+from server_app.generator import Generated, Generator, as_images
 
 NODES = 6
 
@@ -62,9 +62,8 @@ def references(seed: int) -> list[tuple[str, float | None, float]]:
     with torch.no_grad():
         vae = generator.pipeline.vae
         latents_NCHW = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-    measured(
-        "their reconstructions by the autoencoder", generator._decode(latents_NCHW[:count]), train.labels_N[:count]
-    )
+        decoded = as_images(generator.family.decode(latents_NCHW[:count]))
+    measured("their reconstructions by the autoencoder", decoded, train.labels_N[:count])
     captions = [t2i.prompt_templates[i % len(t2i.prompt_templates)].format(splits.classes[label])
                 for i, label in enumerate(train.labels_N)]  # fmt: skip
     private = Generated(tuple(captions), train.images_NHWC, latents_NCHW)

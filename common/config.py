@@ -162,7 +162,11 @@ class T2IConfig(_Section):
         200, ge=1, le=100_000, description="images of fixed prompts and seeds by which the T2I is measured"
     )
     evaluation_guidance: float = Field(1.25, ge=0, le=100, description="guidance scale of these images")
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
+    device: tuple[str, ...] = Field(
+        ("auto",),
+        min_length=1,
+        description="`auto`: all GPUs, or the CPU; `cpu`, `cuda`, `cuda:1`, `mps`, or several, which generate together",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of frozen weights; `auto`: full on a CPU and for the starter, half on a GPU"
     )

@@ -84,14 +84,15 @@ def check_data(config: RunConfig, node: NodeConfig) -> str:
 
 def check_t2i(config: RunConfig) -> str:
     """Load the server's T2I model, and see that it is of a family that can be adapted."""
-    from common.devices import pick_device
+    from common.devices import pick_devices
     from server_app.families import family_of
     from server_app.generator import load_pipeline
 
-    device = pick_device(config.t2i.device)
+    devices = pick_devices(config.t2i.device)
     pipeline = load_pipeline(config.t2i.model)
-    size = family_of(pipeline, config.t2i.model, device).image_size
-    return f"{config.t2i.model} is a {type(pipeline).__name__} of {size} pixels, runs on {device}"
+    size = family_of(pipeline, config.t2i.model, devices[0]).image_size
+    named = ", ".join(map(str, devices))
+    return f"{config.t2i.model} is a {type(pipeline).__name__} of {size} pixels, runs on {named}"
 
 
 def check_folder(folder: Path, private: bool = True) -> str:

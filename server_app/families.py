@@ -6,11 +6,12 @@ it should then predict, which layers a LoRA may take, and how its adapter is sav
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class Family(ABC):
         The pipeline's component that is adapted.
     lora_groups : dict of str to tuple of str
         Ends of layer names by what the layers do.
+    image_to_image : diffusers.DiffusionPipeline or None
+        A pipeline of the same parts that varies images.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -62,9 +65,20 @@ class Family(ABC):
         self.image_size = int(self.denoiser.config.sample_size * pipeline.vae_scale_factor)
         self.call: dict[str, Any] = {}
         self.noise_scheduler = self._noise_scheduler()
+        self.image_to_image = self._image_to_image()
 
-    def image_to_image(self) -> Any:
-        """Return a pipeline of the same parts that varies images, or None."""
+    def twin(self, device: torch.device) -> Self:
+        """Copy what generates from encoded prompts, and no text encoder, to another device."""
+        pipeline = copy.copy(self.pipeline)
+        for name, part in self.pipeline.components.items():
+            if name in (self.denoiser_name, "vae"):
+                pipeline.register_modules(**{name: copy.deepcopy(part).to(device)})
+            elif isinstance(part, torch.nn.Module):
+                pipeline.register_modules(**{name: None})
+        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # It counts the steps of one call.
+        return type(self)(pipeline, device)
+
+    def _image_to_image(self) -> Any:
         import diffusers
 
         return getattr(diffusers, self.variations)(**self.pipeline.components) if self.variations else None
@@ -148,8 +162,7 @@ class StableDiffusion(Family):
         "time": ("linear_1", "linear_2", "time_emb_proj"),
     }
 
-    def image_to_image(self) -> Any:
-        """Return a pipeline of the same parts that varies images, or None where diffusers would not take latents."""
+    def _image_to_image(self) -> Any:
         from diffusers import StableDiffusionImg2ImgPipeline
 
         if not self._takes_latents():
@@ -176,9 +189,8 @@ class StableDiffusionXL(StableDiffusion):
     pipelines = ("StableDiffusionXLPipeline",)
     variations = "StableDiffusionXLImg2ImgPipeline"
 
-    def image_to_image(self) -> Any:
-        """Return a pipeline of the same parts that varies images, or None where diffusers would not take latents."""
-        return Family.image_to_image(self) if self._takes_latents() else None
+    def _image_to_image(self) -> Any:
+        return Family._image_to_image(self) if self._takes_latents() else None
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts to the states of both encoders, and the pooled ones of the second."""

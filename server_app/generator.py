@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.config import ConfigError, T2IConfig
-from common.devices import pick_device
+from common.devices import pick_devices
 from common.files import replaced_folder
 from server_app.adaptation import get_update, rewards
 from server_app.families import LORA_GROUPS, Conditioning, Family, family_of
+
+logger = logging.getLogger("flwr")
 
 WEIGHTS_PART = 0.6  # Of a GPU's free memory; activations and what updates need take the rest.
 
@@ -70,6 +76,8 @@ class Generated:
 class Generator:
     """A diffusers text-to-image pipeline with one LoRA adapter; `families` says of which kinds.
 
+    It encodes prompts and learns on the first of its devices, and generates on all of them.
+
     Parameters
     ----------
     config : T2IConfig
@@ -86,16 +94,16 @@ class Generator:
 
     def __init__(self, config: T2IConfig, seed: int) -> None:
         self.config = config
-        self.device = pick_device(config.device)
+        self.device, *others = pick_devices(config.device)
         self.pipeline = load_pipeline(config.model, _precision(config, self.device))
         self.family = family_of(self.pipeline, config.model, self.device)
-        self.image_to_image = self.family.image_to_image()
         self.denoiser = self.family.denoiser
         for part in self.pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
         self.pipeline.vae.float()  # In half precision some autoencoders overflow.
-        self._place()
+        self.twins: list[Family] = []
+        self._place(others)
         self.seed = seed
         torch.manual_seed(seed)
         lora = LoraConfig(
@@ -112,27 +120,34 @@ class Generator:
         if config.adapter:
             self.load_adapter(Path(config.adapter).expanduser())
 
-    def _place(self) -> None:
-        """Put the pipeline where it computes, and save memory as the configuration says."""
+    def _place(self, others: Sequence[torch.device]) -> None:
+        """Put the pipeline where it computes, copies on the other devices, and save memory as configured."""
         config = self.config
-        if config.offload == "model" or (config.offload == "auto" and self._would_fill_the_gpu()):
+        if config.offload == "model" or (config.offload == "auto" and self._would_fill(self.device)):
             self.pipeline.enable_model_cpu_offload(device=self.device)
+            unused = list(others)
         else:
+            unused = [device for device in others if config.offload == "auto" and self._would_fill(device)]
+            # Copied before the adapter is added: a twin has the weights into which it was merged.
+            self.twins = [self.family.twin(device) for device in others if device not in unused]
             self.pipeline.to(self.device)
-        for pipeline in (self.pipeline, self.image_to_image):
-            if pipeline is not None:
+        if unused:
+            names = ", ".join(map(str, unused))
+            logger.warning("The T2I does not use %s, which its weights would fill, or from which they are kept.", names)
+        for family in (self.family, *self.twins):
+            for pipeline in filter(None, (family.pipeline, family.image_to_image)):
                 pipeline.set_progress_bar_config(disable=True)
-        if config.attention_slicing:
-            self.pipeline.enable_attention_slicing()
-        if config.vae_tiling:
-            self.pipeline.vae.enable_tiling()
+            if config.attention_slicing:
+                family.pipeline.enable_attention_slicing()
+            if config.vae_tiling:
+                family.pipeline.vae.enable_tiling()
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
 
-    def _would_fill_the_gpu(self) -> bool:
-        if self.device.type != "cuda":
+    def _would_fill(self, device: torch.device) -> bool:
+        if device.type != "cuda":
             return False
-        free, _ = torch.cuda.mem_get_info(self.device)
+        free, _ = torch.cuda.mem_get_info(device)
         return would_fill(self.pipeline, free)
 
     def _trained(self) -> list[torch.nn.Parameter]:
@@ -151,7 +166,7 @@ class Generator:
     @property
     def can_vary(self) -> bool:
         """Whether `vary` can be called: not all families have it."""
-        return self.image_to_image is not None
+        return self.family.image_to_image is not None
 
     def generate(
         self,
@@ -171,7 +186,7 @@ class Generator:
         progress : callable
             Is told how many images are done.
         """
-        return self._denoise(self.pipeline, prompts, seeds, guidance, progress, lambda part: {})
+        return self._denoise(lambda family, part: family.pipeline, prompts, seeds, guidance, progress)
 
     def vary(
         self, parents_NCHW: Tensor, prompts: Sequence[str], seeds: Sequence[int], guidance: float, strength: float
@@ -190,46 +205,48 @@ class Generator:
             How much of the way, in (0, 1]; at 1 little of the parents is left.
         """
         return self._denoise(
-            self.image_to_image,
+            lambda family, part: partial(
+                family.image_to_image, image=parents_NCHW[part].to(family.device), strength=strength
+            ),
             prompts,
             seeds,
             guidance,
             lambda done: None,
-            lambda part: {"image": parents_NCHW[part].to(self.device), "strength": strength},
         )
 
-    @torch.no_grad()
     def _denoise(
         self,
-        pipeline: Any,
+        sampler: Callable[[Family, slice], Callable[..., Any]],
         prompts: Sequence[str],
         seeds: Sequence[int],
         guidance: float,
         progress: Callable[[int], object],
-        extra: Callable[[slice], dict[str, Any]],
     ) -> Generated:
-        images, latents = [], []
-        size = self.config.generation_batch_size
+        families = (self.family, *self.twins)
+        size = min(self.config.generation_batch_size, math.ceil(len(prompts) / len(families)))
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
         conditioning = self._conditioning(prompts)
         self._merge()
-        for start in range(0, len(prompts), size):
-            part = slice(start, start + size)
+
+        @torch.no_grad()
+        def make(family: Family, part: slice) -> Generated:
             given, empty = conditioning(torch.arange(len(prompts))[part])
             negative = {f"negative_{name}": tensor for name, tensor in empty.items()} if guidance > 1 else {}
-            latent = pipeline(
-                **given,
-                **self.family.call,
-                **negative,
+            latents_NCHW = sampler(family, part)(
+                **{name: tensor.to(family.device) for name, tensor in (given | negative).items()},
+                **family.call,
                 guidance_scale=guidance,
                 num_inference_steps=self.config.inference_steps,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 output_type="latent",
-                **extra(part),
             ).images
-            images.append(self._decode(latent))
-            latents.append(latent.float().cpu())
-            progress(start + len(latent))
-        return Generated(tuple(prompts), np.concatenate(images), torch.cat(latents))
+            return Generated(tuple(prompts[part]), as_images(family.decode(latents_NCHW)), latents_NCHW.float().cpu())
+
+        made: list[Generated] = []
+        for one in _side_by_side(make, families, parts):
+            made.append(one)
+            progress(sum(map(len, made)))
+        return Generated.join(made)
 
     def adapt(self, samples: Generated, scores_N: Tensor, steps: int, seed: int) -> float:
         """Fine-tune the adapter on scored samples.
@@ -371,10 +388,6 @@ class Generator:
         parts = [self.family.encode(prompts[start : start + 256]) for start in range(0, len(prompts), 256)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _decode(self, latent: Tensor) -> np.ndarray:
-        pixels = (self.family.decode(latent).float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
     @torch.no_grad()
     def _predict_as(
         self,
@@ -401,6 +414,10 @@ class Generator:
         self._base = [(layer, layer.get_base_layer().weight.detach().clone()) for layer in layers]
         for layer in layers:
             layer.merge()
+        for twin in self.twins:
+            for name, layer in self.denoiser.named_modules():
+                if isinstance(layer, BaseTunerLayer):
+                    twin.denoiser.get_submodule(name).weight.data.copy_(layer.get_base_layer().weight)
 
     def _unmerge(self) -> None:
         """Put the base weights back bit for bit."""
@@ -409,6 +426,32 @@ class Generator:
             layer.merged_adapters.clear()
             layer.get_base_layer().weight.data.copy_(weight)
         self._base = []
+
+
+def _side_by_side(
+    make: Callable[[Family, slice], Generated], families: Sequence[Family], parts: Sequence[slice]
+) -> Iterator[Generated]:
+    """Make parts in order, on the families' devices in turn; each device makes its own one after the other."""
+    if len(families) == 1:
+        yield from (make(families[0], part) for part in parts)
+        return
+    threads = [ThreadPoolExecutor(1) for _ in families]
+    try:
+        futures = [
+            threads[index % len(families)].submit(make, families[index % len(families)], part)
+            for index, part in enumerate(parts)
+        ]
+        for future in futures:
+            yield future.result()
+    finally:
+        for thread in threads:
+            thread.shutdown(cancel_futures=True)
+
+
+def as_images(pixels_NCHW: Tensor) -> np.ndarray:
+    """Return pixels in [-1, 1], as a family decodes them, as uint8 images, channels last."""
+    images_NCHW = (pixels_NCHW.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return images_NCHW.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:

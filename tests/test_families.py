@@ -124,6 +124,34 @@ def test_memory_savers_change_little(folder):
     assert np.isfinite(saving.generate(PROMPTS, SEEDS, 2.0).latents_NCHW).all()
 
 
+def test_devices_make_together_what_one_makes_alone(folder):
+    one, three = (Generator(settings(folder, device=("cpu",) * count), seed=0) for count in (1, 3))
+    samples = one.generate(PROMPTS, SEEDS, 2.0)
+    done = []
+
+    alone, together = [], []
+    for generator, made in ((one, alone), (three, together)):
+        made.append(generator.generate(PROMPTS, SEEDS, 2.0, done.append))
+        generator.adapt(samples, torch.ones(3), steps=2, seed=0)
+        made.append(generator.generate(PROMPTS, SEEDS, 2.0))
+        if generator.can_vary:
+            made.append(generator.vary(samples.latents_NCHW, PROMPTS, SEEDS, 2.0, 0.5))
+
+    assert done == [3, 1, 2, 3]
+    assert len({id(family.denoiser) for family in (three.family, *three.twins)}) == 3
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.prompts == theirs.prompts
+        assert np.abs(ours.images_NHWC.astype(int) - theirs.images_NHWC).max() <= 1
+    assert not np.array_equal(together[1].images_NHWC, together[0].images_NHWC)
+
+
+def test_a_part_that_fails_on_one_device_fails_the_whole(folder):
+    generator = Generator(settings(folder, device=("cpu", "cpu")), seed=0)
+    generator.twins[0].pipeline.scheduler = None
+    with pytest.raises(AttributeError):
+        generator.generate(PROMPTS, SEEDS, 1.0)
+
+
 def test_a_pipeline_is_offloaded_where_its_weights_would_fill_the_device(folder):
     pipeline = DiffusionPipeline.from_pretrained(folder)
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]

@@ -182,7 +182,7 @@ def test_text_embeddings_tell_classes_apart(generator):
         ({"model": "/no/such/folder"}, r"'t2i.model' is '/no/such/folder'.*holds no model_index.json"),
         ({"model": "nobody/nothing"}, r"'t2i.model' is 'nobody/nothing', which diffusers cannot load: .*hf auth login"),
         ({"lora_targets": ("attention", "nose")}, r"'t2i.lora-targets' has 'nose'.*allowed: attention, convolution"),
-        ({"device": "warp"}, r"device 'warp' cannot be used"),
+        ({"device": ("warp",)}, r"device 'warp' cannot be used"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
