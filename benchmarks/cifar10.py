@@ -131,6 +131,7 @@ def main() -> None:
         default=[name for name in ROWS if name != VOTES],
         help=f"all but {VOTES!r}",
     )
+    parser.add_argument("--rounds", type=int, help="rounds in place of the profile's")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/cifar10"))
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -148,6 +149,9 @@ def main() -> None:
     )
     data: Overrides = {"data.dataset": str(start / "data"), "t2i.model": str(start / "model")}
     settings: Overrides = SETTINGS | profile.settings | data
+    if arguments.rounds:
+        settings["rounds"] = arguments.rounds
+        out /= f"rounds-{arguments.rounds}"
     for alpha in arguments.alphas:
         rows = {name: ROWS[name] for name in arguments.rows}
         common = settings | {"data.alpha": alpha}

@@ -46,11 +46,13 @@ SETTINGS: Overrides = {
 }
 LOCAL, WITHIN, ACROSS = "local-only", "soft targets within modalities", "soft targets across modalities"
 CONFIDENCE, LOSS = "the same, samples by confidence alone", "the same, with the alignment loss"
+FEW = "soft targets across modalities, of as few clients"
 WHOLE, CONTRAST = "the same, the T2I adapted", "the same, the T2I adapted by contrast"
 FROZEN: Overrides = {"t2i.scores": "none"}
 ROWS: dict[str, Overrides] = {
     LOCAL: FROZEN | {"client.distillation-weight": 0.0, "t2i.samples-per-round": 20},
     WITHIN: FROZEN,
+    FEW: FROZEN,
     ACROSS: FROZEN,
     CONFIDENCE: FROZEN | {"t2i.agreement": "confidence"},
     LOSS: FROZEN | {"client.alignment-weight": 0.1},
@@ -59,6 +61,8 @@ ROWS: dict[str, Overrides] = {
 }
 PAIRS = (
     (ACROSS, WITHIN),
+    (FEW, WITHIN),
+    (ACROSS, FEW),
     (ACROSS, CONFIDENCE),
     (LOSS, ACROSS),
     (WHOLE, ACROSS),
@@ -84,16 +88,31 @@ class WithinModalities(FedMMKT):
         if self.samples is not None:
             for sees_images, modality in ((True, "image"), (False, "text")):
                 own = [answer for answer in answers if answer.report.modality == modality]
-                probabilities_NC = self.aggregate_logits(own, self.samples.prompted_N)
+                others = [a for a in answers if a.report.modality not in (modality, "image+text")]
+                probabilities_NC = self.aggregate_logits(self.voices(own, others), self.samples.prompted_N)
                 targets = self._soft_targets(self.samples, probabilities_NC, None)
                 self.own[self.samples.batch.batch_id, sees_images] = targets
         return learned
+
+    def voices(self, own: list[Answer], others: list[Answer]) -> list[Answer]:
+        """Choose the answers of which a modality is told, from its own and the other's."""
+        return own
 
     def _due(self, node_id: int) -> tuple[tuple[SyntheticBatch, ...], tuple[SoftTargets, ...]]:
         batches, targets = super()._due(node_id)
         return batches, tuple(self.own[one.batch_id, self._sees_images(node_id)] for one in targets)
 
 
+class AsFewAcross(WithinModalities):
+    """The control of equally many voices: each modality is told of as many clients, the greater half of the other's."""
+
+    def voices(self, own: list[Answer], others: list[Answer]) -> list[Answer]:
+        """Put the other's in the place of its own."""
+        kept = len(own) // 2
+        return own[:kept] + others[: len(own) - kept]
+
+
+STRATEGIES = {WITHIN: WithinModalities, FEW: AsFewAcross}
 GUIDANCE = 1.25  # of the images that are measured
 COLUMNS = (
     "all clients",
@@ -191,8 +210,8 @@ def run_row(
         "t2i.model": str(start / "model"),
         "t2i.prompts": str(out / "prompts.jsonl"),
     }
-    strategy = WithinModalities if name == WITHIN else FedMMKT
-    return run_once(row_folder(out, name, seed), SETTINGS | changes | ROWS[name] | (extra or {}), NODES, strategy)
+    overrides = SETTINGS | changes | ROWS[name] | (extra or {})
+    return run_once(row_folder(out, name, seed), overrides, NODES, STRATEGIES.get(name, FedMMKT))
 
 
 def measured_pairs(name: str, seed: int, start: Path, out: Path, judge: PairJudge) -> Pairs:
@@ -203,7 +222,7 @@ def measured_pairs(name: str, seed: int, start: Path, out: Path, judge: PairJudg
     if not kept.exists():
         generator = Generator(T2IConfig(model=str(start / "model")), seed=0)
         if not frozen:
-            generator.load_adapter(folder / "run" / "lora")
+            generator.adapter.load(folder / "run" / "lora")
         kept.write_text(json.dumps(asdict(judge.measure(generator, GUIDANCE))))
     return Pairs(**json.loads(kept.read_text()))
 

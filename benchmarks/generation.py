@@ -62,7 +62,7 @@ def main() -> None:
     ours.adapt(ours.generate(prompts[:8], seeds[:8], 1.0), torch.ones(8), steps=2, seed=0)
     plain, adapted = load_pipeline(config.model).to(ours.device), load_pipeline(config.model).to(ours.device)
     with tempfile.TemporaryDirectory() as folder:
-        ours.save_adapter(Path(folder) / "lora")
+        ours.adapter.save(Path(folder) / "lora")
         adapted.load_lora_weights(Path(folder) / "lora")
     for pipeline in (plain, adapted):
         pipeline.set_progress_bar_config(disable=True)

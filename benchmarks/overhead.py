@@ -223,7 +223,7 @@ def adapter_size() -> int:
     """Count the weights of the T2I's adapter with the default settings."""
     from server_app.generator import Generator
 
-    return sum(tensor.numel() for tensor in Generator(RunConfig().t2i, 0).adapter_state().values())
+    return sum(tensor.numel() for tensor in Generator(RunConfig().t2i, 0).adapter.state().values())
 
 
 def main(arguments: list[str] | None = None) -> int:

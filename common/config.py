@@ -149,7 +149,9 @@ class T2IConfig(_Section):
         description="templates with `{}` in place of the class name",
     )
     samples_per_round: int = Field(400, ge=1, le=1_000_000, description="images generated a round")
-    generation_batch_size: int = Field(100, ge=1, le=4096, description="images generated at once")
+    generation_batch_size: int = Field(
+        0, ge=0, le=4096, description="images generated at once; 0: as suits their size, at most 100"
+    )
     inference_steps: int = Field(12, ge=1, le=1000, description="denoising steps")
     guidance: tuple[float, ...] = Field(
         (1.5, 1.0), min_length=1, description="guidance scale by round; the last one stays"
@@ -195,6 +197,9 @@ class T2IConfig(_Section):
     )
     adaptation_steps: int = Field(80, ge=0, le=1_000_000, description="optimiser steps of an update")
     adaptation_batch_size: int = Field(32, ge=1, le=4096, description="samples a step")
+    adaptation_micro_batch_size: int = Field(
+        0, ge=0, le=4096, description="samples of a step computed at once, to save memory; 0: as suits their size"
+    )
     adaptation_learning_rate: float = Field(
         3e-3, gt=0, le=10, description="AdamW's learning rate at the start of an update; it declines to zero"
     )

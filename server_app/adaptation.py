@@ -113,8 +113,9 @@ class UpdateRule:
     Attributes
     ----------
     loss : callable
-        ``(predicted, target, reference, reward_B) -> scalar``; the first three are the denoiser's prediction,
-        its target and the prediction before this update, all (B, ...); rewards lie in [0, 1].
+        ``(predicted, target, reference, reward_B) -> loss_B``; the first three are the denoiser's prediction,
+        its target and the prediction before this update, all (B, ...); rewards lie in [0, 1] and average one half.
+        A step descends the mean.
     draws_by_score : bool
         Whether samples are drawn in proportion to their score, rather than all alike.
     needs_reference : bool
@@ -145,11 +146,11 @@ def _squared_error_B(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def _supervised(predicted: Tensor, target: Tensor, reference: Tensor | None, reward_B: Tensor) -> Tensor:
-    return _squared_error_B(predicted, target).mean()
+    return _squared_error_B(predicted, target)
 
 
 def _reward_weighted(predicted: Tensor, target: Tensor, reference: Tensor | None, reward_B: Tensor) -> Tensor:
-    return (reward_B * _squared_error_B(predicted, target)).sum() / reward_B.sum().clamp_min(1e-8)
+    return 2 * reward_B * _squared_error_B(predicted, target)
 
 
 def _negative_aware(predicted: Tensor, target: Tensor, reference: Tensor | None, reward_B: Tensor) -> Tensor:
@@ -157,8 +158,7 @@ def _negative_aware(predicted: Tensor, target: Tensor, reference: Tensor | None,
         raise ValueError("the negative-aware update needs the reference prediction")
     positive = (1 - NEGATIVE_AWARE_BETA) * reference + NEGATIVE_AWARE_BETA * predicted
     negative = (1 + NEGATIVE_AWARE_BETA) * reference - NEGATIVE_AWARE_BETA * predicted
-    loss_B = reward_B * _squared_error_B(positive, target) + (1 - reward_B) * _squared_error_B(negative, target)
-    return loss_B.mean()
+    return reward_B * _squared_error_B(positive, target) + (1 - reward_B) * _squared_error_B(negative, target)
 
 
 # Fine-tuning on well-scored samples: rejection sampling as in RAFT (arXiv 2304.06767), by weight.

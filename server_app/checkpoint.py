@@ -33,6 +33,7 @@ FREE = {
     *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tensorboard"),
     *("min-nodes", "node-timeout", "round-deadline", "quorum", "client.threads"),
     *("t2i.device", "t2i.offload", "t2i.gradient-checkpointing", "t2i.attention-slicing", "t2i.vae-tiling"),
+    *("t2i.generation-batch-size", "t2i.adaptation-micro-batch-size"),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,20 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
 from common.config import ConfigError, T2IConfig
 from common.devices import pick_devices
-from common.files import replaced_folder
 from server_app.adaptation import get_update, rewards
-from server_app.families import LORA_GROUPS, Conditioning, Family, family_of
+from server_app.adapter import Adapter
+from server_app.families import Conditioning, Family, family_of
 
 logger = logging.getLogger("flwr")
 
+# Latent positions computed at once where the configuration names no number of samples, and the most samples.
+GENERATED_AT_ONCE, MOST_GENERATED = 25_600, 100
+LEARNED_AT_ONCE = 8192
+LARGE_IMAGE = 256  # Pixels a side; from here on the autoencoder decodes one image after the other.
 WEIGHTS_PART = 0.6  # Of a GPU's free memory; activations and what updates need take the rest.
 
 
@@ -101,57 +102,45 @@ class Generator:
         for part in self.pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
-        self.pipeline.vae.float()  # In half precision some autoencoders overflow.
-        self.twins: list[Family] = []
-        self._place(others)
-        self.seed = seed
-        torch.manual_seed(seed)
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=_lora_layers(self.family, config.lora_targets),
-        )
-        self.family.add_adapter(lora)
-        for parameter in self._trained():
-            parameter.data = parameter.data.float()  # Small updates are lost in half precision.
+        if self.pipeline.vae.dtype == torch.float16:
+            self.pipeline.vae.float()  # Some autoencoders overflow in it.
+        self.families = [self.family, *self._place(others)]
+        self.adapter = Adapter(self.family, self.families[1:], config, seed)
         self.empty = self.family.encode_empty()
-        self._base: list[tuple[Any, Tensor]] = []  # Base weights while the adapter is merged into the denoiser's.
         if config.adapter:
-            self.load_adapter(Path(config.adapter).expanduser())
+            self.adapter.load(Path(config.adapter).expanduser())
 
-    def _place(self, others: Sequence[torch.device]) -> None:
-        """Put the pipeline where it computes, copies on the other devices, and save memory as configured."""
+    def _place(self, others: Sequence[torch.device]) -> list[Family]:
+        """Put the pipeline where it computes, saving memory as configured; return copies on the other devices."""
         config = self.config
-        if config.offload == "model" or (config.offload == "auto" and self._would_fill(self.device)):
+        offloads = config.offload == "model" or (config.offload == "auto" and self._would_fill(self.device))
+        used = [] if offloads else [d for d in others if config.offload == "none" or not self._would_fill(d)]
+        twins = [self.family.twin(device) for device in used]  # While all is still in main memory.
+        if offloads:
             self.pipeline.enable_model_cpu_offload(device=self.device)
-            unused = list(others)
         else:
-            unused = [device for device in others if config.offload == "auto" and self._would_fill(device)]
-            # Copied before the adapter is added: a twin has the weights into which it was merged.
-            self.twins = [self.family.twin(device) for device in others if device not in unused]
             self.pipeline.to(self.device)
-        if unused:
-            names = ", ".join(map(str, unused))
-            logger.warning("The T2I does not use %s, which its weights would fill, or from which they are kept.", names)
-        for family in (self.family, *self.twins):
+        if len(used) < len(others):
+            logger.warning("The T2I generates on %d of %d devices: its weights would fill a device, or are offloaded.",
+                           1 + len(used), 1 + len(others))  # fmt: skip
+        for family in (self.family, *twins):
             for pipeline in filter(None, (family.pipeline, family.image_to_image)):
                 pipeline.set_progress_bar_config(disable=True)
             if config.attention_slicing:
                 family.pipeline.enable_attention_slicing()
+            if self.image_size >= LARGE_IMAGE:
+                family.pipeline.vae.enable_slicing()
             if config.vae_tiling:
                 family.pipeline.vae.enable_tiling()
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
+        return twins
 
     def _would_fill(self, device: torch.device) -> bool:
         if device.type != "cuda":
             return False
         free, _ = torch.cuda.mem_get_info(device)
         return would_fill(self.pipeline, free)
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
 
     @property
     def image_size(self) -> int:
@@ -222,11 +211,11 @@ class Generator:
         guidance: float,
         progress: Callable[[int], object],
     ) -> Generated:
-        families = (self.family, *self.twins)
-        size = min(self.config.generation_batch_size, math.ceil(len(prompts) / len(families)))
+        size = self.config.generation_batch_size or min(MOST_GENERATED, self._at_once(GENERATED_AT_ONCE))
+        size = min(size, math.ceil(len(prompts) / len(self.families)))
         parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
         conditioning = self._conditioning(prompts)
-        self._merge()
+        self.adapter.merge()
 
         @torch.no_grad()
         def make(family: Family, part: slice) -> Generated:
@@ -243,7 +232,7 @@ class Generator:
             return Generated(tuple(prompts[part]), as_images(family.decode(latents_NCHW)), latents_NCHW.float().cpu())
 
         made: list[Generated] = []
-        for one in _side_by_side(make, families, parts):
+        for one in _side_by_side(make, self.families, parts):
             made.append(one)
             progress(sum(map(len, made)))
         return Generated.join(made)
@@ -267,12 +256,12 @@ class Generator:
         float
             Mean loss.
         """
-        self._unmerge()
+        self.adapter.unmerge()
         if not steps or not bool(scores_N.any()):
             return 0.0
         rule, config = get_update(self.config.update), self.config
         self.denoiser.to(self.device)  # Where it is not while it is offloaded.
-        parameters = self._trained()
+        parameters = self.adapter.parameters
         optimizer = torch.optim.AdamW(parameters, lr=config.adaptation_learning_rate, weight_decay=1e-4)
         # Without the decline the adapter of the last round is a draw from noisy steps.
         decline = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -281,6 +270,7 @@ class Generator:
         rewards_N = rewards(scores_N)
         conditioning = self._conditioning(samples.prompts)
         before = [parameter.detach().clone() for parameter in parameters] if rule.needs_reference else []
+        at_once = config.adaptation_micro_batch_size or self._at_once(LEARNED_AT_ONCE)
         total = 0.0
         self.denoiser.train()
         for _ in range(steps):
@@ -288,20 +278,26 @@ class Generator:
             clean = samples.latents_NCHW[index].to(self.device)
             noisy, times_B, target = self.family.noised(clean, generator)
             dropped_B11 = (torch.rand(len(index), 1, 1, generator=generator) < config.caption_dropout).to(self.device)
-            given, empty = conditioning(index)
-            given = {name: _where(dropped_B11, empty[name], tensor) for name, tensor in given.items()}
             noisy = noisy.to(self.denoiser.dtype)
-            reference = self._predict_as(before, parameters, noisy, times_B, given) if before else None
-            predicted = self.family.predict(noisy, times_B, given)
-            loss = rule.loss(predicted, target, reference, rewards_N[index].to(self.device))
             optimizer.zero_grad()
-            loss.backward()
+            for part in torch.arange(len(index)).split(at_once):
+                given, empty = conditioning(index[part])
+                given = {name: _where(dropped_B11[part], empty[name], tensor) for name, tensor in given.items()}
+                reference = self._predict_as(before, parameters, noisy[part], times_B[part], given) if before else None
+                predicted = self.family.predict(noisy[part], times_B[part], given)
+                loss_B = rule.loss(predicted, target[part], reference, rewards_N[index[part]].to(self.device))
+                loss = loss_B.sum() / len(index)
+                loss.backward()
+                total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             decline.step()
-            total += float(loss.detach())
         self.denoiser.eval()
         return total / steps
+
+    def _at_once(self, positions: int) -> int:
+        """Return how many samples have so many latent positions together."""
+        return max(1, positions // self.denoiser.config.sample_size**2)
 
     @torch.no_grad()
     def text_embeddings(self, prompts: Sequence[str]) -> np.ndarray:
@@ -320,53 +316,6 @@ class Generator:
         if len(prompts) > 1:
             states_ND = states_ND - states_ND.mean(0)
         return F.normalize(states_ND, dim=1).cpu().numpy().astype(np.float16)
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Return the adapter's tensors by name, on the CPU."""
-        return {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(self.denoiser).items()}
-
-    def save_adapter(self, folder: Path) -> None:
-        """Save the adapter as its family's plain diffusers reads it; the folder is replaced whole.
-
-        Raises
-        ------
-        OSError
-            If the disk is full; the folder is then what it was.
-        """
-        with replaced_folder(folder) as temporary:
-            self.family.save_adapter(temporary, self.adapter_state())
-
-    def load_adapter(self, folder: Path) -> None:
-        """Load an adapter that `save_adapter` saved, in place of the present one.
-
-        Raises
-        ------
-        ConfigError
-            If it cannot be read, or its tensors are not those of this model and LoRA configuration.
-        """
-        try:
-            state = self.family.load_adapter(folder)
-        except (OSError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"run-config key 't2i.adapter' is {str(folder)!r}, which holds no adapter that can be read ({reason}); "
-                "allowed: the folder `lora` of a run, or empty"
-            ) from None
-        self.load_adapter_state(state, str(folder))
-
-    def load_adapter_state(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Take over what `adapter_state` returned; ``source`` names it in the error, as in `load_adapter`."""
-        from peft import set_peft_model_state_dict
-
-        present = self.adapter_state()
-        if {name: tensor.shape for name, tensor in state.items()} != {n: t.shape for n, t in present.items()}:
-            raise ConfigError(
-                f"{source} is an adapter of another model, or of other LoRA targets or rank, than "
-                f"t2i.model {self.config.model!r} with t2i.lora-targets {','.join(self.config.lora_targets)!r} and "
-                f"t2i.lora-rank {self.config.lora_rank}; allowed: one that was made with these"
-            )
-        self._unmerge()
-        set_peft_model_state_dict(self.denoiser, dict(state))
 
     def _conditioning(self, prompts: Sequence[str]) -> Callable[[Tensor], tuple[Conditioning, Conditioning]]:
         """Encode distinct prompts once; give the conditioning of some samples, and as many of the empty prompt."""
@@ -405,27 +354,6 @@ class Generator:
         for parameter, new in zip(parameters, now, strict=True):
             parameter.data = new
         return predicted
-
-    def _merge(self) -> None:
-        """Add the adapter to the base weights until it learns again, to generate at the bare model's speed."""
-        if self._base:
-            return
-        layers = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
-        self._base = [(layer, layer.get_base_layer().weight.detach().clone()) for layer in layers]
-        for layer in layers:
-            layer.merge()
-        for twin in self.twins:
-            for name, layer in self.denoiser.named_modules():
-                if isinstance(layer, BaseTunerLayer):
-                    twin.denoiser.get_submodule(name).weight.data.copy_(layer.get_base_layer().weight)
-
-    def _unmerge(self) -> None:
-        """Put the base weights back bit for bit."""
-        for layer, weight in self._base:
-            # Not layer.unmerge(), which computes each layer's update again only to subtract it, inexactly.
-            layer.merged_adapters.clear()
-            layer.get_base_layer().weight.data.copy_(weight)
-        self._base = []
 
 
 def _side_by_side(
@@ -506,28 +434,3 @@ def _starter_folder() -> Path:
             "run-config key 't2i.model' is 'starter', whose weights come with the installed package; "
             "install fedmmkt on this machine (pip install .) or name another model"
         ) from None
-
-
-def _lora_layers(family: Family, targets: Sequence[str]) -> list[str]:
-    """List the layers that the targets name, each a group of the family or the end of layer names.
-
-    A group that a family lacks, as transformers have no convolutions, is left out if another names layers.
-    """
-    modules = family.denoiser.named_modules()
-    layers = [name for name, layer in modules if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
-    chosen: list[str] = []
-    for target in targets:
-        endings = family.lora_groups.get(target, () if target in LORA_GROUPS else (target,))
-        found = [name for name in layers if any(name == end or name.endswith("." + end) for end in endings)]
-        if not found and target not in LORA_GROUPS:
-            raise ConfigError(
-                f"run-config key 't2i.lora-targets' has {target!r}, which names no layer of the model; "
-                f"allowed: {', '.join(LORA_GROUPS)}, or the end of a layer's name such as {layers[-1]!r}"
-            )
-        chosen += found
-    if not chosen:
-        raise ConfigError(
-            f"run-config key 't2i.lora-targets' is {', '.join(targets)!r}, of which the model has no layers; "
-            f"allowed: {', '.join(family.lora_groups)}, or the end of a layer's name such as {layers[-1]!r}"
-        )
-    return sorted(set(chosen))

@@ -375,7 +375,7 @@ class FedMMKT(Strategy):
             config=self.config.model_dump(mode="json", by_alias=True),
             classes=self.classes,
             clients=tuple(sorted(self.clients)),
-            adapter=self.generator.adapter_state(),
+            adapter=self.generator.adapter.state(),
             pool=self.pool,
             history=self.history,
             measured=self.measured,
@@ -394,11 +394,11 @@ class FedMMKT(Strategy):
         ConfigError
             If the adapter is another; `checkpoint.check_continues` checks the configuration.
         """
-        self.generator.load_adapter_state(state.adapter, f"the checkpoint of round {state.round}")
+        self.generator.adapter.load_state(state.adapter, f"the checkpoint of round {state.round}")
         self.last_round, self.ancestors, self.clients = state.round, state.lineage(), set(state.clients)
         self.pool, self.history = state.pool, state.history
         self.measured, self.pictures = state.measured, state.pictures
-        self.generator.save_adapter(self.run_folder.lora)
+        self.generator.adapter.save(self.run_folder.lora)
 
     # ------------------------------------------------------------------ one round's parts
 
@@ -409,7 +409,7 @@ class FedMMKT(Strategy):
         with self.record.timed("total"):
             yield
             self._measure(server_round)
-            self.generator.save_adapter(self.run_folder.lora)
+            self.generator.adapter.save(self.run_folder.lora)
         self.record.gone |= self.clients - self.record.asked
         self.clients |= {report.client for report in self.record.reports}
         self.run_folder.append_metrics(self.record.to_json())
@@ -639,10 +639,10 @@ class FedMMKT(Strategy):
         return parents
 
     def _adapter_arrays(self) -> ArrayRecord:
-        return ArrayRecord(self.generator.adapter_state())
+        return ArrayRecord(self.generator.adapter.state())
 
     def _adapter_parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.generator.adapter_state().values())
+        return sum(tensor.numel() for tensor in self.generator.adapter.state().values())
 
     def _node_name(self, node_id: int) -> str:
         return self.reports[node_id].client if node_id in self.reports else f"node {node_id}"

@@ -71,9 +71,9 @@ def test_adapting_lowers_the_loss_and_the_adapter_round_trips_through_plain_diff
     assert generator.adapt(samples, torch.ones(4), steps=4, seed=0) < first
     adapted = generator.generate(PROMPTS, SEEDS, 2.0).images_NHWC
     assert not np.array_equal(adapted, before)
-    assert all(tensor.dtype == torch.float32 for tensor in generator.adapter_state().values())
+    assert all(tensor.dtype == torch.float32 for tensor in generator.adapter.state().values())
 
-    generator.save_adapter(tmp_path / "lora")
+    generator.adapter.save(tmp_path / "lora")
     pipeline = DiffusionPipeline.from_pretrained(folder)
     if kind.startswith("pixart"):  # Which diffusers itself loads no LoRA into.
         pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, tmp_path / "lora")
@@ -81,7 +81,7 @@ def test_adapting_lowers_the_loss_and_the_adapter_round_trips_through_plain_diff
         pipeline.load_lora_weights(tmp_path / "lora")
     assert close(adapted, plain(pipeline, 2.0))
     other = Generator(settings(folder), seed=5)
-    other.load_adapter(tmp_path / "lora")
+    other.adapter.load(tmp_path / "lora")
     assert np.array_equal(other.generate(PROMPTS, SEEDS, 2.0).images_NHWC, adapted)
 
 
@@ -120,7 +120,7 @@ def test_memory_savers_change_little(folder):
     losses = [generator.adapt(samples, torch.ones(3), steps=2, seed=0) for generator in (plain_one, saving)]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
     assert saving.denoiser.dtype == torch.bfloat16
-    assert all(tensor.dtype == torch.float32 for tensor in saving.adapter_state().values())
+    assert all(tensor.dtype == torch.float32 for tensor in saving.adapter.state().values())
     assert np.isfinite(saving.generate(PROMPTS, SEEDS, 2.0).latents_NCHW).all()
 
 
@@ -138,7 +138,7 @@ def test_devices_make_together_what_one_makes_alone(folder):
             made.append(generator.vary(samples.latents_NCHW, PROMPTS, SEEDS, 2.0, 0.5))
 
     assert done == [3, 1, 2, 3]
-    assert len({id(family.denoiser) for family in (three.family, *three.twins)}) == 3
+    assert len({id(family.denoiser) for family in three.families}) == 3
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.prompts == theirs.prompts
         assert np.abs(ours.images_NHWC.astype(int) - theirs.images_NHWC).max() <= 1
@@ -147,7 +147,7 @@ def test_devices_make_together_what_one_makes_alone(folder):
 
 def test_a_part_that_fails_on_one_device_fails_the_whole(folder):
     generator = Generator(settings(folder, device=("cpu", "cpu")), seed=0)
-    generator.twins[0].pipeline.scheduler = None
+    generator.families[1].pipeline.scheduler = None
     with pytest.raises(AttributeError):
         generator.generate(PROMPTS, SEEDS, 1.0)
 

@@ -73,13 +73,13 @@ def test_the_adapter_round_trips_through_plain_diffusers(tmp_path, targets):
     generator = Generator(FAST.model_copy(update={"lora_targets": targets, "lora_rank": 3}), seed=0)
     samples = generator.generate(PROMPTS, SEEDS, 1.0)
     generator.adapt(samples, torch.ones(3), steps=3, seed=0)
-    generator.save_adapter(tmp_path / "lora")
+    generator.adapter.save(tmp_path / "lora")
 
     pipeline = StableDiffusionPipeline.from_pretrained(STARTER)
     pipeline.load_lora_weights(tmp_path / "lora")
 
     (name,) = pipeline.unet.peft_config
-    loaded, saved = get_peft_model_state_dict(pipeline.unet, adapter_name=name), generator.adapter_state()
+    loaded, saved = get_peft_model_state_dict(pipeline.unet, adapter_name=name), generator.adapter.state()
     assert set(loaded) == set(saved)
     assert all(torch.equal(loaded[key], saved[key]) for key in saved)
     adapted_images = generator.generate(PROMPTS, SEEDS, 1.5).images_NHWC
@@ -88,7 +88,7 @@ def test_the_adapter_round_trips_through_plain_diffusers(tmp_path, targets):
 
 
 def test_a_run_may_begin_with_a_saved_adapter(adapted, tmp_path):
-    adapted.save_adapter(tmp_path / "lora")
+    adapted.adapter.save(tmp_path / "lora")
 
     other = Generator(FAST.model_copy(update={"adapter": str(tmp_path / "lora")}), seed=5)
 
@@ -97,14 +97,14 @@ def test_a_run_may_begin_with_a_saved_adapter(adapted, tmp_path):
 
 
 def test_an_adapter_of_another_rank_is_refused(adapted, tmp_path):
-    adapted.save_adapter(tmp_path / "lora")
+    adapted.adapter.save(tmp_path / "lora")
     with pytest.raises(ConfigError, match=r"an adapter of another model, or .*, than t2i.model 'starter'.*lora-rank 2"):
         Generator(FAST.model_copy(update={"adapter": str(tmp_path / "lora"), "lora_rank": 2}), seed=0)
 
 
 def test_an_adapter_of_another_base_model_is_refused(tmp_path):
     tiny_pipelines.stable_diffusion().save_pretrained(tmp_path / "model")
-    Generator(FAST.model_copy(update={"model": str(tmp_path / "model")}), seed=0).save_adapter(tmp_path / "lora")
+    Generator(FAST.model_copy(update={"model": str(tmp_path / "model")}), seed=0).adapter.save(tmp_path / "lora")
     with pytest.raises(ConfigError, match=rf"{tmp_path}/lora is an adapter of another model.* 'starter'"):
         Generator(FAST.model_copy(update={"adapter": str(tmp_path / "lora")}), seed=0)
 
@@ -140,7 +140,7 @@ def test_adapting_lowers_the_loss_on_the_same_samples(generator):
 def test_the_negative_aware_update_starts_from_the_adapter_as_it_was(adapted):
     """In its first step prediction and reference are the same, so every reward gives the plain squared error."""
     samples = adapted.generate(PROMPTS, SEEDS, 1.0)
-    state = adapted.adapter_state()
+    state = adapted.adapter.state()
     losses = []
     for update, scores_N in (("supervised", torch.ones(3)), ("negative-aware", torch.tensor([0.0, 1.0, 2.0]))):
         generator = Generator(FAST.model_copy(update={"update": update, "adaptation_batch_size": 64}), seed=0)
@@ -151,11 +151,11 @@ def test_the_negative_aware_update_starts_from_the_adapter_as_it_was(adapted):
 
 def test_equal_scores_teach_the_negative_aware_update_nothing(adapted):
     samples = adapted.generate(PROMPTS, SEEDS, 1.0)
-    state = adapted.adapter_state()
+    state = adapted.adapter.state()
     moved = {}
     for update in ("supervised", "negative-aware"):
         generator = Generator(FAST.model_copy(update={"update": update}), seed=0)
-        generator.load_adapter_state(state, "the same")
+        generator.adapter.load_state(state, "the same")
         generator.adapt(samples, torch.ones(3), steps=5, seed=0)
         made = generator.generate(PROMPTS, SEEDS, 1.0)
         moved[update] = float((made.latents_NCHW - samples.latents_NCHW).square().mean())
@@ -163,11 +163,41 @@ def test_equal_scores_teach_the_negative_aware_update_nothing(adapted):
     assert moved["negative-aware"] < 0.1 * moved["supervised"]
 
 
+@pytest.mark.parametrize("update", ["supervised", "reward", "negative-aware"])
+def test_a_step_in_parts_is_the_step_in_one(update, adapted):
+    samples = adapted.generate(PROMPTS, SEEDS, 1.0)
+    losses, latents = [], []
+    for at_once in (0, 5):  # 32 samples a step: in one, or in six parts of five and one of two.
+        generator = Generator(FAST.model_copy(update={"update": update, "adaptation_micro_batch_size": at_once}), 0)
+        losses.append(generator.adapt(samples, torch.tensor([0.0, 1.0, 2.0]), steps=3, seed=0))
+        latents.append(generator.generate(PROMPTS, SEEDS, 1.0).latents_NCHW)
+    moved = (latents[0] - samples.latents_NCHW).square().mean()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert (latents[0] - latents[1]).square().mean() < 1e-3 * moved
+
+
+def test_by_default_samples_at_once_suit_their_size(tmp_path):
+    def sizes(generator):
+        counts, learned = [], []
+        generator.generate(["the digit one"] * 130, range(130), 1.0, counts.append)
+        predict = generator.family.predict
+        generator.family.predict = lambda noisy, *rest: learned.append(len(noisy)) or predict(noisy, *rest)
+        generator.adapt(generator.generate(PROMPTS, SEEDS, 1.0), torch.ones(3), steps=1, seed=0)
+        return counts, learned
+
+    tiny_pipelines.stable_diffusion(sample_size=24).save_pretrained(tmp_path / "larger")
+    larger = Generator(T2IConfig(model=str(tmp_path / "larger"), inference_steps=1, adaptation_batch_size=16), seed=0)
+
+    assert sizes(Generator(T2IConfig(inference_steps=1), seed=0)) == ([100, 130], [32])
+    # 25,600 and 8,192 latent positions, of 24 x 24 a sample.
+    assert sizes(larger) == ([44, 88, 130], [14, 2])
+
+
 def test_samples_without_score_teach_nothing(generator):
-    before = generator.adapter_state()
+    before = generator.adapter.state()
     samples = generator.generate(PROMPTS, SEEDS, 1.0)
     assert generator.adapt(samples, torch.zeros(3), steps=5, seed=0) == 0.0
-    assert all(torch.equal(before[name], tensor) for name, tensor in generator.adapter_state().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in generator.adapter.state().items())
 
 
 def test_text_embeddings_tell_classes_apart(generator):
@@ -202,7 +232,7 @@ def test_a_folder_that_holds_another_kind_of_pipeline_is_refused(tmp_path):
 
 def test_a_full_disk_leaves_the_old_adapter(adapted, tmp_path):
     """In a process of its own, files may grow to 64 kB: saving fails as it does on a full disk."""
-    adapted.save_adapter(tmp_path / "lora")
+    adapted.adapter.save(tmp_path / "lora")
     before = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
     script = (
         "import resource, sys; from pathlib import Path\n"
@@ -210,7 +240,7 @@ def test_a_full_disk_leaves_the_old_adapter(adapted, tmp_path):
         "generator = Generator(T2IConfig(), 3)\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
-        "generator.save_adapter(Path(sys.argv[1]))\n"
+        "generator.adapter.save(Path(sys.argv[1]))\n"
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     done = subprocess.run(

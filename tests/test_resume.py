@@ -69,7 +69,7 @@ def assert_equal(resumed, whole):
     extra = [line["bytes"].pop("down") - other["bytes"].pop("down") for line, other in zip(lines, others, strict=True)]
     assert extra == [0, 0, 0, len('"00000000000000000002"2'), 0]
     assert lines == others
-    adapters = [strategy.generator.adapter_state() for strategy in (resumed, whole)]
+    adapters = [strategy.generator.adapter.state() for strategy in (resumed, whole)]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
     pictures = [strategy.run_folder.pictures().values() for strategy in (resumed, whole)]
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
@@ -137,7 +137,7 @@ def test_more_rounds_go_on_with_a_run_that_is_done_as_if_it_had_them_from_the_st
     assert (lines[0], lines[2]) == (others[0], others[2])
     # The round that was the last holds what its last message brought, which the longer run does not send.
     assert {key for key in lines[1] if lines[1][key] != others[1][key]} == {"clients", "bytes"}
-    adapters = [strategy.generator.adapter_state() for strategy in (resumed, whole)]
+    adapters = [strategy.generator.adapter.state() for strategy in (resumed, whole)]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
 
     again = start(more, make_grid(more, nodes=2), 4)  # Nothing is left to do.
@@ -195,7 +195,7 @@ def test_the_last_checkpoints_alone_are_kept_and_whole(tiny_run, make_grid):
     state = read_checkpoint(kept[-1])
     assert state.metrics == strategy.run_folder.read_metrics()
     assert state.clients == ("mlp-0", "mlp-1")
-    assert all(torch.equal(tensor, state.adapter[name]) for name, tensor in strategy.generator.adapter_state().items())
+    assert all(torch.equal(tensor, state.adapter[name]) for name, tensor in strategy.generator.adapter.state().items())
 
 
 def test_two_runs_do_not_write_in_one_folder(tiny_run, make_grid):

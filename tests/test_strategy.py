@@ -55,7 +55,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
     assert (folder / "report.html").stat().st_size > 10_000
     assert json.loads((folder / "config.json").read_text())["config"]["rounds"] == 2
     assert list(folder.rglob("events.out.tfevents*"))
-    state = strategy.generator.adapter_state()
+    state = strategy.generator.adapter.state()
     assert set(result.arrays) == set(state)
     assert all(torch.equal(torch.from_numpy(result.arrays[name].numpy()), tensor) for name, tensor in state.items())
     assert sorted(result.train_metrics_clientapp) == [1, 2]
@@ -272,7 +272,7 @@ def test_registered_functions_are_chosen_by_run_config(tiny_run, make_grid):
 def test_update_rules_change_the_adapter(tiny_run, make_grid, update):
     run_config = tiny_run(rounds=1, client__models="mlp", t2i__update=update)
     strategy, _, lines = run(run_config, make_grid(run_config, nodes=2))
-    moved = [tensor for name, tensor in strategy.generator.adapter_state().items() if "lora_B" in name]
+    moved = [tensor for name, tensor in strategy.generator.adapter.state().items() if "lora_B" in name]
     assert any(tensor.any() for tensor in moved)
     assert lines[-1]["generator"]["loss"] is not None
 
@@ -280,7 +280,7 @@ def test_update_rules_change_the_adapter(tiny_run, make_grid, update):
 def test_a_frozen_t2i_stays_as_it_is(tiny_run, make_grid):
     run_config = tiny_run(client__models="mlp", t2i__scores="none", t2i__aggregation="mean", judge=True)
     strategy, _, lines = run(run_config, make_grid(run_config, nodes=2))
-    moved = [tensor for name, tensor in strategy.generator.adapter_state().items() if "lora_B" in name]
+    moved = [tensor for name, tensor in strategy.generator.adapter.state().items() if "lora_B" in name]
     assert not any(tensor.any() for tensor in moved)
     assert lines[0]["generator"] == lines[-1]["generator"]
 

@@ -63,12 +63,12 @@ def unet(**changes):
     return diffusers.UNet2DConditionModel(**settings | changes)
 
 
-def stable_diffusion(prediction="epsilon", latent_channels=4):
+def stable_diffusion(prediction="epsilon", latent_channels=4, sample_size=8):
     scheduler = diffusers.DDIMScheduler(prediction_type=prediction, steps_offset=1, clip_sample=False)
     return diffusers.StableDiffusionPipeline(
         autoencoder(latent_channels=latent_channels), clip_text(), clip_tokenizer(),
-        unet(in_channels=latent_channels, out_channels=latent_channels), scheduler, None, None,
-        requires_safety_checker=False,
+        unet(in_channels=latent_channels, out_channels=latent_channels, sample_size=sample_size), scheduler, None,
+        None, requires_safety_checker=False,
     )  # fmt: skip
 
 
