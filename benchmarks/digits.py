@@ -12,7 +12,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import ACCURACY, COSTS_AND_T2I, PLAIN, Overrides, modality, run_rows, spread, t2i_before, table
+from benchmarks.rows import (
+    ACCURACY,
+    COSTS_AND_T2I,
+    MEMORY,
+    PLAIN,
+    Overrides,
+    modality,
+    run_rows,
+    spread,
+    t2i_before,
+    table,
+)
 from common.config import RunConfig, T2IConfig
 from common.datasets import load_splits, to_examples
 from server_app.evaluation import Judge
@@ -37,6 +48,7 @@ COLUMNS = (
     modality("text", "text"),
     modality("image+text", "image+text"),
     *COSTS_AND_T2I,
+    *MEMORY,
 )
 
 

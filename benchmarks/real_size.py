@@ -140,8 +140,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took; speeds leave out loading and a first small image and step."""
+    """What it took; speeds leave out loading, a first image and step, and merging the adapter, once a round."""
 
+    merge_seconds: float | None
     images_a_second: float
     updates_a_second: float
     generation_gigabytes: float
@@ -162,11 +163,12 @@ def ours(work: Work) -> Cost:
     def generate() -> Generated:
         return generator.generate(work.prompts, seeds, work.guidance)
 
+    _, merge, _ = _measured(generator.adapter.merge, generator.device)
     made, seconds, generation = _measured(generate, generator.device)
     _, adapted, update = _measured(
         lambda: generator.adapt(made, torch.ones(len(made)), work.updates, 0), generator.device
     )
-    return Cost(work.images / seconds, work.updates / adapted, generation, update)
+    return Cost(merge, work.images / seconds, work.updates / adapted, generation, update)
 
 
 def bare(work: Work) -> Cost:
@@ -218,7 +220,7 @@ def bare(work: Work) -> Cost:
 
     update(1)
     _, adapted, learned = _measured(update, device)
-    return Cost(work.images / seconds, work.updates / adapted, generation, learned)
+    return Cost(None, work.images / seconds, work.updates / adapted, generation, learned)
 
 
 def _measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
@@ -262,7 +264,7 @@ def main() -> None:
         f"{name}, {arguments.dtype}, {arguments.steps} steps an image, batches of {arguments.generation_batch}; "
         f"updates of {arguments.adaptation_batch} samples, {arguments.micro_batch} at once\n"
     )
-    print("| model | | images/s | updates/s | GB, generation | GB, update |\n|---|---|---|---|---|---|")
+    print("| model | | images/s | updates/s | GB, generation | GB, update | s, merge |\n|---|---|---|---|---|---|---|")
     for model in arguments.models:
         make, side = MODELS[model]
         latent_size = arguments.pixels // 8 if arguments.pixels else side
@@ -285,11 +287,10 @@ def main() -> None:
         for title, run in (("bare diffusers", bare), ("the generator class", ours)):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 cost = pool.submit(run, work).result()
-            print(
-                f"| {model}, {8 * latent_size} pixels | {title} | {cost.images_a_second:.3g} | "
-                f"{cost.updates_a_second:.3g} | {cost.generation_gigabytes:.1f} | {cost.update_gigabytes:.1f} |",
-                flush=True,
-            )
+            speeds = f"{cost.images_a_second:.3g} | {cost.updates_a_second:.3g}"
+            memory = f"{cost.generation_gigabytes:.1f} | {cost.update_gigabytes:.1f}"
+            merge = "-" if cost.merge_seconds is None else f"{cost.merge_seconds:.2g}"
+            print(f"| {model}, {8 * latent_size} pixels | {title} | {speeds} | {memory} | {merge} |", flush=True)
 
 
 if __name__ == "__main__":
