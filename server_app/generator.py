@@ -30,7 +30,7 @@ logger = logging.getLogger("flwr")
 # Latent positions computed at once where the configuration names no number of samples, and the most samples.
 GENERATED_AT_ONCE, MOST_GENERATED = 25_600, 100
 LEARNED_AT_ONCE = 8192
-LARGE_IMAGE = 256  # Pixels a side; from here on the autoencoder decodes one image after the other.
+LARGE_IMAGE = 512  # Pixels a side; from here on the autoencoder decodes one image after the other.
 WEIGHTS_PART = 0.6  # Of a GPU's free memory; activations and what updates need take the rest.
 
 
