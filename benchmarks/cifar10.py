@@ -41,7 +41,7 @@ SETTINGS: Overrides = {
 # A T2I that never learns stays as it was before, which the other rows measure; a judge is half a minute of training.
 FROZEN: Overrides = {"t2i.scores": "none", "judge": False}
 # This T2I knows images of the clients' kind, so what it should learn is what tells its good samples from its bad ones.
-# Clients learn more from new samples than from variations of those that they knew best.
+# All samples new: variations of those that the clients knew best seemed to teach them less.
 CONTRAST: Overrides = {"t2i.scores": "consensus", "t2i.update": "negative-aware", "t2i.explore": 0.0}
 VOTES = "the whole, supervised by votes"
 ROWS: dict[str, Overrides] = {

@@ -120,14 +120,24 @@ def test_the_schema_of_compose_accepts_the_file(path):
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def compose_2():
+    """Return the command of Compose 2, as docker's plugin or alone; None if there is neither."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]):
+            asked = subprocess.run([*command, "version", "--short"], capture_output=True, text=True, check=False)
+            if asked.returncode == 0 and not asked.stdout.startswith(("1.", "v1.")):
+                return command
+    return None
+
+
 @pytest.mark.parametrize("files", [[SERVER], [SERVER, GPU], [EDGE], [SERVER, EDGE]], ids=len)
 def test_compose_accepts_the_overlays(files):
-    compose = shutil.which("docker-compose")
-    if not compose or subprocess.check_output([compose, "version", "--short"], text=True).startswith(("1.", "v1.")):
-        pytest.skip("docker-compose 2 is not here")
+    compose = compose_2()
+    if compose is None:
+        pytest.skip("Compose 2 is not here, neither as docker compose nor as docker-compose")
     options = [word for path in files for word in ("--file", str(path))]
 
-    checked = subprocess.run([compose, *options, "config", "--quiet"], capture_output=True, text=True, check=False)
+    checked = subprocess.run([*compose, *options, "config", "--quiet"], capture_output=True, text=True, check=False)
 
     assert checked.returncode == 0, checked.stderr
 
