@@ -6,37 +6,49 @@ NODES ?= 6
 OUT ?= runs/demo
 RUN_CONFIG ?=
 
-PACKAGES = common server_app client_app starter deploy
+# For tools that read code without running it: the package as an installation has it, the rooms in `fedmmkt`.
+ROOMS = common server_app client_app starter deploy
+LAYOUT = .layout/fedmmkt
 
 # The shell reads them from the environment, so they may hold quotes:
 #   make demo RUN_CONFIG='rounds=2 t2i.device="cpu"'
 export NODES OUT RUN_CONFIG
 
-.PHONY: demo federation test lint starter
+.PHONY: demo federation test lint layout starter
 
-demo: $(VENV)/installed
-	@$(VENV)/bin/python -m deploy.simulation --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
+demo: $(VENV)/usable
+	@$(VENV)/bin/fedmmkt demo --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
 
 federation: OUT = runs/federation
 federation: NODES = 4
-federation: $(VENV)/installed
-	@$(VENV)/bin/python -m deploy.federation --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
+federation: $(VENV)/usable
+	@$(VENV)/bin/fedmmkt federation --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
 
-test: $(VENV)/installed
+test: $(VENV)/developed
 	$(VENV)/bin/python -m pytest
 
-lint: $(VENV)/installed
+lint: $(VENV)/developed layout
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
-	$(VENV)/bin/python -m mypy $(PACKAGES)
+	MYPYPATH=$(dir $(LAYOUT)):. $(VENV)/bin/python -m mypy -p fedmmkt -p benchmarks
 
-starter: $(VENV)/installed
-	$(VENV)/bin/python -m starter.train
+layout:
+	@mkdir -p $(LAYOUT)
+	@for room in $(ROOMS); do ln -sfn ../../$$room $(LAYOUT)/$$room; done
+	@for module in fedmmkt/*.py; do ln -sf ../../$$module $(LAYOUT); done
 
-$(VENV)/installed: pyproject.toml
+starter: $(VENV)/developed
+	$(VENV)/bin/python -m fedmmkt.starter.train
+
+# What a run needs; who develops needs more.
+$(VENV)/usable: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; set PYTHON to Python 3.11 or newer" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$$($(PYTHON) --version) is too old: make PYTHON=python3.11 (or newer)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/developed: $(VENV)/usable
 	$(VENV)/bin/python -m pip install --quiet -e '.[dev]'
 	@touch $@

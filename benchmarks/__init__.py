@@ -1,1 +1,1 @@
-"""Learning and speed, each a command that prints a table."""
+"""Benchmarks of learning and speed; each is a command that prints a table."""

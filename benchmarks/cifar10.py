@@ -1,8 +1,8 @@
-"""CIFAR-10 among twenty clients of five architectures, with a T2I that has seen a public part alone.
+"""CIFAR-10 with twenty clients of five architectures, and a T2I that is pre-trained only on a public part.
 
-``python -m benchmarks.cifar10 --data DIR``, where ``DIR`` holds ``train.parquet`` and ``test.parquet`` with columns
-``image`` and ``label``. Makes the T2I first, with ``starter.public``, unless it is there. ``--quick`` takes a part of
-the data and fewer steps, and ends in 20 minutes on two cores. A finished run is kept in the output folder and not
+Run ``python -m benchmarks.cifar10 --data DIR``. ``DIR`` has ``train.parquet`` and ``test.parquet`` with the columns
+``image`` and ``label``. If there is no T2I yet, it is trained first, with ``starter.public``. ``--quick`` uses a part
+of the data and fewer steps, and takes 20 minutes on two cores. Finished runs are kept in the output folder and not
 repeated.
 """
 
@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from fedmmkt.client_app.learning.optimizer import AdamW
+from fedmmkt.client_app.learning.training import AlignedModel, PrivateSet, evaluate, parameter_groups, train
+from fedmmkt.client_app.models.building import build_task_model
+from fedmmkt.client_app.models.task_model import Inputs
+from fedmmkt.common.config import DataConfig, RunConfig
+from fedmmkt.common.datasets import Examples, load_splits, to_examples
+from fedmmkt.starter import public
 
 from benchmarks.rows import ACCURACY, COSTS_AND_T2I, MEMORY, PLAIN, Overrides, run_rows, spread, t2i_before, table
-from client_app.learning import AlignedModel, PrivateSet, evaluate, parameter_groups, train
-from client_app.optimizer import AdamW
-from client_app.task_models import Inputs, build_task_model
-from common.config import DataConfig, RunConfig
-from common.datasets import Examples, load_splits, to_examples
-from starter import public
 
 NODES = 20
 ARCHITECTURES = ("cnn", "mlp", "vit", "resnet", "mobilenet")
@@ -38,10 +39,10 @@ SETTINGS: Overrides = {
     "t2i.prompt-templates": TEMPLATES,
     "checkpoints-kept": 0,
 }
-# A T2I that never learns stays as it was before, which the other rows measure; a judge is half a minute of training.
+# No judge: a frozen T2I does not change, and other rows measure it at the start. Training a judge takes half a minute.
 FROZEN: Overrides = {"t2i.scores": "none", "judge": False}
-# This T2I knows images of the clients' kind, so what it should learn is what tells its good samples from its bad ones.
-# All samples new: variations of those that the clients knew best seemed to teach them less.
+# This T2I already knows images like those of the clients. So it learns from the contrast of good and bad samples.
+# All samples are new: variations of the samples that clients know best seemed to help the clients less.
 CONTRAST: Overrides = {"t2i.scores": "consensus", "t2i.update": "negative-aware", "t2i.explore": 0.0}
 VOTES = "the whole, supervised by votes"
 ROWS: dict[str, Overrides] = {
@@ -56,14 +57,14 @@ COLUMNS = (ACCURACY, *COSTS_AND_T2I, *MEMORY)
 
 @dataclass(frozen=True)
 class Profile:
-    """How much of the data and how many steps.
+    """The amount of data and the number of steps.
 
     Attributes
     ----------
     start : tuple of str
-        Arguments of ``starter.public``: the parts of the data, and the T2I's sizes and steps.
+        Arguments of ``starter.public``: sizes of the data parts, and sizes and steps of the T2I.
     settings : dict
-        What it changes in the run-config of all rows.
+        Changes to the run-config of all rows.
     """
 
     start: tuple[str, ...]
@@ -87,7 +88,7 @@ QUICK = Profile(
 
 
 def centralised(data: DataConfig, settings: Overrides, seed: int, folder: Path) -> list[tuple[str, float]]:
-    """Train each architecture on all private data, for as many epochs as a client has; accuracy by architecture."""
+    """Train each architecture on all private data, with the epochs of a client; return accuracies by architecture."""
     kept = folder / f"seed-{seed}.json"
     if not kept.exists():
         config = RunConfig.from_flower(settings)
@@ -117,12 +118,12 @@ def _tensors(examples: Examples) -> PrivateSet:
 
 
 def main() -> None:
-    """Parse the command line, run what is missing, print the tables."""
+    """Parse the command line, do the missing runs, print the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cifar10", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of train.parquet and test.parquet")
-    parser.add_argument("--quick", action="store_true", help="a part of the data, fewer steps")
+    parser.add_argument("--quick", action="store_true", help="use a part of the data and fewer steps")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0, 1, ...")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1, 0.5])
     parser.add_argument(
@@ -132,7 +133,7 @@ def main() -> None:
         default=[name for name in ROWS if name != VOTES],
         help=f"all but {VOTES!r}",
     )
-    parser.add_argument("--rounds", type=int, help="rounds in place of the profile's")
+    parser.add_argument("--rounds", type=int, help="number of rounds; by default that of the profile")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/cifar10"))
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -162,8 +163,8 @@ def main() -> None:
     bounds = [centralised(config, settings, seed, out / "centralised") for seed in range(arguments.seeds)]
     each = "; ".join(f"{rows[0][0]} {spread([accuracy for _, accuracy in rows])}" for rows in zip(*bounds, strict=True))
     mean = spread([statistics.mean(accuracy for _, accuracy in rows) for rows in bounds])
-    print(f"\nCentralised, all private data, equally many epochs: {mean} ({each})")
-    print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes for what was not kept")
+    print(f"\nCentralised, all private data, same number of epochs: {mean} ({each})")
+    print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes for the new runs")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Curves of kept runs: ``python -m benchmarks.curves runs/benchmarks/emoji/alpha-0.1 --out docs/emoji.png``.
 
-A line a row of the benchmark, by round: clients' mean accuracy and, where a judge measured the T2I, its alignment and
-Frechet distance. Lines are means over seeds, bands one standard deviation.
+It draws one line per row of the benchmark, by round: the clients' mean accuracy and, if a judge measured the T2I, its
+alignment and Frechet distance. Lines are means over seeds; bands show one standard deviation.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ MEASURES: dict[str, Callable[[dict[str, Any]], float | None]] = {
 
 
 def read_runs(folder: Path, rows: Sequence[str] = ()) -> Curves:
-    """Read the kept runs below a benchmark's folder by row (all, or those named), in the order of their finishing.
+    """Read the finished runs in a benchmark's folder, by row, in the order in which they finished.
+
+    ``rows`` are the folders of the rows to read; all by default.
 
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there is no finished run.
     """
     found = [path for row in rows or ("*",) for path in folder.glob(f"{row}/seed-*/done.json")]
     kept = sorted(found, key=lambda path: path.stat().st_mtime)
@@ -44,22 +46,22 @@ def read_runs(folder: Path, rows: Sequence[str] = ()) -> Curves:
 
 
 def band(values: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation (0 of one seed) by round; rounds that not all seeds have are left out."""
+    """Return mean and standard deviation by round (0 for one seed), for the rounds that all seeds have."""
     shortest = min(map(len, values))
     array_SR = np.array([seed[:shortest] for seed in values])
     return array_SR.mean(0), array_SR.std(0, ddof=1) if len(values) > 1 else np.zeros(shortest)
 
 
 def values(seeds: Sequence[Lines], measure: str) -> list[list[float]]:
-    """Return a measure by seed and round; empty unless all have it."""
-    of = MEASURES[measure]
-    found = [[of(line) for line in lines] for lines in seeds]
+    """Return a measure by seed and round; empty if it is missing in any round."""
+    value_of = MEASURES[measure]
+    found = [[value_of(line) for line in lines] for lines in seeds]
     whole = [[value for value in seed if value is not None] for seed in found]
     return whole if list(map(len, whole)) == list(map(len, found)) else []
 
 
 def draw(runs: Curves, path: Path) -> None:
-    """Draw a panel for each measure that some rows have."""
+    """Draw one panel for each measure that at least one row has."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -86,7 +88,7 @@ def draw(runs: Curves, path: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line and draw."""
+    """Parse the command line and draw the curves."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__)
     parser.add_argument(
         "runs", type=Path, help="folder of a benchmark's rows, such as runs/benchmarks/digits/alpha-0.1"

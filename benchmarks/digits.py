@@ -1,6 +1,6 @@
-"""What each part of the method gives, on digits: ``python -m benchmarks.digits --seeds 3 --alphas 0.1 0.5``.
+"""The gain of each part of the method, on digits: ``python -m benchmarks.digits --seeds 3 --alphas 0.1 0.5``.
 
-Every row is run-config alone, on the same partitions and with equally many private epochs.
+Rows differ only in their run-config. All use the same partitions and the same number of private epochs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fedmmkt.common.config import RunConfig, T2IConfig
+from fedmmkt.common.datasets import load_splits, to_examples
+from fedmmkt.server_app.record.judge import Judge
+from fedmmkt.server_app.t2i.generator import Generator, as_images
+from fedmmkt.server_app.t2i.samples import Samples
 
 from benchmarks.rows import (
     ACCURACY,
@@ -24,17 +29,13 @@ from benchmarks.rows import (
     t2i_before,
     table,
 )
-from common.config import RunConfig, T2IConfig
-from common.datasets import load_splits, to_examples
-from server_app.evaluation import Judge
-from server_app.generator import Generated, Generator, as_images
 
 NODES = 6
 
-# A T2I that never learns shows the prompted class more often with guidance.
+# A frozen T2I shows the prompted class more often with more guidance.
 FROZEN: Overrides = {"t2i.scores": "none", "t2i.guidance": "3.0,1.5,1.2,1.0"}
 ROWS: dict[str, Overrides] = {
-    # Without weight on anything synthetic, no client learns from it; ten samples a round are then enough.
+    # All weights on synthetic samples are zero, so clients do not learn from them; ten samples per round are enough.
     "local-only": FROZEN | PLAIN | {"client.distillation-weight": 0.0, "t2i.samples-per-round": 10},
     "plain averaging, frozen T2I (FedMD-style)": FROZEN | PLAIN | {"t2i.aggregation": "mean"},
     "the client recipe, frozen T2I": FROZEN,
@@ -53,7 +54,7 @@ COLUMNS = (
 
 
 def references(seed: int) -> list[tuple[str, float | None, float]]:
-    """Measure what bounds the T2I: real images, the autoencoder's, and LoRA trained on the private images."""
+    """Measure upper bounds of the T2I: real images, their reconstructions, and a LoRA trained on private images."""
     config = RunConfig(seed=seed)
     splits = load_splits(config.data, seed)
     train, test = (to_examples(part, config.data, images=True, texts=False) for part in (splits.train, splits.test))
@@ -78,7 +79,7 @@ def references(seed: int) -> list[tuple[str, float | None, float]]:
     measured("their reconstructions by the autoencoder", decoded, train.labels_N[:count])
     captions = [t2i.prompt_templates[i % len(t2i.prompt_templates)].format(splits.classes[label])
                 for i, label in enumerate(train.labels_N)]  # fmt: skip
-    private = Generated(tuple(captions), train.images_NHWC, latents_NCHW)
+    private = Samples(tuple(captions), torch.from_numpy(train.labels_N), train.images_NHWC, latents_NCHW)
     for update in range(config.rounds):
         generator.adapt(private, torch.ones(len(private)), t2i.adaptation_steps, update)
     prompts = [t2i.prompt_templates[0].format(name) for name in splits.classes for _ in range(count // 10)]
@@ -89,7 +90,7 @@ def references(seed: int) -> list[tuple[str, float | None, float]]:
 
 
 def main() -> None:
-    """Parse the command line, run what is missing, print the tables."""
+    """Parse the command line, do the missing runs, print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1, 0.5])

@@ -1,9 +1,9 @@
-"""Image, text and image+text clients on real pairs, and what alignment across modalities gives.
+"""Image, text and image+text clients on real pairs, and the gain of transfer across modalities.
 
-``python -m benchmarks.emoji --start DIR``, where ``DIR`` is what ``python -m starter.public`` made of a dataset with
-images, texts and labels. Prompts are the public texts without their classes: what a prompt means, only the
-clients' word says. Prints a table over seeds, and paired tests of what each part gives. A finished run is kept in the
-output folder and not repeated.
+Run ``python -m benchmarks.emoji --start DIR``. ``DIR`` is the output of ``fedmmkt pretrain`` for a dataset with images,
+texts and labels. The prompts are the public texts without their classes, so only the clients' answers say what a prompt
+means. The benchmark prints a table over seeds, and paired tests of the parts of the method. Finished runs are kept in
+the output folder and not repeated.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, MetricRecord
+from fedmmkt.common.config import DataConfig, T2IConfig
+from fedmmkt.common.dataset_files import read_dataset
+from fedmmkt.common.datasets import load_splits, to_examples
+from fedmmkt.common.payloads import ClientReport
+from fedmmkt.server_app.exchange import Answer
+from fedmmkt.server_app.record.judge import Judge
+from fedmmkt.server_app.strategy import FedMMKT
+from fedmmkt.server_app.t2i.generator import Generator
 from scipy import stats
 from torch.nn import functional as F
 
 from benchmarks.rows import MEMORY, Lines, Overrides, row_folder, run_once, spread
-from common.config import DataConfig, T2IConfig
-from common.dataset_files import read_dataset
-from common.datasets import load_splits, to_examples
-from common.payloads import SoftTargets, SyntheticBatch
-from server_app.evaluation import Judge
-from server_app.exchange import Answer
-from server_app.generator import Generator
-from server_app.strategy import FedMMKT
 
 NODES = 6
 SETTINGS: Overrides = {
@@ -49,10 +48,12 @@ CONFIDENCE, LOSS = "the same, samples by confidence alone", "the same, with the 
 FEW = "soft targets across modalities, of as few clients"
 WHOLE, CONTRAST = "the same, the T2I adapted", "the same, the T2I adapted by contrast"
 FROZEN: Overrides = {"t2i.scores": "none"}
+# Sample weights use only confidence, so that no information from text clients reaches image clients.
+CONTROL = FROZEN | {"t2i.agreement": "confidence"}
 ROWS: dict[str, Overrides] = {
     LOCAL: FROZEN | {"client.distillation-weight": 0.0, "t2i.samples-per-round": 20},
-    WITHIN: FROZEN,
-    FEW: FROZEN,
+    WITHIN: CONTROL | {"strategy": "benchmarks.emoji:WithinModalities"},
+    FEW: CONTROL | {"strategy": "benchmarks.emoji:AsFewAcross"},
     ACROSS: FROZEN,
     CONFIDENCE: FROZEN | {"t2i.agreement": "confidence"},
     LOSS: FROZEN | {"client.alignment-weight": 0.1},
@@ -73,47 +74,40 @@ PAIRS = (
 
 
 class WithinModalities(FedMMKT):
-    """The control without transfer across modalities: what text clients answer reaches text clients alone.
+    """Control without transfer across modalities: text clients learn only from text clients.
 
-    Those that see images get what image clients say. That of image+text clients, who read the prompts too, reaches
-    nobody.
+    All other clients learn only from image clients. Nobody learns from image+text clients, because these read the
+    prompts as well.
     """
 
-    def __init__(self, *parts: Any) -> None:
-        super().__init__(*parts)
-        self.own: dict[tuple[str, bool], SoftTargets] = {}
-
-    def _learn(self, server_round: int, answers: list[Answer]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        learned = super()._learn(server_round, answers)
-        if self.samples is not None:
-            for sees_images, modality in ((True, "image"), (False, "text")):
-                own = [answer for answer in answers if answer.report.modality == modality]
-                others = [a for a in answers if a.report.modality not in (modality, "image+text")]
-                probabilities_NC = self.aggregate_logits(self.voices(own, others), self.samples.prompted_N)
-                targets = self._soft_targets(self.samples, probabilities_NC, None)
-                self.own[self.samples.batch.batch_id, sees_images] = targets
-        return learned
-
-    def voices(self, own: list[Answer], others: list[Answer]) -> list[Answer]:
-        """Choose the answers of which a modality is told, from its own and the other's."""
+    def teachers(self, client: ClientReport, answers: list[Answer]) -> list[Answer]:
+        """Choose the answers of the client's own kind, image or text."""
+        own, _ = by_kind(client, answers)
         return own
 
-    def _due(self, node_id: int) -> tuple[tuple[SyntheticBatch, ...], tuple[SoftTargets, ...]]:
-        batches, targets = super()._due(node_id)
-        return batches, tuple(self.own[one.batch_id, self._sees_images(node_id)] for one in targets)
 
+class AsFewAcross(FedMMKT):
+    """Control with the same number of teachers as `WithinModalities`, but across modalities.
 
-class AsFewAcross(WithinModalities):
-    """The control of equally many voices: each modality is told of as many clients, the greater half of the other's."""
+    Half of the answers of the client's own kind (rounded up) are replaced by answers of the other kind.
+    """
 
-    def voices(self, own: list[Answer], others: list[Answer]) -> list[Answer]:
-        """Put the other's in the place of its own."""
+    def teachers(self, client: ClientReport, answers: list[Answer]) -> list[Answer]:
+        """Replace answers of the client's own kind by answers of the other kind."""
+        own, others = by_kind(client, answers)
         kept = len(own) // 2
         return own[:kept] + others[: len(own) - kept]
 
 
-STRATEGIES = {WITHIN: WithinModalities, FEW: AsFewAcross}
-GUIDANCE = 1.25  # of the images that are measured
+def by_kind(client: ClientReport, answers: list[Answer]) -> tuple[list[Answer], list[Answer]]:
+    """Return the answers of the client's own kind (image or text), and those of the other kind."""
+    own = "text" if client.modality == "text" else "image"
+    kinds = (own, "image" if own == "text" else "text")
+    of_own, of_other = ([answer for answer in answers if answer.report.modality == kind] for kind in kinds)
+    return of_own, of_other
+
+
+GUIDANCE = 1.25  # guidance scale of the measured images
 COLUMNS = (
     "all clients",
     "image",
@@ -134,14 +128,14 @@ Measures = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Pairs:
-    """How well a T2I's images go with their prompts, the public texts.
+    """How well the images of a T2I fit their prompts, the public texts.
 
     Attributes
     ----------
     own : float
-        Part of the images to which, of all public images, that of the same text is nearest (judge's features).
+        Fraction of the images whose nearest public image, in the judge's features, is that of the same text.
     alignment : float
-        Part of the images in which the judge sees the class of the text.
+        Fraction of the images in which the judge recognises the class of the text.
     frechet : float
         Frechet distance to the real test images.
     """
@@ -152,12 +146,12 @@ class Pairs:
 
 
 class PairJudge:
-    """A judge of images of the public texts, trained on all real images; it measures only.
+    """A judge for generated images of the public texts, trained on all real images; it only measures.
 
     Parameters
     ----------
     start : Path
-        Folder that ``starter.public`` made.
+        Output folder of ``starter.public``.
     """
 
     def __init__(self, start: Path) -> None:
@@ -180,7 +174,7 @@ class PairJudge:
         self.judge = Judge(images_NHWC, labels_N, *test, len(splits.classes), seed=0)
 
     def measure(self, generator: Generator, guidance: float) -> Pairs:
-        """Generate an image of each public text, with fixed seeds, and measure the pairs."""
+        """Generate one image per public text, with fixed seeds, and measure the pairs."""
         made = generator.generate(self.prompts, range(len(self.prompts)), guidance).images_NHWC
         features_NF, real_NF = (self.judge.embed(images_NHWC) for images_NHWC in (made, self.public_NHWC))
         centre_F = real_NF.mean(0)
@@ -201,7 +195,7 @@ def _real(part: Any, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
 def run_row(
     name: str, seed: int, rounds: int, alpha: float, start: Path, out: Path, extra: Overrides | None = None
 ) -> Lines:
-    """Run one row with one seed, unless it is there; return its lines of metrics."""
+    """Run one row with one seed unless the run is kept; return its lines of metrics."""
     changes: Overrides = {
         "rounds": rounds,
         "seed": seed,
@@ -211,11 +205,14 @@ def run_row(
         "t2i.prompts": str(out / "prompts.jsonl"),
     }
     overrides = SETTINGS | changes | ROWS[name] | (extra or {})
-    return run_once(row_folder(out, name, seed), overrides, NODES, STRATEGIES.get(name, FedMMKT))
+    return run_once(row_folder(out, name, seed), overrides, NODES)
 
 
 def measured_pairs(name: str, seed: int, start: Path, out: Path, judge: PairJudge) -> Pairs:
-    """Measure the T2I that a run left, unless that is kept; the one that it began with for a row that never adapts."""
+    """Measure the T2I at the end of a run, unless the result is kept.
+
+    Rows with a frozen T2I share one measurement of the T2I at the start.
+    """
     frozen = ROWS[name].get("t2i.scores") == "none"
     folder = out if frozen else row_folder(out, name, seed)
     kept = folder / "pairs.json"
@@ -228,7 +225,7 @@ def measured_pairs(name: str, seed: int, start: Path, out: Path, judge: PairJudg
 
 
 def measures(lines: Lines, pairs: Pairs) -> Measures:
-    """Collect what the tables show of one run."""
+    """Return the values of one run that the tables show."""
     clients = lines[-1]["clients"]
     values: Measures = {"all clients": clients["accuracy"]}
     values |= {name: clients["by_modality"].get(name) for name in ("image", "text", "image+text")}
@@ -238,7 +235,7 @@ def measures(lines: Lines, pairs: Pairs) -> Measures:
 
 
 def table(rows: dict[str, list[Measures]]) -> str:
-    """Make a Markdown table, a row a method, mean and standard deviation over seeds."""
+    """Make a Markdown table with one row per method: means and standard deviations over seeds."""
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, seeds in rows.items():
         cells = [spread([one[column] for one in seeds], DECIMALS.get(column, 3)) for column in COLUMNS]
@@ -247,7 +244,7 @@ def table(rows: dict[str, list[Measures]]) -> str:
 
 
 def paired_tests(rows: dict[str, list[Measures]]) -> str:
-    """Compare rows seed by seed: mean difference, seeds that agree with its sign, and p of a paired t-test."""
+    """Compare rows seed by seed: mean difference, number of seeds with its sign, and p of a paired t-test."""
     lines = [f"| difference | {' | '.join(TESTED)} |", "|---" * (len(TESTED) + 1) + "|"]
     for one, other in PAIRS:
         if one not in rows or other not in rows or len(rows[one]) < 2:
@@ -260,17 +257,17 @@ def paired_tests(rows: dict[str, list[Measures]]) -> str:
                 cells.append("0")
                 continue
             mean = differences.mean()
-            alike = int((np.sign(differences) == np.sign(mean)).sum())
+            same_sign = int((np.sign(differences) == np.sign(mean)).sum())
             p = stats.ttest_1samp(differences, 0).pvalue
-            cells.append(f"{mean:+.{DECIMALS.get(column, 3)}f} ({alike}/{len(differences)}, p = {p:.2g})")
+            cells.append(f"{mean:+.{DECIMALS.get(column, 3)}f} ({same_sign}/{len(differences)}, p = {p:.2g})")
         lines.append(f"| {one} - {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Parse the command line, run what is missing, print the tables."""
+    """Parse the command line, do the missing runs, print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji", description=__doc__)
-    parser.add_argument("--start", type=Path, required=True, help="folder that `python -m starter.public` made")
+    parser.add_argument("--start", type=Path, required=True, help="output folder of `fedmmkt pretrain`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
@@ -281,7 +278,7 @@ def main() -> None:
     start, out = arguments.start.resolve(), (arguments.out / f"alpha-{arguments.alpha:g}").resolve()
     for needed in ("model", "data", "public", "prompts.jsonl"):
         if not (start / needed).exists():
-            parser.error(f"--start is {str(start)!r}, which has no {needed}; make it with python -m starter.public")
+            parser.error(f"--start is {str(start)!r}, which has no {needed}; make it with fedmmkt pretrain")
     out.mkdir(parents=True, exist_ok=True)
     judge = PairJudge(start)
     (out / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in judge.prompts))

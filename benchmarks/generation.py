@@ -1,8 +1,8 @@
-"""Generation through the generator class beside the bare diffusers pipeline: ``python -m benchmarks.generation``.
+"""Speed of the generator class compared with the bare diffusers pipeline: ``python -m benchmarks.generation``.
 
-Both generate the same prompts with the same seeds, batch size, steps and guidance, in turn, and to uint8
-images in memory; the ratio of their medians is what counts, since machines differ and are shared. The
-generator carries an adapted LoRA; the bare pipeline is measured without one and with the same one loaded.
+Both generate uint8 images in memory, in turn, with the same prompts, seeds, batch size, steps and guidance. Only the
+ratio of their median times counts, because machines differ and are shared. The generator has an adapted LoRA. The bare
+pipeline is measured without a LoRA and with the same LoRA.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from common.config import T2IConfig
-from server_app.generator import Generator, load_pipeline
+from fedmmkt.common.config import T2IConfig
+from fedmmkt.server_app.t2i.generator import Generator, load_pipeline
 
 
 def bare(pipeline: Any, prompts: list[str], guidance: float, config: T2IConfig) -> None:
-    """Generate as anyone would with diffusers."""
+    """Generate images with plain diffusers."""
     for start in range(0, len(prompts), config.generation_batch_size):
         part = prompts[start : start + config.generation_batch_size]
         noise = [torch.Generator().manual_seed(start + index) for index in range(len(part))]
@@ -37,7 +36,7 @@ def bare(pipeline: Any, prompts: list[str], guidance: float, config: T2IConfig) 
 
 
 def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Time each in turn, after one unmeasured round."""
+    """Measure the seconds of each function, in turn, after one round that is not measured."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -49,7 +48,7 @@ def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, li
 
 
 def main() -> None:
-    """Parse the command line, measure, print a table."""
+    """Parse the command line, measure, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__)
     parser.add_argument("--model", default="starter")
     parser.add_argument("--images", type=int, default=200)

@@ -1,7 +1,7 @@
-"""Peak memory of server and clients as rounds and clients grow: ``python -m benchmarks.memory``.
+"""Peak memory of server and clients for growing numbers of rounds and clients: ``python -m benchmarks.memory``.
 
-Digits, the starter and small clients, whose learning is cut short; messages, images and logits are as large as ever.
-Clients take turns in one process a core, as in a simulation; a deployed client has a process of its own.
+It uses digits, the starter and small clients. Training is shortened, but messages, images and logits have their normal
+size. Clients share one process per core, as in a simulation. A deployed client has its own process.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SIZES = ((4, 2), (4, 8), (4, 24), (4, 72), (16, 4), (64, 4))
 
 
 def main() -> None:
-    """Parse the command line, run what is missing, print the table."""
+    """Parse the command line, do the missing runs, print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/memory"))
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    print("| clients | rounds | server MB | client MB | MB down a client and round |\n|---|---|---|---|---|")
+    print("| clients | rounds | server MB | client MB | MB down per client and round |\n|---|---|---|---|---|")
     for nodes, rounds in SIZES:
         folder = row_folder(arguments.out.resolve(), f"{nodes} clients {rounds} rounds", 0)
         lines = run_once(folder, BRIEF | {"rounds": rounds}, nodes)

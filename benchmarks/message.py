@@ -1,8 +1,9 @@
-"""Where the seconds of a deployed client's message go: ``python -m benchmarks.message``.
+"""The time that a deployed client spends on a message, by stage: ``python -m benchmarks.message``.
 
-A deployed client is a new process for every message. Here one is started as often, without a SuperNode: it imports,
-loads its model and data, answers a batch of 400 images without training, keeps its model, and ends. The first message
-decodes the node's data and begins a model; later ones find a decoded copy and the kept model. Medians over repeats.
+A deployed client is a new process for every message. Here such processes are started without a SuperNode. Each one
+imports the app, loads model and data, answers a batch of 400 images without training, saves its model, and ends. The
+first message decodes the node's data and makes a new model. Later messages use the decoded copy and the saved model;
+the table shows their medians.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def answer(folder: Path, started: float) -> dict[str, float]:
     import torch  # noqa: F401
 
     seconds["torch"] = stage()
-    app: Any = importlib.import_module("client_app.app")
+    app: Any = importlib.import_module("fedmmkt.client_app.app")
     seconds["the app"] = stage()
     load, reading = app.load_own_data, [0.0]
 
@@ -64,7 +65,7 @@ def answer(folder: Path, started: float) -> dict[str, float]:
 
 
 def measure(repeats: int, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Answer messages in fresh processes; seconds by stage of the first, and medians of the later ones."""
+    """Answer messages in new processes; return seconds by stage of the first, and medians of the later ones."""
     command = [sys.executable, "-m", "benchmarks.message", "--answer", str(folder), "--started"]
     seconds: list[dict[str, float]] = []
     for _ in range(1 + repeats):
@@ -75,13 +76,12 @@ def measure(repeats: int, folder: Path) -> tuple[dict[str, float], dict[str, flo
 
 
 def write_message(model: str, data: Path, folder: Path) -> None:
-    """Write a round's message, and the configurations that its client has, for `answer` to read."""
+    """Write the message of a round and the client's configurations, for `answer` to read."""
     import numpy as np
-
-    from common.config import RunConfig, to_flower
-    from common.datasets import load_splits
-    from common.images import encode_images
-    from common.payloads import Instructions, Request, SyntheticBatch
+    from fedmmkt.common.config import RunConfig, to_flower
+    from fedmmkt.common.datasets import load_splits
+    from fedmmkt.common.images import encode_images
+    from fedmmkt.common.payloads import Instructions, Request, SyntheticBatch
 
     classes = load_splits(RunConfig().data, 0).classes
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def write_message(model: str, data: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line, measure, print the table."""
+    """Parse the command line, measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.message", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["cnn", "text", "dual"])
     parser.add_argument("--repeats", type=int, default=5)
@@ -115,8 +115,8 @@ def main() -> None:
     if arguments.answer:
         print(json.dumps(answer(arguments.answer, arguments.started)))
         return
-    from common.config import DataConfig
-    from deploy.partition import write_partitions
+    from fedmmkt.common.config import DataConfig
+    from fedmmkt.deploy.partition import write_partitions
 
     print(f"| seconds | {' | '.join(STAGES)} |\n{'|---' * (len(STAGES) + 1)}|")
     with tempfile.TemporaryDirectory() as home:

@@ -1,8 +1,8 @@
-"""What a round costs over its computing: ``python -m benchmarks.overhead``, on real processes over TLS.
+"""The overhead of a round without training, on real processes over TLS: ``python -m benchmarks.overhead``.
 
-The same nodes, model and data run FedMMKT and then Flower's own FedAvg, on one SuperLink. Nothing is trained, so
-that a round's seconds are those of starting clients, reading data, moving messages and waiting. Bytes are counted
-on the wire between each node and the SuperLink: TLS, gRPC, polling and heartbeats are in them.
+The same nodes, model and data run FedMMKT and then Flower's own FedAvg, on one SuperLink. Nothing is trained. So the
+seconds of a round are those of starting clients, reading data, moving messages and waiting. Bytes are counted on the
+wire between each node and the SuperLink; they include TLS, gRPC, polling and heartbeats.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from fedmmkt.common.config import RunConfig, Setting
+from fedmmkt.deploy.federation import Federation, local_federation
+from fedmmkt.deploy.partition import write_partitions
+from fedmmkt.deploy.submission import COMPLETED
+
 from benchmarks.relay import Relay, relay
-from common.config import RunConfig
-from deploy.federation import Federation, local_federation
-from deploy.partition import write_partitions
-from deploy.submission import COMPLETED, Value
 
 ROOT = Path(__file__).parent.parent
-NOTHING_TRAINED: dict[str, Value] = {
+NOTHING_TRAINED: dict[str, Setting] = {
     "client.warmup-epochs": 0,
     "client.local-epochs": 0,
     "client.distillation-steps": 0,
     "t2i.scores": "none",
     "t2i.evaluation-samples": 10,
-    "t2i.inference-steps": 2,  # as many images and bytes as ever, made sooner
+    "t2i.inference-steps": 2,  # same number of images and bytes, in less time
     "judge": False,
     "tensorboard": False,
 }
@@ -59,7 +60,7 @@ model = "cnn"
 out = ""
 """
 FEDAVG_APPS = '''
-"""Flower's FedAvg of a task model that is not trained, as its quick start writes it."""
+"""Flower's FedAvg of a task model without training, written as in Flower's quick start."""
 
 from pathlib import Path
 
@@ -73,9 +74,9 @@ server = ServerApp()
 
 
 def build(name):
-    """Build a task model, or as many weights as an adapter of the T2I has."""
+    """Build a task model, or a list of weights of the size of the T2I's adapter."""
     from torch import nn, zeros
-    from client_app.task_models import build_task_model
+    from fedmmkt.client_app.models.building import build_task_model
 
     if name.startswith("adapter:"):
         return nn.ParameterList([zeros(int(name.removeprefix("adapter:")))])
@@ -83,9 +84,9 @@ def build(name):
 
 
 def load(message, context):
-    from client_app.private_data import load_private_data
-    from common.config import NodeConfig, RunConfig
-    from common.dataset_files import DIGIT_NAMES
+    from fedmmkt.client_app.data.private_data import load_private_data
+    from fedmmkt.common.config import NodeConfig, RunConfig
+    from fedmmkt.common.dataset_files import DIGIT_NAMES
     import torch
 
     torch.set_num_threads(1)
@@ -103,7 +104,7 @@ def train(message, context):
     model, data = load(message, context)
     torch.manual_seed(context.node_id)
     with torch.no_grad():
-        for weight in model.parameters():  # As training would: Flower stores and sends what is equal once.
+        for weight in model.parameters():  # As training would: Flower sends equal content only once.
             weight += 1e-3 * torch.randn_like(weight)
     metrics = MetricRecord({"num-examples": len(data.train)})
     return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
@@ -112,8 +113,8 @@ def train(message, context):
 @client.evaluate()
 def evaluate(message, context):
     import torch
-    from client_app.learning import evaluate
-    from client_app.task_models import Inputs
+    from fedmmkt.client_app.learning.training import evaluate
+    from fedmmkt.client_app.models.task_model import Inputs
 
     model, data = load(message, context)
     images = torch.from_numpy(data.test.images_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -143,7 +144,7 @@ def main(grid, context):
 
 @dataclass(frozen=True)
 class Mark:
-    """The clock and the bytes that all nodes have received and sent, when a round had ended."""
+    """The time at the end of a round, and the bytes that all nodes had received and sent by then."""
 
     seconds: float
     down: int
@@ -152,7 +153,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Costs:
-    """What each round of a run cost, but the first and the last: seconds, and bytes of a node."""
+    """The cost of a run's rounds, except the first and the last: seconds by round, and mean bytes per node."""
 
     seconds: list[float]
     down: float
@@ -160,7 +161,7 @@ class Costs:
 
 
 def fedmmkt_costs(federation: Federation, relays: Sequence[Relay], rounds: int, folder: Path) -> Costs:
-    """Run FedMMKT; its seconds are those of the exchange with clients."""
+    """Run FedMMKT; the seconds are those of the exchange with clients."""
     config = NOTHING_TRAINED | {"output-dir": str(folder), "min-nodes": len(relays), "rounds": rounds}
     file = folder / "metrics.jsonl"
     with marked(file, relays) as marks:
@@ -172,14 +173,14 @@ def fedmmkt_costs(federation: Federation, relays: Sequence[Relay], rounds: int, 
 def fedavg_costs(
     federation: Federation, relays: Sequence[Relay], rounds: int, folder: Path, model: str, evaluate: float
 ) -> Costs:
-    """Run Flower's FedAvg; its seconds are those of whole rounds, in which the server does next to nothing."""
+    """Run Flower's FedAvg; the seconds are those of whole rounds, in which the server does almost nothing."""
     package = folder / "plainfedavg"
     package.mkdir(parents=True)
     (folder / "pyproject.toml").write_text(FEDAVG_PROJECT, encoding="utf-8")
     (package / "__init__.py").touch()
     (package / "apps.py").write_text(FEDAVG_APPS, encoding="utf-8")
     file = folder / "rounds.txt"
-    config: dict[str, Value] = {"min-nodes": len(relays), "rounds": rounds, "model": model, "evaluate": evaluate}
+    config: dict[str, Setting] = {"min-nodes": len(relays), "rounds": rounds, "model": model, "evaluate": evaluate}
     with marked(file, relays) as marks:
         _run(federation, folder, config | {"out": str(file)})
     return _costs(marks, len(relays), [after.seconds - before.seconds for before, after in pairwise(marks)][1:-1])
@@ -187,7 +188,7 @@ def fedavg_costs(
 
 @contextlib.contextmanager
 def marked(file: Path, relays: Sequence[Relay]) -> Iterator[list[Mark]]:
-    """Note clock and bytes whenever a file to which a run adds a line a round has got another line."""
+    """Record time and bytes whenever ``file`` gets a new line; the run adds one line per round."""
     marks: list[Mark] = []
     over = threading.Event()
 
@@ -213,7 +214,7 @@ def _costs(marks: Sequence[Mark], nodes: int, seconds: list[float]) -> Costs:
     return Costs(seconds, (last.down - first.down) / messages, (last.up - first.up) / messages)
 
 
-def _run(federation: Federation, app: Path, config: dict[str, Value]) -> None:
+def _run(federation: Federation, app: Path, config: dict[str, Setting]) -> None:
     log = io.StringIO()
     if federation.run(app, config, log).status != COMPLETED:
         raise RuntimeError(log.getvalue())
@@ -221,16 +222,16 @@ def _run(federation: Federation, app: Path, config: dict[str, Value]) -> None:
 
 def adapter_size() -> int:
     """Count the weights of the T2I's adapter with the default settings."""
-    from server_app.generator import Generator
+    from fedmmkt.server_app.t2i.generator import Generator
 
     return sum(tensor.numel() for tensor in Generator(RunConfig().t2i, 0).adapter.state().values())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table."""
+    """Parse the command line, measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=6, help="rounds of each run; the first and the last do not count")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of each run; first and last are not counted")
     parser.add_argument("--model", default="cnn", help="task model of every node")
     options = parser.parse_args(arguments)
     with contextlib.ExitStack() as stack:
@@ -252,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
             "FedAvg of the T2I's adapter (train alone)": fedavg_costs(*common, folder / "adapter", adapter, 0.0),
         }
     print(f"\na round without training, {options.nodes} {options.model} nodes on this machine\n")
-    print("| | seconds (least to most) | KB down a node | KB up a node |\n|---|---|---|---|")
+    print("| | seconds (least to most) | KB down per node | KB up per node |\n|---|---|---|---|")
     for name, costs in rows.items():
         seconds = f"{statistics.mean(costs.seconds):.1f} ({min(costs.seconds):.1f} to {max(costs.seconds):.1f})"
         print(f"| {name} | {seconds} | {costs.down / 1e3:.1f} | {costs.up / 1e3:.1f} |")

@@ -1,9 +1,9 @@
-"""Stable Diffusion at its real size beside the bare diffusers loop: ``python -m benchmarks.real_size``.
+"""Stable Diffusion at its real size, compared with plain diffusers: ``python -m benchmarks.real_size``.
 
-Generates images and fine-tunes a LoRA, by the generator class and by the loops that diffusers' users write, with the
-same images, steps, batch and layers. Each runs in a process of its own, so that its peak memory is its own. What is
-measured does not depend on the weights, which are random: no hub is needed, and the pipeline is built once in the
-output folder (2 to 7 GB).
+It generates images and fine-tunes a LoRA, with the generator class and with loops that users of diffusers would write.
+Both use the same numbers of images and steps, the same batch size and the same layers. Each runs in its own process, so
+that peak memory is measured separately. The weights are random, because the measures do not depend on them. So no hub
+is needed; the pipeline is built once in the output folder (2 to 7 GB).
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from fedmmkt.common.config import T2IConfig
+from fedmmkt.common.devices import pick_device
+from fedmmkt.server_app.t2i.families import family_of
+from fedmmkt.server_app.t2i.generator import Generator
+from fedmmkt.server_app.t2i.samples import Samples
 from peft import LoraConfig
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from common.config import T2IConfig
-from common.devices import pick_device
-from server_app.families import family_of
-from server_app.generator import Generated, Generator
-
 TOKENIZER = Path(__file__).parent.parent / "starter" / "model" / "tokenizer"
-# Of diffusers' own configurations; sizes of a text encoder are width, layers, heads.
+# From diffusers' own configurations; the sizes of a text encoder are width, layers and heads.
 CLIP_L, OPENCLIP_G = (768, 12, 12), (1280, 32, 20)
-FORGET_PEAK = Path("/proc/self/clear_refs")  # Of memory, on Linux.
+FORGET_PEAK = Path("/proc/self/clear_refs")  # Writing to it resets the peak memory (Linux).
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
 def text_encoder(sizes: tuple[int, int, int], activation: str, kind: type[Any] = CLIPTextModel) -> Any:
-    """Make a CLIP text encoder of the vocabulary's real size."""
+    """Make a CLIP text encoder with the real size of the vocabulary."""
     width, layers, heads = sizes
     config = CLIPTextConfig(
         vocab_size=49408,
@@ -61,7 +61,7 @@ def text_encoder(sizes: tuple[int, int, int], activation: str, kind: type[Any] =
 
 
 def autoencoder(scaling_factor: float) -> AutoencoderKL:
-    """Make the autoencoder that both have."""
+    """Make the autoencoder that both pipelines use."""
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -113,7 +113,7 @@ MODELS: dict[str, tuple[Callable[[int], Any], int]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """What both do.
+    """The work that both sides do.
 
     Attributes
     ----------
@@ -122,7 +122,7 @@ class Work:
     images : int
         Images to generate.
     guidance : float
-        Their guidance scale.
+        Guidance scale of the images.
     updates : int
         Optimiser steps of the LoRA.
     """
@@ -134,13 +134,17 @@ class Work:
 
     @property
     def prompts(self) -> list[str]:
-        """A prompt an image."""
+        """One prompt per image."""
         return [f"the digit {name}" for name, _ in zip(_cycle(), range(self.images), strict=False)]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took; speeds leave out loading, a first image and step, and merging the adapter, once a round."""
+    """The cost of the work.
+
+    Speeds do not include loading, a first image and a first step. They also do not include merging the adapter, which
+    happens once per round.
+    """
 
     merge_seconds: float | None
     images_a_second: float
@@ -155,12 +159,12 @@ def _cycle() -> Any:
 
 
 def ours(work: Work) -> Cost:
-    """Generate and adapt by the generator class."""
+    """Generate images and fine-tune with the generator class."""
     generator = Generator(work.config, seed=0)
     seeds = list(range(work.images))
     generator.adapt(generator.generate(work.prompts[:1], seeds[:1], work.guidance), torch.ones(1), 1, 0)
 
-    def generate() -> Generated:
+    def generate() -> Samples:
         return generator.generate(work.prompts, seeds, work.guidance)
 
     _, merge, _ = _measured(generator.adapter.merge, generator.device)
@@ -172,7 +176,7 @@ def ours(work: Work) -> Cost:
 
 
 def bare(work: Work) -> Cost:
-    """Generate by the pipeline and fine-tune in a loop, as anyone would with diffusers and peft."""
+    """Generate images and fine-tune with plain diffusers and peft."""
     config = work.config
     device = pick_device(config.device[0])
     dtype = getattr(torch, config.dtype)
@@ -192,7 +196,7 @@ def bare(work: Work) -> Cost:
     for part in (unet, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
         if part is not None:
             part.requires_grad_(False)
-    family = family_of(pipeline, config.model, device)
+    family = family_of(pipeline, config.model)(pipeline, device)
     layers = [end for group in config.lora_targets for end in family.lora_groups[group]]
     unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=layers))
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -224,31 +228,31 @@ def bare(work: Work) -> Cost:
 
 
 def _measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
-    """Return what it gives, its seconds, and the most memory in GB: of a GPU, else of this process."""
+    """Return the result of a function, its seconds, and the peak memory in GB: of the GPU, else of this process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.synchronize(device)
     elif FORGET_PEAK.exists():
         FORGET_PEAK.write_text("5")
     start = time.perf_counter()
-    given = run()
+    result = run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return given, time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 1e9
+        return result, time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 1e9
     seconds = time.perf_counter() - start
     peak = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return given, seconds, int(peak[1]) * 1024 / 1e9 if peak else float("nan")
+    return result, seconds, int(peak[1]) * 1024 / 1e9 if peak else float("nan")
 
 
 def main() -> None:
-    """Parse the command line, build what is missing, measure, print a table."""
+    """Parse the command line, build missing pipelines, measure, and print a table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.real_size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--pixels", type=int, help="a side; the model's own by default")
+    parser.add_argument("--pixels", type=int, help="side of the images; the model's own by default")
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps an image")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps per image")
     parser.add_argument("--updates", type=int, default=5, help="optimiser steps")
     parser.add_argument("--generation-batch", type=int, default=4)
     parser.add_argument("--adaptation-batch", type=int, default=8)
@@ -261,7 +265,7 @@ def main() -> None:
     device = pick_device(arguments.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     print(
-        f"{name}, {arguments.dtype}, {arguments.steps} steps an image, batches of {arguments.generation_batch}; "
+        f"{name}, {arguments.dtype}, {arguments.steps} steps per image, batches of {arguments.generation_batch}; "
         f"updates of {arguments.adaptation_batch} samples, {arguments.micro_batch} at once\n"
     )
     print("| model | | images/s | updates/s | GB, generation | GB, update | s, merge |\n|---|---|---|---|---|---|---|")

@@ -1,4 +1,4 @@
-"""A TCP relay that counts what goes through it: bytes on the wire, TLS and gRPC and all."""
+"""A TCP relay that counts the bytes on the wire, including TLS and gRPC."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Relay:
-    """Bytes from the server (down) and to it (up) so far; nodes connect to ``address``."""
+    """The bytes from the server (down) and to the server (up) so far; nodes connect to ``address``."""
 
     address: str
     down: int = 0
@@ -19,14 +19,14 @@ class Relay:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, way: str, size: int) -> None:
-        """Add to a way's bytes."""
+        """Add bytes to a direction, ``down`` or ``up``."""
         with self._lock:
             setattr(self, way, getattr(self, way) + size)
 
 
 @contextlib.contextmanager
 def relay(server: str) -> Iterator[Relay]:
-    """Listen on loopback and pass everything on to ``server`` (host:port) and back while the block runs."""
+    """Listen on loopback and forward everything to ``server`` (host:port) and back, inside the block."""
     host, _, port = server.rpartition(":")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         counted = Relay(f"127.0.0.1:{listener.getsockname()[1]}")
@@ -39,7 +39,7 @@ def _accept(listener: socket.socket, server: tuple[str, int], counted: Relay) ->
         try:
             node, _ = listener.accept()
             upstream = socket.create_connection(server)
-        except OSError:  # The block is over, or the server gone.
+        except OSError:  # The block has ended, or the server is gone.
             return
         for source, target, way in ((node, upstream, "up"), (upstream, node, "down")):
             threading.Thread(target=_pass_on, args=(source, target, way, counted), daemon=True).start()

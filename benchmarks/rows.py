@@ -1,8 +1,8 @@
-"""Rows of a benchmark: run-config overrides, each run over seeds, and their table.
+"""Rows of a benchmark: overrides of the run-config that are run with several seeds, and their table.
 
-Strategy and clients are those of ``flwr run``; messages go to client processes directly, without SuperLink and
-Ray. Each run has a server process of its own, so that its peak memory is its own. A finished run is kept in the
-output folder and not repeated.
+Strategy and clients are those of ``flwr run``, but messages go directly to client processes, without SuperLink and Ray.
+Each run has its own server process, so that peak memory is measured separately. Finished runs are kept in the output
+folder and not repeated.
 """
 
 from __future__ import annotations
@@ -22,77 +22,80 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-from common.config import RunConfig, to_flower
-from deploy.in_process import InProcessGrid
-from server_app.app import build_strategy
-from server_app.strategy import FedMMKT
+from fedmmkt.common.config import RunConfig, to_flower
+from fedmmkt.deploy.in_process import InProcessGrid
+from fedmmkt.server_app.app import build_strategy
 
 Overrides = dict[str, bool | int | float | str]
-Lines = list[dict[str, Any]]  # A run's metrics, a line a round.
-Runs = dict[str, list[Lines]]  # By row, one a seed.
+Lines = list[dict[str, Any]]  # The metrics of a run, one line per round.
+Runs = dict[str, list[Lines]]  # For each row, one run per seed.
 
-# Clients that learn from synthetic samples as plain distillation has it.
+# Clients that use plain distillation on synthetic samples.
 PLAIN: Overrides = {"client.balanced-softmax": False, "client.prompt-weight": 0.0, "client.alignment-weight": 0.0}
 
 
-def run_once(folder: Path, overrides: Overrides, nodes: int, strategy: type[FedMMKT] = FedMMKT) -> Lines:
-    """Run one row with one seed on simulated nodes, unless it is there; return its lines of metrics."""
+def run_once(folder: Path, overrides: Overrides, nodes: int) -> Lines:
+    """Run one row with one seed on simulated nodes, unless the run is kept; return its lines of metrics."""
     done = folder / "done.json"
     if not done.exists():
-        # Not `fork`: a server that has the memory of this process tells nothing of its own.
+        # Not `fork`: the peak memory would then include the memory of this process.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            lines, seconds = pool.submit(_run, folder, overrides, nodes, strategy).result()
+            lines, seconds = pool.submit(_run, folder, overrides, nodes).result()
         keep(folder, lines, seconds)
     kept: Lines = json.loads(done.read_text())["lines"]
     return kept
 
 
-def _run(folder: Path, overrides: Overrides, nodes: int, kind: type[FedMMKT]) -> tuple[Lines, float]:
-    """Run once in this process, with client processes beside it; the last line tells the peak memory of both."""
+def _run(folder: Path, overrides: Overrides, nodes: int) -> tuple[Lines, float]:
+    """Run once, with the server in this process and separate client processes.
+
+    Returns the lines of metrics and the seconds. The last line also has the peak memory of server and clients.
+    """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folders = {"output-dir": str(folder / "run"), "client.state-dir": str(folder / "clients")}
     run_config = to_flower(RunConfig()) | {"tensorboard": False, "min-nodes": nodes} | folders | overrides
     node_configs: list[Any] = [{"partition-id": node, "num-partitions": nodes} for node in range(nodes)]
-    grid = InProcessGrid("client_app.app:app", run_config, node_configs, workers=min(nodes, os.cpu_count() or 1))
+    grid = InProcessGrid(
+        "fedmmkt.client_app.app:app", run_config, node_configs, workers=min(nodes, os.cpu_count() or 1)
+    )
     start = time.perf_counter()
-    # The run id keys the clients' memory: a run that was cut short must not be continued by its clients.
-    strategy = build_strategy(RunConfig.from_flower(run_config), time.time_ns() % 2**31, kind)
+    # A new run id, because clients must not continue from their memory of an interrupted run.
+    strategy = build_strategy(RunConfig.from_flower(run_config), time.time_ns() % 2**31)
     strategy.start(grid)
     seconds = time.perf_counter() - start
     clients = [_peak_megabytes(process.pid) for process in psutil.Process().children()]
     memory = {"server": _peak_megabytes(os.getpid()), "client": max(filter(None, clients), default=None)}
     grid.close()
-    lines = strategy.run_folder.read_metrics()
+    lines = strategy.recorder.run_folder.read_metrics()
     return [*lines[:-1], lines[-1] | {"memory": memory}], seconds
 
 
 def _peak_megabytes(pid: int) -> float | None:
-    """Return the most memory that a process has had resident; None where the system does not tell (not Linux)."""
+    """Return the peak resident memory of a process; None if the system does not report it (not Linux)."""
     status = Path(f"/proc/{pid}/status")
     peak = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
     return int(peak[1]) * 1024 / 1e6 if peak else None
 
 
 def keep(folder: Path, lines: Lines, seconds: float) -> None:
-    """Keep a finished run, so that `run_once` finds it."""
+    """Save a finished run, so that `run_once` finds it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "done.json").write_text(json.dumps({"seconds": seconds, "lines": lines}))
 
 
 def run_rows(rows: Mapping[str, Overrides], common: Overrides, seeds: int, nodes: int, out: Path) -> Runs:
-    """Run each row with seeds 0, 1, ... and report each on stderr.
+    """Run each row with the seeds 0, 1, ...; report each run on stderr.
 
     Parameters
     ----------
     rows : mapping
-        By name, what a row changes in the run-config; it goes before ``common``.
+        Run-config overrides of each row, by name. They have priority over ``common``.
     common : mapping
-        What all rows change.
+        Run-config overrides of all rows.
     seeds, nodes : int
-        How many.
+        Numbers of seeds and of nodes.
     out : Path
-        Absolute folder of kept runs, ``<row>/seed-<seed>`` each.
+        Absolute path of the folder for finished runs, each in ``<row>/seed-<seed>``.
     """
     runs: Runs = {name: [] for name in rows}
     started = time.perf_counter()
@@ -106,13 +109,13 @@ def run_rows(rows: Mapping[str, Overrides], common: Overrides, seeds: int, nodes
 
 
 def row_folder(out: Path, name: str, seed: int) -> Path:
-    """Name the folder in which a run is kept."""
+    """Return the folder of a run."""
     return out / name.replace(" ", "-").replace(",", "") / f"seed-{seed}"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its title, its value of one run (None: has none), and decimals."""
+    """A column of the table: title, function for the value of a run (None if it has none), and decimals."""
 
     title: str
     value: Callable[[Lines], float | None]
@@ -120,7 +123,7 @@ class Column:
 
 
 def modality(name: str, title: str) -> Column:
-    """Show the accuracy of the clients of one modality."""
+    """Return a column with the accuracy of the clients of one modality."""
     return Column(title, lambda lines: lines[-1]["clients"]["by_modality"].get(name))
 
 
@@ -139,16 +142,16 @@ MEMORY = (
 
 
 def spread(values: Sequence[float | None], decimals: int = 3) -> str:
-    """Mean and standard deviation; a dash where there is no value."""
-    known = [value for value in values if value is not None]
-    if not known:
+    """Format mean and standard deviation; a dash if there is no value."""
+    present = [value for value in values if value is not None]
+    if not present:
         return "-"
-    deviation = f" ± {statistics.stdev(known):.{decimals}f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.{decimals}f}{deviation}"
+    deviation = f" ± {statistics.stdev(present):.{decimals}f}" if len(present) > 1 else ""
+    return f"{statistics.mean(present):.{decimals}f}{deviation}"
 
 
 def table(runs: Runs, columns: Sequence[Column]) -> str:
-    """Make a Markdown table, a row a method, mean and standard deviation over seeds."""
+    """Make a Markdown table with one row per method: means and standard deviations over seeds."""
     lines = [f"| | {' | '.join(column.title for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, seeds in runs.items():
         cells = [spread([column.value(run) for run in seeds], column.decimals) for column in columns]
@@ -157,7 +160,7 @@ def table(runs: Runs, columns: Sequence[Column]) -> str:
 
 
 def t2i_before(runs: Runs) -> str:
-    """Say how the T2I was before any round, over the seeds of the last row."""
+    """Return a sentence with the T2I's measures before any round, over the seeds of the last row."""
     first = [run[0]["generator"] for run in list(runs.values())[-1]]
     alignment, frechet = spread([g["alignment"] for g in first]), spread([g["frechet"] for g in first], 0)
     return f"The T2I before: alignment {alignment}, Frechet {frechet}."

@@ -1,1 +1,1 @@
-"""The client: private data, a task model of its own, and logits as its only answer."""
+"""The client app: it trains its own task model on private data and answers the server with logits."""

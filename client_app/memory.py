@@ -1,9 +1,9 @@
-"""What a client keeps between rounds, on its own disk: its model, and the last synthetic batches.
+"""What a client keeps on its own disk between rounds: its model, and the last synthetic batches.
 
-A deployed client is a new process for every message, so everything is read back from here. The folder is that of
-one run and one client, so that a new run starts fresh and two runs at once do not mix. In it lies a folder for each
-of the last rounds that the client learned in, written whole and never changed: a run that resumes another finds the
-client as it was after any of them.
+A deployed client is a new process for every message, so it reads everything from here. Each run and client has its own
+folder: a new run starts fresh, and two simultaneous runs do not mix. It contains one folder for each of the last rounds
+that the client learned in. A round's folder is written atomically and never changed. So a run that resumes another run
+can continue from the client's state after any of these rounds.
 """
 
 from __future__ import annotations
@@ -19,50 +19,48 @@ from typing import Any
 
 import numpy as np
 import torch
+from fedmmkt.client_app.learning.training import AlignedModel
+from fedmmkt.common.files import replaced_folder
+from fedmmkt.common.payloads import PayloadError, SoftTargets, SyntheticBatch
 from safetensors.torch import load_file, save_file
-
-from client_app.learning import AlignedModel
-from common.files import replaced_folder
-from common.payloads import PayloadError, SoftTargets, SyntheticBatch
 
 DEFAULT_FOLDER = Path("~/.fedmmkt/clients")
 
 
 @dataclass(frozen=True)
 class KeptBatch:
-    """A synthetic batch and, once they came, its soft targets."""
+    """A synthetic batch, with its soft targets if they have arrived."""
 
     batch: SyntheticBatch
     targets: SoftTargets | None = None
 
 
 class ClientMemory:
-    """What one client keeps of one run: read when this is made, written by `save`.
+    """What one client keeps of one run; the constructor reads it, and `save` writes it.
 
     Parameters
     ----------
     root : Path
         The client's state folder.
     run_key : str
-        Names the run; sent by the server, hence checked to be a plain name.
+        Key of the run. The server sends it, so it is checked to be a plain name.
     client : str
-        Names the client.
+        Name of the client.
     ancestors : iterable of (str, int)
-        Keys of the runs that this one goes on from, oldest first, and the round after which each was left. A client
-        that keeps nothing of this run begins with what it kept of the newest of them; what it learned or was sent
-        after that round stays behind.
+        Keys of the runs that this run continues, oldest first, and the round after which each was continued. A client
+        without memory of this run starts from its memory of the newest of them, as it was after that round.
     elsewhere : sequence of Path
-        Other state folders in which those runs may lie.
+        Other state folders that may hold the memory of those runs.
 
     Attributes
     ----------
     folder : Path
-        Of this run and client.
+        Folder of this run and client.
 
     Raises
     ------
     PayloadError
-        If the run key is no plain name.
+        If the run key is not a plain name.
     """
 
     def __init__(
@@ -86,12 +84,12 @@ class ClientMemory:
 
     @property
     def newest(self) -> Path | None:
-        """Folder of the last round that the client learned in; None if it has not learned in this run."""
+        """Folder of the last round that the client learned in; None if there is none yet."""
         rounds = _rounds(self.folder)
         return rounds[-1] if rounds else None
 
     def load_model(self, model: AlignedModel, optimizer: torch.optim.Optimizer) -> bool:
-        """Read the newest model back into one of the same architecture; false if there is none."""
+        """Load the newest weights and optimiser state; return False if there are none."""
         if (folder := self.newest) is None:
             return False
         weights, names = load_file(folder / "model.safetensors"), _saved_names(model)
@@ -104,12 +102,12 @@ class ClientMemory:
         return sorted(self._kept.values(), key=lambda item: item.batch.round)
 
     def add_batch(self, batch: SyntheticBatch) -> None:
-        """Take in a batch, whose soft targets are still to come."""
+        """Add a batch; its soft targets come later."""
         self._kept[batch.batch_id] = KeptBatch(batch)
         self._unsaved.add(_file("batch", batch))
 
     def add_targets(self, targets: SoftTargets) -> bool:
-        """Take in the soft targets of a kept batch; false if that batch is not here."""
+        """Add the soft targets of a kept batch; return False if the batch is not kept."""
         if (item := self._kept.get(targets.batch_id)) is None:
             return False
         self._kept[targets.batch_id] = replace(item, targets=targets)
@@ -125,27 +123,29 @@ class ClientMemory:
         keep_batches: int,
         keep_rounds: int,
     ) -> None:
-        """Keep a round: the model (safetensors), its description (JSON), the optimiser's state (torch), the batches.
+        """Save a round: model (safetensors), its description (JSON), optimiser state (torch), and batches.
 
-        A model of transformers is kept so that ``from_pretrained`` reads the folder. Batches that an earlier round
-        has on disk are linked.
+        A transformers model is saved so that ``from_pretrained`` can load the folder. Batches that an earlier round
+        already has on disk are hard-linked.
 
         Parameters
         ----------
         round : int
-            The round that the model has learned in.
-        model, optimizer, described
-            What to keep.
+            The last round that the model learned in.
+        model, optimizer
+            Their states are saved.
+        described : dict
+            Description of the model, JSON-serialisable.
         keep_batches, keep_rounds : int
-            How many of the last batches are kept, and of the last rounds; at least 1.
+            How many of the last batches and of the last rounds are kept; at least 1.
 
         Raises
         ------
         OSError
-            If the disk is full; what was kept before is then still there.
+            If the disk is full. Earlier rounds are then still there.
         """
         names, earlier = _saved_names(model), self.newest
-        # Cloned, for safetensors takes no two names of one tensor, which models with tied weights have.
+        # Clone, because models with tied weights have two names for one tensor, which safetensors refuses.
         weights = {names[name]: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         kept = self.batches()[-keep_batches:]
         with replaced_folder(self.folder / f"round-{round:05d}", mode=0o700) as folder:
@@ -168,7 +168,11 @@ class ClientMemory:
             shutil.rmtree(old)
 
     def _inherit(self, earlier: list[tuple[Path, int]]) -> None:
-        """Begin with the newest round of the last of some folders that has one up to its own last round."""
+        """Copy a round of an earlier run, to start from it.
+
+        ``earlier`` lists folders of earlier runs, oldest first, each with the last round that may be used. The newest
+        usable round of the newest possible run is copied.
+        """
         for folder, last in reversed(earlier):
             rounds = [path for path in _rounds(folder) if int(path.name.removeprefix("round-")) <= last]
             if rounds:
@@ -178,7 +182,7 @@ class ClientMemory:
 
 
 def plain_name(name: str) -> str:
-    """Make a client's name one of a folder."""
+    """Turn a client's name into a valid folder name."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
@@ -195,7 +199,10 @@ def _file(kind: str, batch: SyntheticBatch) -> str:
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    """Link a file, which is never changed in place; copy it where the disk has no links or is another one."""
+    """Hard-link a file; copy it if the disk has no links, or if the target is on another disk.
+
+    A link is safe because the file is never changed in place.
+    """
     try:
         os.link(source, target)
     except OSError:
@@ -203,7 +210,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def _saved_names(model: AlignedModel) -> dict[str, str]:
-    """Name each weight as it is saved; those of the task model as it likes them."""
+    """Map the name of each weight to its name in the saved file; the task model chooses its own names."""
     return {
         name: model.task_model.saved_name(own) if (own := name.removeprefix("task_model.")) != name else name
         for name in model.state_dict()

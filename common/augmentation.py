@@ -1,4 +1,4 @@
-"""Random changes of training images."""
+"""Random augmentation of training images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from torch.nn import functional as F
 
 
 def augment(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, scale, rotate, shear and re-contrast each image at random; corners keep the border's colour."""
+    """Apply a random shift, scale, rotation, shear and contrast to each image.
+
+    Pixels from outside the image get the colour of the nearest border pixel.
+
+    Parameters
+    ----------
+    images_BCHW : torch.Tensor
+        float32 in [-1, 1]; the result has the same shape and range.
+    generator : torch.Generator
+        Source of the random numbers, on the CPU.
+    """
     count = len(images_BCHW)
     uniform = torch.rand(count, 7, generator=generator) * 2 - 1
     angle, shear = uniform[:, 0] * 0.2, uniform[:, 1] * 0.15

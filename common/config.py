@@ -1,8 +1,10 @@
-"""The configuration of a run and of a node: every key typed, described, bounded; unknown keys refused.
+"""The configuration of a run and of a node.
 
-Run-config comes from ``[tool.flwr.app.config]`` in ``pyproject.toml``, changed by ``flwr run --run-config``;
-node-config from ``flower-supernode --node-config``, or from Flower's simulation. Flower hands over flat
-dictionaries with dotted kebab-case keys, which is how the errors name them.
+Every key has a type, a description and bounds. Unknown keys are refused.
+
+The run-config comes from ``[tool.flwr.app.config]`` in ``pyproject.toml``; ``flwr run --run-config`` overrides it. The
+node-config comes from ``flower-supernode --node-config``, or from Flower's simulation. Flower passes both as flat
+dictionaries with dotted kebab-case keys. Error texts use these keys.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Setting = bool | int | float | str
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; its text names the key, the value and what is allowed."""
+    """A setting cannot be used; the text names the key, its value and the allowed values."""
 
 
 def _kebab(name: str) -> str:
@@ -23,10 +27,12 @@ def _kebab(name: str) -> str:
 
 
 def _split_names(value: object) -> object:
-    """Flower's run-config has no lists, so lists are written as comma-separated strings."""
+    """Split a comma-separated string into a list, because Flower's run-config has no lists."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_split_names)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -36,175 +42,193 @@ class _Section(BaseModel):
         extra="forbid", frozen=True, alias_generator=_kebab, populate_by_name=True, validate_default=True
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_lists(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        listed = {
-            alias
-            for name, field in cls.model_fields.items()
-            if str(field.annotation).startswith("tuple")
-            for alias in (name, _kebab(name))
-        }
-        return {key: _split_names(value) if key in listed else value for key, value in values.items()}
-
 
 _AnySection = TypeVar("_AnySection", bound=_Section)
 
 
 class DataConfig(_Section):
-    """Which data the run learns, and how a simulation divides it among clients."""
+    """The data of a run, and how a simulation divides it among clients."""
 
     dataset: str = Field(
         "digits",
         min_length=1,
-        description="`digits`, a file or folder of parquet, CSV or JSON lines, a folder of images, or a hub id",
+        description="`digits`; a file or folder of parquet, CSV or JSON lines; a folder of images; or a hub id",
     )
-    subset: str = Field("", description="which configuration of a hub dataset that has several")
+    subset: str = Field("", description="configuration name, for a hub dataset that has several")
     image_column: str = Field("image", min_length=1, description="column of images")
     text_column: str = Field("text", min_length=1, description="column of texts, read by text models")
     label_column: str = Field("label", min_length=1, description="column of class labels")
-    classes: tuple[str, ...] = Field(
+    classes: Names = Field(
         (),
-        description="class names, in order; or a text file with one a line; or `clients`: all that any client holds; "
-        "empty: those of the dataset, which the server then must have",
+        description="class names, in order; or a text file with one name per line; or `clients`: all classes that any "
+        "client holds; empty: the classes of the dataset, which the server then needs",
     )
-    image_size: int = Field(32, ge=8, le=1024, description="pixels a side at which task models see images")
+    image_size: int = Field(32, ge=8, le=1024, description="side of the images that task models read, in pixels")
     test_fraction: float = Field(
-        0.2, gt=0, lt=1, description="part held out for testing where the data has no test split of its own"
+        0.2, gt=0, lt=1, description="fraction held out for testing, if the data has no test split"
     )
     partitioner: Literal["iid", "dirichlet", "pathological"] = Field(
-        "dirichlet", description="how a simulation divides the training data (flwr-datasets)"
+        "dirichlet",
+        description="how a simulation divides the training data among clients: iid, dirichlet or pathological",
     )
-    alpha: float = Field(0.1, gt=0, le=1e6, description="Dirichlet concentration; small is very non-IID")
-    classes_per_client: int = Field(3, ge=1, description="classes a client holds under `pathological`")
-    min_examples: int = Field(10, ge=1, description="fewest examples a partition may have")
+    alpha: float = Field(0.1, gt=0, le=1e6, description="Dirichlet concentration; small values are very non-IID")
+    classes_per_client: int = Field(3, ge=1, description="classes per client with `pathological`")
+    min_examples: int = Field(10, ge=1, description="smallest number of examples in a partition")
 
     def key(self, field: str) -> str:
-        """Name the key that a field comes from, as errors do."""
+        """Return the configuration key of a field, for error texts."""
         return f"run-config key 'data.{_kebab(field)}'"
 
 
 class OwnDataConfig(DataConfig):
-    """A node's own data: what its node-config says, in place of the run-config."""
+    """The data of a node with its own dataset: the node-config overrides the run-config.
+
+    Attributes
+    ----------
+    own_fields : frozenset of str
+        The fields that the node-config sets.
+    """
 
     own_fields: frozenset[str] = frozenset()
 
     def key(self, field: str) -> str:
-        """Name the key that a field comes from, as errors do."""
+        """Return the configuration key of a field, for error texts."""
         own = "data-path" if field == "dataset" else _kebab(field)
         return f"node-config key {own!r}" if field in self.own_fields else super().key(field)
 
 
 class ClientConfig(_Section):
-    """How clients learn."""
+    """The training of clients."""
 
-    models: tuple[str, ...] = Field(
+    models: Names = Field(
         ("cnn", "mlp", "vit", "resnet", "text", "dual"),
         min_length=1,
-        description="task models by name, `transformers:` folder or hub id, or `module:function`, given to simulated "
-        "clients in turn; a node's own `model` overrides it",
+        description="task models: names, `transformers:` with a folder or hub id, or `module:function`; simulated "
+        "clients get them in turn; a node's own `model` overrides them",
     )
     warmup_epochs: int = Field(8, ge=0, le=1000, description="private epochs in a client's first round")
     local_epochs: int = Field(2, ge=0, le=1000, description="private epochs in each later round")
-    batch_size: int = Field(16, ge=1, le=4096, description="private samples a step")
-    synthetic_batch_size: int = Field(32, ge=1, le=4096, description="synthetic samples a step")
+    batch_size: int = Field(16, ge=1, le=4096, description="private samples per step")
+    synthetic_batch_size: int = Field(32, ge=1, le=4096, description="synthetic samples per step")
     distillation_steps: int = Field(
-        150, ge=0, le=100_000, description="steps a round with synthetic samples, whatever the private epochs"
+        150, ge=0, le=100_000, description="steps with synthetic samples per round, for any number of private epochs"
     )
     learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's learning rate")
     pretrained_learning_rate: float = Field(
-        5e-5, gt=0, le=10, description="the same for encoders that were trained before"
+        5e-5, gt=0, le=10, description="AdamW's learning rate for pretrained encoders"
     )
     trainable: Literal["all", "head"] = Field(
-        "all", description="what of a task model learns: all of it, or its head on frozen encoders"
+        "all", description="which part of a task model is trained: `all`, or only its `head` on frozen encoders"
     )
-    balanced_softmax: bool = Field(True, description="add the log class prior to private logits (arXiv 2007.10740)")
+    balanced_softmax: bool = Field(
+        True, description="add the log class prior to logits of private samples (arXiv 2007.10740)"
+    )
     augmentation: bool = Field(True, description="random shift, scale, rotation and contrast of training images")
     distillation_weight: Weight = Field(1.0, description="weight of the KL divergence to the soft targets")
-    temperature: float = Field(2.0, gt=0, le=100, description="temperature of that KL divergence")
-    prompt_weight: Weight = Field(0.5, description="weight of cross entropy on the prompted class")
+    temperature: float = Field(2.0, gt=0, le=100, description="temperature of this KL divergence")
+    prompt_weight: Weight = Field(0.5, description="weight of the cross entropy on the prompted class")
     alignment_weight: Weight = Field(
-        0.1, description="weight of the contrastive alignment of features with the prompts' text embeddings"
+        0.1, description="weight of the contrastive loss that aligns features with text embeddings of the prompts"
     )
-    pool_rounds: int = Field(3, ge=1, le=100, description="rounds of synthetic batches a client keeps")
-    threads: int = Field(1, ge=1, le=256, description="CPU threads of a client process")
+    pool_rounds: int = Field(
+        3, ge=1, le=100, description="number of last rounds whose synthetic batches a client trains on"
+    )
+    threads: int = Field(1, ge=1, le=256, description="CPU threads per client process")
     state_dir: str = Field(
-        "", description="where clients keep their models; empty: ~/.fedmmkt/clients, in simulation with the run"
+        "",
+        description="folder of the clients' models; empty: ~/.fedmmkt/clients, or the run folder in simulation",
     )
 
 
 class T2IConfig(_Section):
-    """The server's text-to-image model, how it generates and how it is adapted."""
+    """The server's text-to-image model: its generation and its adaptation."""
 
     model: str = Field("starter", min_length=1, description="`starter`, a diffusers folder, or a hub id")
+    family: str = Field(
+        "auto",
+        min_length=1,
+        description="how the model is called and adapted: `auto` (by the class of its pipeline), a family's name, or "
+        "`module:Class` of your own",
+    )
     adapter: str = Field(
-        "", description="folder of an adapter to begin with, such as `lora` of an earlier run; empty: a new one"
+        "", description="folder of an adapter to start from, such as `lora` of an earlier run; empty: a new adapter"
     )
     prompts: str = Field("templates", min_length=1, description="`templates`, or a JSONL file of prompts")
-    prompt_templates: tuple[str, ...] = Field(
+    prompt_templates: Names = Field(
         ("the digit {}", "the number {}", "a picture of the digit {}", "an image of a {}"),
         min_length=1,
-        description="templates with `{}` in place of the class name",
+        description="prompt templates with `{}` in place of the class name",
     )
-    samples_per_round: int = Field(400, ge=1, le=1_000_000, description="images generated a round")
+    samples_per_round: int = Field(400, ge=1, le=1_000_000, description="images generated per round")
     generation_batch_size: int = Field(
-        0, ge=0, le=4096, description="images generated at once; 0: as suits their size, at most 100"
+        0, ge=0, le=4096, description="images generated at once; 0: chosen by their size, at most 100"
     )
-    inference_steps: int = Field(12, ge=1, le=1000, description="denoising steps")
-    guidance: tuple[float, ...] = Field(
-        (1.5, 1.0), min_length=1, description="guidance scale by round; the last one stays"
+    inference_steps: int = Field(12, ge=1, le=1000, description="denoising steps per image")
+    guidance: Numbers = Field(
+        (1.5, 1.0), min_length=1, description="guidance scale of each round; later rounds use the last value"
     )
     explore: Fraction = Field(
-        0.5, description="part of the samples that vary well-scored ones of the last round (image to image)"
+        0.5,
+        description="fraction of the samples that vary well-scored samples of the last round (image to image)",
     )
-    explore_strength: float = Field(0.5, gt=0, le=1, description="how far these are noised before denoising")
+    explore_strength: float = Field(
+        0.5, gt=0, le=1, description="how much noise these variations get before denoising, up to 1"
+    )
     evaluation_samples: int = Field(
-        200, ge=1, le=100_000, description="images of fixed prompts and seeds by which the T2I is measured"
+        200, ge=1, le=100_000, description="images, with fixed prompts and seeds, on which the T2I is measured"
     )
     evaluation_guidance: float = Field(1.25, ge=0, le=100, description="guidance scale of these images")
-    device: tuple[str, ...] = Field(
+    device: Names = Field(
         ("auto",),
         min_length=1,
-        description="`auto`: all GPUs, or the CPU; `cpu`, `cuda`, `cuda:1`, `mps`, or several, which generate together",
+        description="`auto` (all GPUs, else the CPU), `cpu`, `cuda`, `cuda:1`, `mps`, or several to share generation",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="precision of frozen weights; `auto`: full on a CPU and for the starter, half on a GPU"
+        "auto", description="precision of the frozen weights; `auto`: full on a CPU and for the starter, else half"
     )
     offload: Literal["auto", "none", "model"] = Field(
         "auto",
-        description="`model`: keep parts that are not computing in main memory (accelerate); `auto`: where the whole "
-        "would fill a GPU",
+        description="`model`: keep idle parts of the model in main memory (accelerate); `none`: never; `auto`: only "
+        "if the whole model would fill a GPU",
     )
-    gradient_checkpointing: bool = Field(False, description="compute activations again in updates, to save memory")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in updates, to save memory")
     attention_slicing: bool = Field(False, description="compute attention in parts, to save memory")
     vae_tiling: bool = Field(False, description="decode large images in tiles, to save memory")
-    aggregation: str = Field("mask", description="rule that turns clients' logits into soft targets")
-    scores: str = Field("votes", description="rule that weights samples for the T2I: votes, consensus, none")
+    aggregation: str = Field(
+        "mask",
+        description="rule that turns clients' logits into soft targets: a name listed by `fedmmkt rules`, or "
+        "`module:function` of your own",
+    )
+    scores: str = Field(
+        "votes",
+        description="rule that weights samples for the T2I: votes, consensus, none, or `module:function` of your own",
+    )
     agreement: Literal["cross-modal", "confidence"] = Field(
         "cross-modal",
-        description="what the image of a prompt without a class must show: what text clients read in the prompt, "
-        "or any class that image clients are sure of",
+        description="which image fits a prompt without a class: one where image clients see the class that text "
+        "clients read (`cross-modal`), or where image clients are sure of any class (`confidence`)",
     )
-    update: str = Field("supervised", description="loss of the LoRA update: supervised, reward, negative-aware")
+    update: str = Field(
+        "supervised",
+        description="loss of the LoRA update: supervised, reward, negative-aware, or `module:Class` of your own",
+    )
     lora_rank: int = Field(8, ge=1, le=1024, description="LoRA rank")
     lora_alpha: float = Field(8, gt=0, le=4096, description="LoRA alpha")
-    lora_targets: tuple[str, ...] = Field(
+    lora_targets: Names = Field(
         ("attention", "convolution", "feed-forward", "time"),
         min_length=1,
-        description="groups of layers with LoRA: attention, convolution, feed-forward, time; or layer names",
+        description="groups of layers that get LoRA: attention, convolution, feed-forward, time; or layer names",
     )
-    adaptation_steps: int = Field(80, ge=0, le=1_000_000, description="optimiser steps of an update")
-    adaptation_batch_size: int = Field(32, ge=1, le=4096, description="samples a step")
+    adaptation_steps: int = Field(80, ge=0, le=1_000_000, description="optimiser steps per update")
+    adaptation_batch_size: int = Field(32, ge=1, le=4096, description="samples per step")
     adaptation_micro_batch_size: int = Field(
-        0, ge=0, le=4096, description="samples of a step computed at once, to save memory; 0: as suits their size"
+        0, ge=0, le=4096, description="samples of a step computed at once, to save memory; 0: chosen by their size"
     )
     adaptation_learning_rate: float = Field(
-        3e-3, gt=0, le=10, description="AdamW's learning rate at the start of an update; it declines to zero"
+        3e-3, gt=0, le=10, description="AdamW's learning rate at the start of an update; it decays to zero"
     )
-    caption_dropout: Fraction = Field(0.1, description="part of captions left empty in an update")
-    pool_rounds: int = Field(3, ge=1, le=100, description="rounds of samples an update draws from")
+    caption_dropout: Fraction = Field(0.1, description="fraction of captions replaced by the empty text in an update")
+    pool_rounds: int = Field(3, ge=1, le=100, description="number of last rounds whose samples an update uses")
 
     @model_validator(mode="after")
     def _templates_take_a_name(self) -> Self:
@@ -214,41 +238,65 @@ class T2IConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
-    """Everything a run can be told."""
+class Extra(_Section):
+    """The user's own settings for their strategy and rules, read as ``config.extra["trim"]``.
 
-    rounds: int = Field(8, ge=1, le=100_000, description="rounds of mutual transfer")
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
+    Keys may be written with ``-`` or ``_``. They are always read with ``_``.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Setting]
+
+    def __getitem__(self, key: str) -> Setting:
+        return self.__pydantic_extra__[key]
+
+    def as_dict(self) -> dict[str, Setting]:
+        """Return all settings."""
+        return dict(self.__pydantic_extra__)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_plainly(cls, values: Any) -> Any:
+        return {key.replace("-", "_"): value for key, value in values.items()} if isinstance(values, dict) else values
+
+
+class RunConfig(_Section):
+    """All settings of a run."""
+
+    strategy: str = Field("fedmmkt", min_length=1, description="`fedmmkt`, or `module:Class` of your own")
+    rounds: int = Field(8, ge=1, le=100_000, description="number of rounds")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of all random choices")
     output_dir: str = Field(
-        "", description="absolute folder of the run; empty: that of resume-from, or ~/.fedmmkt/runs/<run id>"
+        "", description="absolute path of the run folder; empty: that of resume-from, or ~/.fedmmkt/runs/<run id>"
     )
-    resume_from: str = Field("", description="absolute folder of an earlier run to go on with")
+    resume_from: str = Field("", description="absolute path of an earlier run folder to continue from")
     checkpoints_kept: int = Field(
-        2, ge=0, le=1000, description="last rounds that a run can be resumed from, at server and clients; 0: none"
+        2, ge=0, le=1000, description="number of last rounds to resume from, kept by server and clients; 0: none"
     )
     feedback: Literal["logits", "logits+votes"] = Field(
-        "logits+votes", description="what clients return: the paper's logits, or nearest-neighbour votes too"
+        "logits+votes", description="what clients return: logits, as in the paper, or also nearest-neighbour votes"
     )
     min_nodes: int = Field(2, ge=1, description="connected nodes needed to start")
-    node_timeout: float = Field(120, gt=0, description="seconds to wait for them")
-    round_deadline: float = Field(3600, gt=0, description="seconds after which a round closes")
-    quorum: Fraction = Field(0.5, description="part of the asked nodes that must have answered by then")
+    node_timeout: float = Field(120, gt=0, description="seconds to wait for these nodes")
+    round_deadline: float = Field(3600, gt=0, description="seconds after which a round closes, if the quorum is met")
+    quorum: Fraction = Field(0.5, description="fraction of the asked nodes that must have answered by then")
     judge: bool = Field(
-        True, description="measure the T2I with a classifier trained on the dataset, which the server then must have"
+        True, description="measure the T2I with a classifier trained on the dataset, which the server then needs"
     )
     tensorboard: bool = Field(True, description="write TensorBoard events")
     data: DataConfig = DataConfig()
     client: ClientConfig = ClientConfig()
     t2i: T2IConfig = T2IConfig()
+    extra: Extra = Extra()
 
     @classmethod
     def from_flower(cls, run_config: Mapping[str, Any]) -> Self:
-        """Check Flower's flat run-config.
+        """Parse and check Flower's flat run-config.
 
         Raises
         ------
         ConfigError
-            Names every key that is unknown, missing its type or out of range.
+            If keys are unknown, of the wrong type or out of range; the text names all of them.
         """
         return _parse(cls, _nested(run_config), "run-config")
 
@@ -263,36 +311,34 @@ class RunConfig(_Section):
 
 
 class NodeConfig(_Section):
-    """What a node says of itself: its part of a simulated dataset, or its own data and model."""
+    """The settings of one node: its partition of a simulated dataset, or its own data and model."""
 
     partition_id: int | None = Field(None, ge=0, description="this node's partition; set by the simulation")
     num_partitions: int | None = Field(None, ge=1, description="number of partitions; set by the simulation")
-    name: str = Field("", description="name in logs and reports; empty: model and partition or node id")
+    name: str = Field("", description="name in logs and reports; empty: the model with the partition or node id")
     model: str = Field(
-        "", description="task model, as in `client.models`; empty: taken from `client.models` by partition"
+        "", description="task model, as in `client.models`; empty: chosen from `client.models` by partition"
     )
-    data_path: str = Field("", description="this node's own dataset, in place of a partition")
-    image_column: str = Field("", description="its column of images; empty: the run's `data.image-column`")
-    text_column: str = Field("", description="its column of texts; empty: the run's `data.text-column`")
-    label_column: str = Field("", description="its column of labels; empty: the run's `data.label-column`")
-    state_dir: str = Field(
-        "", description="where this node keeps its model and a decoded copy of its data; overrides `client.state-dir`"
-    )
+    data_path: str = Field("", description="this node's own dataset, used instead of a partition")
+    image_column: str = Field("", description="column of images in this dataset; empty: the run's `data.image-column`")
+    text_column: str = Field("", description="column of texts in this dataset; empty: the run's `data.text-column`")
+    label_column: str = Field("", description="column of labels in this dataset; empty: the run's `data.label-column`")
+    state_dir: str = Field("", description="folder of this node's model and decoded data; overrides `client.state-dir`")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
 
     @classmethod
     def from_flower(cls, node_config: Mapping[str, Any]) -> Self:
-        """Check Flower's node-config.
+        """Parse and check Flower's node-config.
 
         Raises
         ------
         ConfigError
-            Names every key that is unknown or out of range, or says that the node has no data.
+            If keys are unknown or out of range, or the node has no data; the text names all problems.
         """
         return _parse(cls, dict(node_config), "node-config")
 
     def own_data(self, data: DataConfig) -> OwnDataConfig:
-        """Describe the node's own data: the run's settings, but for what this node names."""
+        """Return the settings of the node's own data: those of the run, overridden by those of the node."""
         own = {
             "dataset": self.data_path,
             "image_column": self.image_column,
@@ -310,14 +356,14 @@ class NodeConfig(_Section):
 
 
 def to_flower(config: RunConfig) -> dict[str, bool | int | float | str]:
-    """Flatten a configuration into Flower's dotted keys, lists as comma-separated strings."""
+    """Flatten a configuration into Flower's dotted keys; lists become comma-separated strings."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in config.model_dump(by_alias=True).items():
         items = (
             {f"{key}.{inner}": content for inner, content in value.items()} if isinstance(value, dict) else {key: value}
         )
         for name, content in items.items():
-            flat[name] = ",".join(map(str, content)) if isinstance(content, tuple) else content
+            flat[name.replace("_", "-")] = ",".join(map(str, content)) if isinstance(content, tuple) else content
     return flat
 
 
@@ -340,15 +386,16 @@ def _parse(cls: type[_AnySection], values: dict[str, Any], source: str) -> _AnyS
 
 
 def _explain(cls: type[BaseModel], item: Any, source: str) -> str:
-    """One line for one pydantic error: the key, the value, and what is allowed."""
+    """Describe one pydantic error in one line: the key, its value and the allowed values."""
     location = [str(part) for part in item["loc"] if not isinstance(part, int)]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         section: Any = cls
         for part in location[:-1]:
             section = section.model_fields[part].annotation
-        known = ", ".join(_kebab(name) for name in section.model_fields)
-        return f"{source} key {key!r} is unknown; allowed: {known}"
+        allowed = ", ".join(_kebab(name) for name in section.model_fields)
+        own = "; a setting of your own belongs in the table 'extra'" if cls is RunConfig else ""
+        return f"{source} key {key!r} is unknown; allowed: {allowed}{own}"
     if not location:
         return f"{source}: {item['msg'].removeprefix('Value error, ')}"
     return f"{source} key {key!r} is {item['input']!r}; allowed: {item['msg'].removeprefix('Value error, ')}"

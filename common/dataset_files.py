@@ -1,4 +1,4 @@
-"""Where datasets come from: the built-in digits, local files, or the hub; read as they are."""
+"""Reading of datasets: the built-in digits, local files, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from common.config import ConfigError, DataConfig, OwnDataConfig
+from fedmmkt.common.config import ConfigError, DataConfig, OwnDataConfig
 
 if TYPE_CHECKING:
     import datasets
@@ -24,7 +23,7 @@ DIGIT_CAPTIONS = (
     "a scribbled {} in pencil",
     "{}, in a child's hand",
 )
-# What `datasets` calls test data in the names of files and folders.
+# Words in file and folder names that mark test data, as in the `datasets` library.
 SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -35,14 +34,15 @@ ALLOWED = "'digits', a parquet, CSV or JSONL file, a folder of these or of image
 
 
 def read_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
-    """Read a dataset's ``train`` part and, where it has one, its ``test`` part.
+    """Read a dataset's ``train`` split and, if there is one, its ``test`` split.
 
-    A column of image files' names, relative to the file that holds them, becomes a column of images.
+    A ``validation`` split is used as the test split if there is no other. A column with names of image files becomes
+    a column of images; the names are relative to the file that holds the column.
 
     Raises
     ------
     ConfigError
-        If it is not there, cannot be read or is empty.
+        If the dataset is missing, cannot be read or is empty.
     """
     if config.dataset == "digits":
         return _digits()
@@ -53,7 +53,7 @@ def read_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
     try:
         with quietly(), _cache(config) as options:
             loaded = _local(path, config, options) if path.exists() else _hub(config, options)
-    except Exception as error:  # Whatever its readers raise, the user is told which dataset it was.
+    except Exception as error:  # Readers raise many kinds of errors; the text must name the dataset.
         raise ConfigError(f"{key}, {_reason(error, path)}") from None
     parts = {"train": loaded["train"]} if "train" in loaded else {}
     for name in ("test", "validation"):
@@ -70,7 +70,7 @@ def read_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
 def _reason(error: Exception, path: Path) -> str:
     lines = str(error.__cause__ or error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
-    # What reading a file of no rows comes to.
+    # The errors for a file without rows.
     if "BatchSize must be greater than 0" in reason or "No columns to parse" in reason:
         return "which is empty"
     if path.exists():
@@ -99,7 +99,10 @@ def _local(path: Path, config: DataConfig, options: dict[str, Any]) -> dict[str,
 
 
 def _tables(folder: Path) -> list[Path]:
-    """List a folder's tables of the first kind that there is; tables beside images belong to `imagefolder`."""
+    """List the tables in a folder, all of one kind: parquet, else CSV, else TSV, else JSON lines.
+
+    A table named ``metadata`` is skipped: it describes images and belongs to the `imagefolder` loader.
+    """
     for suffixes in ({".parquet"}, {".csv"}, {".tsv"}, {".jsonl"}):
         found = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.stem != "metadata")
         if files := sorted(found):
@@ -108,7 +111,7 @@ def _tables(folder: Path) -> list[Path]:
 
 
 def _with_files(dataset: datasets.Dataset, folder: Path, column: str) -> datasets.Dataset:
-    """Turn names of image files into images, which are read when they are needed."""
+    """Turn a column of image file names into a column of images, which are loaded on access."""
     import datasets
 
     if not str(getattr(dataset.features.get(column), "dtype", "")).endswith("string"):
@@ -124,7 +127,7 @@ def _hub(config: DataConfig, options: dict[str, Any]) -> dict[str, datasets.Data
 
 
 def _digits() -> dict[str, datasets.Dataset]:
-    """scikit-learn's handwritten digits, 8x8 pixels brought to 32x32, each with a caption."""
+    """Return scikit-learn's handwritten digits, enlarged from 8x8 to 32x32 pixels, each with a caption."""
     import datasets
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -146,7 +149,10 @@ def _digits() -> dict[str, datasets.Dataset]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Load without progress bars, and without telling the hub: `datasets` counts loads of local files there too."""
+    """Load datasets without progress bars and without download statistics.
+
+    By default, `datasets` reports even loads of local files to the hub.
+    """
     import datasets
 
     counting, silent = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, datasets.are_progress_bars_disabled()
@@ -161,7 +167,10 @@ def quietly() -> Iterator[None]:
 
 
 def _by_split_and_folder(root: Path, files: list[Path]) -> dict[tuple[str, Path], list[Path]]:
-    """Sort files by the split that their name or folder names; those that name none are training data."""
+    """Group files by split and folder.
+
+    A word in the path names the split, such as ``test``. Files without such a word are training data.
+    """
     groups: dict[tuple[str, Path], list[Path]] = {}
     for file in files:
         words = set() if file == root else set(re.split(r"[-._ 0-9/\\]+", str(file.relative_to(root)).lower()))
@@ -172,7 +181,10 @@ def _by_split_and_folder(root: Path, files: list[Path]) -> dict[tuple[str, Path]
 
 @contextlib.contextmanager
 def _cache(config: DataConfig) -> Iterator[dict[str, Any]]:
-    """Keep a node's own data out of the library's cache, which other users of a machine may read."""
+    """Yield loading options that keep a node's own data out of the library's cache.
+
+    Other users of the machine may be able to read that cache.
+    """
     if not isinstance(config, OwnDataConfig):
         yield {}
         return

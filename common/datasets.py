@@ -1,4 +1,4 @@
-"""Datasets as examples: their classes, their test part, and what a model reads of them."""
+"""Datasets as examples: class indices, a test part, and the images and texts that a model reads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from fedmmkt.common.config import ConfigError, DataConfig, OwnDataConfig
+from fedmmkt.common.dataset_files import read_dataset
+from fedmmkt.common.images import to_rgb_array
 from numpy.typing import NDArray
-
-from common.config import ConfigError, DataConfig, OwnDataConfig
-from common.dataset_files import read_dataset
-from common.images import to_rgb_array
 
 if TYPE_CHECKING:
     import datasets
@@ -33,6 +32,7 @@ class Examples:
     images_NHWC : numpy.ndarray, optional
         uint8 RGB.
     texts : list of str, optional
+        One text per example.
     """
 
     labels_N: NDArray[np.int64]
@@ -45,7 +45,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Splits:
-    """A dataset's training and test part; the label column of both holds indices into ``classes``."""
+    """The training and test part of a dataset; in both, the label column holds indices into ``classes``."""
 
     train: datasets.Dataset
     test: datasets.Dataset
@@ -54,7 +54,7 @@ class Splits:
 
 @lru_cache(maxsize=8)
 def load_splits(config: DataConfig, seed: int) -> Splits:
-    """Load a dataset, index its classes, and hold out a stratified test part where it has none of its own.
+    """Load a dataset, map labels to class indices, and hold out a stratified test part if it has none.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     Raises
     ------
     ConfigError
-        If the dataset cannot be read, or a column is missing or of no use. Names the key and what is there.
+        If the dataset cannot be read, or a column is missing or unusable. The text names the key and the columns.
     """
     parts = read_dataset(config)
     _check_columns(parts["train"], config)
@@ -79,14 +79,14 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
 
 
 def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, texts: bool) -> Examples:
-    """Read examples into memory: images as RGB squares of ``image_size``, texts as they are.
+    """Load examples into memory: images as RGB squares with sides of ``image_size`` pixels, texts unchanged.
 
-    Rows without the image or text that is asked for are left out, and counted in the log.
+    Rows without a requested image or text are left out; the log shows how many.
 
     Raises
     ------
     ConfigError
-        If a column is not there, an image does not decode, or no row is left.
+        If a column is missing, an image cannot be decoded, or no row is left.
     """
     for wanted, key, column in (
         (images, config.key("image_column"), config.image_column),
@@ -117,12 +117,12 @@ def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, tex
 
 
 def relabel(examples: Examples, own_classes: tuple[str, ...], class_space: tuple[str, ...]) -> Examples:
-    """Map a node's own classes into the run's class space, by name.
+    """Map a node's class indices to the run's class space, by class name.
 
     Raises
     ------
     ConfigError
-        If a class that the node has examples of is not in the class space.
+        If the node has examples of a class outside the class space.
     """
     if own_classes == class_space:
         return examples
@@ -136,7 +136,7 @@ def relabel(examples: Examples, own_classes: tuple[str, ...], class_space: tuple
 
 
 def _with_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Read encoded images that no one marked as such, which is how other tools write them to parquet."""
+    """Mark a column of encoded image bytes as images; other tools write parquet files without this mark."""
     import datasets
 
     feature = dataset.features.get(column)
@@ -147,12 +147,12 @@ def _with_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
 
 
 def read_class_names(config: DataConfig) -> tuple[str, ...]:
-    """Return the class names that the configuration gives: as they are, or from its text file, one a line.
+    """Return the class names of the configuration: its list, or the lines of its text file; empty if it has none.
 
     Raises
     ------
     ConfigError
-        If the file cannot be read, or names fewer than two classes or one of them twice.
+        If the file cannot be read, or if there are fewer than two names or a name is repeated.
     """
     names = config.classes
     if len(names) == 1 and names[0].endswith(".txt"):
@@ -167,7 +167,7 @@ def read_class_names(config: DataConfig) -> tuple[str, ...]:
 
 
 def labels_of(dataset: datasets.Dataset, config: DataConfig) -> NDArray[np.int64]:
-    """Return the label column of a part that `load_splits` gave (int64 class indices)."""
+    """Return the label column of a dataset from `load_splits` (int64 class indices)."""
     return np.array(dataset[config.label_column][:], dtype=np.int64)
 
 
@@ -196,7 +196,7 @@ def _classes(parts: list[datasets.Dataset], config: DataConfig) -> tuple[str, ..
             )
         values = {value for part in parts for value in part.unique(config.label_column) if value is not None}
         classes = tuple(str(value) for value in sorted(values))
-    # A node may hold examples of one class alone; a run of one class has nothing to tell apart.
+    # One node may hold examples of a single class. A run needs at least two classes.
     if len(classes) < 2 and not isinstance(config, OwnDataConfig):
         raise ConfigError(
             f"{config.key('label_column')} is {config.label_column!r}, which has {len(classes)} class(es); "
@@ -206,7 +206,7 @@ def _classes(parts: list[datasets.Dataset], config: DataConfig) -> tuple[str, ..
 
 
 def _indexed(dataset: datasets.Dataset, config: DataConfig, classes: tuple[str, ...]) -> datasets.Dataset:
-    """Make the label column an index into ``classes``, and leave out rows that have no label."""
+    """Turn the label column into indices into ``classes``, and leave out rows without a label."""
     import datasets
 
     column = config.label_column
@@ -237,7 +237,7 @@ def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> dict[str
     stratify = labels if counts[counts > 0].min() >= 2 and held >= np.count_nonzero(counts) else None
     if stratify is None:
         logger.warning(
-            "%s: too few examples of a class to hold out some of each; the test part is random", config.dataset
+            "%s: a class has too few examples for a stratified split; the test part is random", config.dataset
         )
     if not 0 < held < len(labels):
         raise ConfigError(
@@ -260,7 +260,7 @@ def _read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[Any]:
 
 
 def _read_images(dataset: datasets.Dataset, config: DataConfig) -> list[NDArray[np.uint8] | None]:
-    """Decode a column of images one by one, so that the one that fails can be named."""
+    """Decode a column of images one by one, so that an error can name the row."""
     import datasets
     from PIL import Image
 
@@ -285,7 +285,7 @@ def _read_images(dataset: datasets.Dataset, config: DataConfig) -> list[NDArray[
                 f"{config.key('image_column')} is {column!r}, and in row {row} it names {item['path']!r}, which is not "
                 "there; allowed: a column of images, or of the names of image files beside the table"
             ) from None
-        except Exception as error:  # Decoders raise whatever they like on broken bytes.
+        except Exception as error:  # Decoders raise many kinds of errors on broken bytes.
             raise ConfigError(
                 f"{config.key('dataset')} is {config.dataset!r}: the image of row {row} does not decode ({error})"
             ) from None

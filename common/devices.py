@@ -1,21 +1,20 @@
-"""Which devices to compute on."""
+"""Choice of the devices to compute on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-
-from common.config import ConfigError
+from fedmmkt.common.config import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the named device, or for ``auto`` the best that is there.
+    """Return the named device; for ``auto``, a CUDA GPU if there is one, else the CPU.
 
     Raises
     ------
     ConfigError
-        If the name is no device, or the device is not there.
+        If the name is not a device, or the device is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,12 +28,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_devices(names: Sequence[str]) -> list[torch.device]:
-    """Return the named devices, or for ``auto`` alone all GPUs that are there, else what `pick_device` returns.
+    """Return the named devices; for ``auto`` alone, all CUDA GPUs if there are any, else the CPU.
 
     Raises
     ------
     ConfigError
-        As `pick_device`.
+        As in `pick_device`.
     """
     count = torch.cuda.device_count()
     if list(names) == ["auto"] and count > 1:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writing: a file or folder is either complete or absent."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file under a temporary name, then put it in place of ``path`` at once.
+    """Write a file under a temporary name, then rename it to ``path`` in one step.
 
     Parameters
     ----------
     path : Path
-        The file; its folder is made if missing.
+        The file; its folder is created if missing.
     write : callable
-        Writes the content to the path that it is given.
+        Function that writes the content to the path it gets.
 
     Raises
     ------
     OSError
-        If the disk is full or not writable; ``path`` is then what it was before. Its text names ``path``.
+        If the disk is full or not writable. ``path`` is then unchanged, and the text names it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not mkstemp, whose files no other user may read: a report is for many.
+    # Not mkstemp: it makes files private, but other users should be able to read a report.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
@@ -48,14 +48,19 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replaced_folder(path: Path, mode: int = 0o755) -> Iterator[Path]:
-    """Give an empty folder to fill, which takes the place of ``path`` when the block ends without error.
+    """Yield an empty folder to fill; it replaces ``path`` if the block ends without an error.
 
-    ``mode`` is the permissions of the folder.
+    Parameters
+    ----------
+    path : Path
+        The folder to replace or create.
+    mode : int
+        Permissions of the new folder.
 
     Raises
     ------
     OSError
-        From the block, or from the exchange; ``path`` is then what it was before.
+        From the block, or from the replacement. ``path`` is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -77,6 +82,6 @@ def replaced_folder(path: Path, mode: int = 0o755) -> Iterator[Path]:
 
 
 def _to_disk(file: Path) -> None:
-    """Have the system write a file out, so that a power cut after its renaming leaves no empty one."""
+    """Flush a file to disk, so that a power cut after the renaming cannot leave an empty file."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())

@@ -1,4 +1,4 @@
-"""Images in batches: encoded for the wire, decoded with suspicion, and brought to one size and RGB."""
+"""Batches of images: encoding for messages, safe decoding, and conversion to RGB of one size."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from PIL import Image, ImageOps
 Images = NDArray[np.uint8]
 
 LARGEST_LOSSLESS_SIDE = 64
-MAX_PIXELS = 4096 * 4096  # 48 MiB as RGB: above any image this project makes, below what would harm a client
+MAX_PIXELS = 4096 * 4096  # 48 MiB as RGB: more than any image of this project, and little enough for a client
 
-# Bytes and milliseconds to encode an image, one core, and the reason for WebP at method 2 where images are tiny:
+# Bytes and milliseconds per encoded image on one core. They are why small images are lossless WebP, method 2.
 #                            digits 32x32     photos 32x32 (CIFAR-10)   emoji 64x64
 #   PNG                      1098 B  0.10     2311 B  0.13              3935 B  0.5
 #   WebP lossless, method 2   361 B  0.26     1539 B  0.39              3112 B  1.2
 #   WebP lossless, method 4   361 B  0.26     1560 B  0.93              2892 B  4.7
 #   WebP quality 90           308 B  0.15      538 B  0.17              1283 B  0.4
-# Decoding takes 0.05 to 0.2 ms in each. At 512x512 lossless is 53 kB and 69 ms, quality 90 is 9 kB and 13 ms.
+# Decoding takes 0.05 to 0.2 ms with each. At 512x512, lossless gives 53 kB in 69 ms, quality 90 gives 9 kB in 13 ms.
 _LOSSLESS: dict[str, Any] = {"lossless": True, "method": 2}
 _LOSSY: dict[str, Any] = {"quality": 90}
 
 
 def encode_images(images_NHWC: Images) -> tuple[Images, NDArray[np.int64]]:
-    """Encode images of one size as WebP, one after the other in one buffer.
+    """Encode images of one size as WebP and concatenate them in one buffer.
 
-    Images of up to 64 pixels a side come back exactly; larger ones are encoded at quality 90.
+    Images with sides up to 64 pixels are encoded losslessly. Larger images are encoded with quality 90.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def encode_images(images_NHWC: Images) -> tuple[Images, NDArray[np.int64]]:
 
 
 def decode_images(data: Images, offsets: NDArray[np.integer[Any]], size: int | None = None) -> Images:
-    """Decode what `encode_images` wrote, trusting nothing about it.
+    """Decode images from `encode_images`; the data is not trusted and is checked.
 
     Parameters
     ----------
@@ -65,18 +65,18 @@ def decode_images(data: Images, offsets: NDArray[np.integer[Any]], size: int | N
     offsets : integer array (N + 1,)
         Image ``i`` is ``data[offsets[i]:offsets[i + 1]]``.
     size : int, optional
-        Pixels a side to bring every image to; without it they must all be of one size.
+        Side in pixels to which every image is resized. Without it, all images must have the same size.
 
     Returns
     -------
     uint8 array (N, H, W, 3)
-        RGB images; H and W are ``size`` where it is given.
+        RGB images; H and W are ``size`` if it is given.
 
     Raises
     ------
     ValueError
-        If the offsets do not divide the data, or an image cannot be decoded, has more than `MAX_PIXELS` pixels or
-        another size than the first; names the image's index.
+        If the offsets do not divide the data, or if an image cannot be decoded, has more than `MAX_PIXELS` pixels or
+        differs in size from the first one. The text gives the index of the image.
     """
     _check_offsets(data, offsets)
     images: list[Images] = []
@@ -91,17 +91,17 @@ def decode_images(data: Images, offsets: NDArray[np.integer[Any]], size: int | N
 
 
 def to_rgb_array(image: Image.Image, size: int) -> Images:
-    """Bring an image of any mode and size to a square RGB array.
+    """Convert an image of any mode and size to a square RGB array.
 
-    Transparency is composited on white, the longer side is cropped at both ends, and the square that is left is
-    resized, with antialiasing where it shrinks.
+    Transparent parts become white. The longer side is cropped equally at both ends. The remaining square is resized,
+    with antialiasing if it shrinks.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        The image; turned as its EXIF orientation says.
+        The image. Its EXIF orientation is applied.
     size : int
-        Pixels a side of the result.
+        Side of the result, in pixels.
 
     Returns
     -------
@@ -111,7 +111,7 @@ def to_rgb_array(image: Image.Image, size: int) -> Images:
     image = _to_rgb(ImageOps.exif_transpose(image))
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.width != image.height:  # `resize` has a box for this, but blends in what lies around it
+    if image.width != image.height:  # not `resize(box=...)`: it blends in pixels outside the box
         image = image.crop((left, top, left + side, top + side))
     if side != size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
@@ -119,19 +119,19 @@ def to_rgb_array(image: Image.Image, size: int) -> Images:
 
 
 def resize_images(images_NHWC: Images, size: int) -> Images:
-    """Bring a batch to ``size`` x ``size`` pixels as `to_rgb_array` does.
+    """Resize a batch to ``size`` x ``size`` pixels, as `to_rgb_array` does.
 
     Parameters
     ----------
     images_NHWC : uint8 array
         N RGB images of H x W pixels.
     size : int
-        Pixels a side of the result.
+        Side of the result, in pixels.
 
     Returns
     -------
     uint8 array (N, size, size, 3)
-        The images; the array itself where it has that size already.
+        The resized images; the input array itself if it already has this size.
 
     Raises
     ------
@@ -156,19 +156,19 @@ def _encode(image_HWC: Images, options: dict[str, Any]) -> bytes:
 def _decode(encoded: bytes, index: int, size: int | None) -> Images:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower than PIL's
             image = Image.open(io.BytesIO(encoded), formats=("WEBP", "PNG", "JPEG"))
         if image.width * image.height <= MAX_PIXELS:
             return np.asarray(_to_rgb(image)) if size is None else to_rgb_array(image, size)
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {index} is too large ({error}); allowed: {MAX_PIXELS} pixels") from error
-    except Exception as error:  # decoders raise whatever they like on hostile bytes
+    except Exception as error:  # decoders raise many kinds of errors on broken bytes
         raise ValueError(f"image {index} cannot be decoded: {error}") from error
     raise ValueError(f"image {index} has {image.width} x {image.height} pixels; allowed: {MAX_PIXELS} in all")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8, which is white
+    if image.mode.startswith("I;16"):  # PIL would clip 16-bit values to 255, which gives a white image
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -1,4 +1,4 @@
-"""The order in which people list names: ``cnn-2`` before ``cnn-10``."""
+"""Natural sort order of names: ``cnn-2`` before ``cnn-10``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Make a sort key: digits by their number, the rest by its letters, and names that are alike so by themselves."""
-    # Text and numbers alternate, so that like is compared with like.
+    """Return a sort key that compares digits as numbers and the rest as text.
+
+    The name itself decides between names that are otherwise equal, such as ``a1`` and ``a01``.
+    """
+    # Text and numbers alternate, so a number is always compared with a number.
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name

@@ -1,4 +1,4 @@
-"""How a simulation divides a dataset's training part among its clients."""
+"""Division of a dataset's training part among simulated clients."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-
-from common.config import ConfigError, DataConfig
-from common.datasets import labels_of, load_splits
+from fedmmkt.common.config import ConfigError, DataConfig
+from fedmmkt.common.datasets import labels_of, load_splits
 
 logger = logging.getLogger("flwr")
 
 
 @lru_cache(maxsize=8)
 def partition_rows(config: DataConfig, num_partitions: int, seed: int) -> tuple[tuple[int, ...], ...]:
-    """Divide the training rows of `load_splits` among clients, as flwr-datasets does.
+    """Divide the training rows of `load_splits` among clients, with flwr-datasets.
 
-    Only labels are read. The parts are disjoint and the same in every process. They cover everything, but under
-    ``pathological`` with too few clients for all classes, which the log then names.
+    Only labels are read. The parts are disjoint and the same in every process. Together they cover all rows, with one
+    exception: if ``pathological`` has too few clients for all classes, it leaves classes out, and the log names them.
 
     Returns
     -------
     tuple of tuple of int
-        Row numbers, one tuple a client.
+        Row numbers, one tuple per client.
 
     Raises
     ------
     ConfigError
-        If the data cannot be divided so, or leaves a client fewer than ``min_examples``.
+        If the data cannot be divided this way, or a client would get fewer than ``min_examples``.
     """
     import datasets
 
     splits = load_splits(config, seed)
     labels_N = labels_of(splits.train, config)
-    order_N = np.random.default_rng(seed).permutation(len(labels_N))  # `iid` cuts rows as they come.
+    order_N = np.random.default_rng(seed).permutation(len(labels_N))  # `iid` does not shuffle.
     rows = datasets.Dataset.from_dict({"row": order_N, "label": labels_N[order_N]})
     try:
         if num_partitions * config.min_examples > len(labels_N):
@@ -46,7 +45,7 @@ def partition_rows(config: DataConfig, num_partitions: int, seed: int) -> tuple[
         partitioner = _partitioner(config, num_partitions, seed)
         partitioner.dataset = rows
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # It draws again until every part is large enough, and says so each time.
+            warnings.simplefilter("ignore")  # It redraws until every part is large enough, and warns each time.
             parts = tuple(tuple(partitioner.load_partition(index)["row"][:]) for index in range(num_partitions))
         if (smallest := min(map(len, parts))) < config.min_examples:
             raise ValueError(f"the smallest part has {smallest}.")
@@ -66,13 +65,14 @@ def partition_rows(config: DataConfig, num_partitions: int, seed: int) -> tuple[
 
 
 def _partitioner(config: DataConfig, num_partitions: int, seed: int) -> Any:
-    """Make the partitioner of flwr-datasets that the configuration names, for columns ``row`` and ``label``."""
+    """Build the configured partitioner of flwr-datasets, for data with the columns ``row`` and ``label``."""
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, PathologicalPartitioner
 
     class BalancedPathologicalPartitioner(PathologicalPartitioner):  # type: ignore[misc]
-        """Give each client the classes that are held least, ties by lot, so that none is left out that need not be.
+        """Give each client the classes that the fewest clients hold so far; ties are broken at random.
 
-        Every mode of its parent leaves classes without a client where clients are fewer than classes.
+        So a class is left out only if there are too few clients for all classes. With fewer clients than classes, the
+        parent class always leaves classes out, in all its modes.
         """
 
         def _determine_partition_id_to_unique_labels(self) -> None:

@@ -1,8 +1,8 @@
-"""The three messages of a round, checked on both sides of the wire.
+"""The messages between server and clients; both sides check them.
 
-The server sends `SyntheticBatch` and `SoftTargets`, a client answers with a `DistillationPayload`. Each is
-built from and parsed into a Flower `RecordDict`; whatever does not fit is refused with a `PayloadError`, so
-that a bad reply costs its sender's vote and never the run.
+The server sends `SyntheticBatch` and `SoftTargets`. A client answers with a `DistillationPayload`. Each message is
+converted to a Flower `RecordDict` and back. Invalid content raises a `PayloadError`: an invalid reply excludes its
+sender from the round, but never stops the run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Modality = Literal["image", "text", "image+text"]
 
 
 class PayloadError(ValueError):
-    """A message that does not fit; its text says what was found and what was expected."""
+    """A message is invalid; the text says what was found and what was expected."""
 
 
 def _array(dtype: str, dimensions: int) -> BeforeValidator:
@@ -48,25 +48,28 @@ RunKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class _Message(BaseModel):
-    """Arrays travel in an ArrayRecord, which Flower cuts into chunks; the rest in a ConfigRecord."""
+    """Base of all messages.
+
+    Arrays are sent in an ArrayRecord, which Flower splits into chunks. All other fields are sent in a ConfigRecord.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     def parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Part the fields that are set into plain values, which JSON takes, and arrays."""
+        """Split the fields that are set into JSON-compatible values and arrays."""
         content = {name: value for name, value in self if value is not None}
         arrays = {name: value for name, value in content.items() if isinstance(value, np.ndarray)}
         return {name: _to_setting(value) for name, value in content.items() if name not in arrays}, arrays
 
     def to_records(self, prefix: str) -> dict[str, Any]:
-        """Make Flower records, named ``<prefix>`` and ``<prefix>.arrays``."""
+        """Return Flower records with the keys ``<prefix>`` and ``<prefix>.arrays``."""
         settings, arrays = self.parts()
         arrays_record = ArrayRecord({name: Array(value) for name, value in arrays.items()})
         return {prefix: ConfigRecord(settings), f"{prefix}.arrays": arrays_record}
 
     @classmethod
     def from_records(cls, records: Mapping[str, Any], prefix: str) -> Self:
-        """Parse and check what `to_records` made.
+        """Parse and check records from `to_records`.
 
         Raises
         ------
@@ -84,7 +87,7 @@ class _Message(BaseModel):
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "fields"
             raise PayloadError(f"{cls.__name__}.{field}: {first['msg'].removeprefix('Value error, ')}") from None
-        except Exception as error:  # Bytes from outside: numpy's parser may raise anything.
+        except Exception as error:  # The bytes are not trusted: numpy's parser may raise anything.
             raise PayloadError(f"{cls.__name__} cannot be read: {error!r}") from None
 
 
@@ -93,23 +96,23 @@ def _to_setting(value: Any) -> Any:
 
 
 class Instructions(_Message):
-    """What a client is told beside the samples.
+    """What the server tells a client besides batches and soft targets.
 
     Attributes
     ----------
     run_key : str
-        Under which the client keeps its memory.
+        Key under which the client keeps its memory of the run.
     round : int
-        Present round; 0 before any learning.
+        Current round; 0 before any learning.
     classes : tuple of str
-        The class space: a client's logits have these columns.
+        The class space. Logits have one column per class, in this order.
     votes : bool
-        Whether the run asks for votes.
+        Whether the run uses votes.
     anchor_size : int
-        Dimension of the text anchors that batches bring; 0 if they bring none.
+        Dimension of the text embeddings (anchors) in batches; 0 if batches have none.
     ancestors, ancestor_rounds : tuple
-        Keys of the runs that this one goes on from, oldest first, and the round after which each was left: where
-        a client that has no memory of this run finds the one to go on with. Sent to those that have not
+        Keys of the earlier runs that this run continues, oldest first, and the round after which each was continued.
+        A client without memory of this run starts from its memory of these runs. Sent only to clients that have not
         answered yet.
     """
 
@@ -129,22 +132,22 @@ class Instructions(_Message):
 
 
 class SyntheticBatch(_Message):
-    """Samples that the server's T2I model made in one round.
+    """Samples that the server's T2I model generated in one round.
 
     Attributes
     ----------
     batch_id : str
-        Names the batch in every later message.
+        Identifies the batch in later messages.
     round : int
-        The round that it was made for, from 1.
+        The round for which it was generated, from 1.
     prompts : tuple of str
-        One prompt a sample.
+        One prompt per sample.
     prompted_N : numpy.ndarray
-        int64; the class that the prompt names, -1 where it names none.
+        int64; the class that each prompt names, -1 if it names none.
     images, offsets : numpy.ndarray, optional
-        Encoded images as one uint8 buffer, and int64 offsets (N + 1); left out for text-only clients.
+        Encoded images in one uint8 buffer, and int64 offsets (N + 1). Absent for text-only clients.
     anchors_UD, anchor_index_N : numpy.ndarray, optional
-        float16 text embeddings of the distinct prompts, and int64 index of each sample's own.
+        float16 text embeddings of the U distinct prompts, and the int64 row of each sample's prompt.
     """
 
     batch_id: Name
@@ -177,21 +180,21 @@ class SyntheticBatch(_Message):
         return len(self.prompts)
 
     def without_images(self) -> SyntheticBatch:
-        """Return the batch as a text-only client gets it."""
+        """Return the batch without images, for text-only clients."""
         return self.model_copy(update={"images": None, "offsets": None})
 
 
 class SoftTargets(_Message):
-    """What the clients together say of a batch.
+    """Soft targets of a batch, aggregated from the clients' answers.
 
     Attributes
     ----------
     batch_id : str
-        The batch.
+        Id of the batch.
     probabilities_NC : numpy.ndarray
-        float16; rows sum to one within half precision.
+        float16; each row sums to one, within half precision.
     weights_N : numpy.ndarray
-        float32, not negative; how much each sample counts in distillation.
+        float32, not negative; weight of each sample in distillation.
     """
 
     batch_id: Name
@@ -209,22 +212,22 @@ class SoftTargets(_Message):
 
 
 class ClientReport(_Message):
-    """Who a client is and how it does; part of every reply.
+    """The client's name, model and quality; part of every reply.
 
     Attributes
     ----------
     client : str
-        Its name in logs and reports.
+        Name of the client in logs and reports.
     model, modality : str
-        What it runs and what that reads.
+        Name of its model, and the kind of inputs that the model reads.
     examples : int
         Number of private training examples.
     accuracy, loss : float
-        Of its present model: on the common test set in simulation, on private held-out data elsewhere.
+        Of its current model: on the shared test set in simulation, else on held-out private data.
     kept : tuple of str
-        The batches that it still holds on disk, so that the server can resend what is lost.
+        Ids of the batches that it has on disk; the server resends lost ones.
     awaiting : tuple of str
-        Those of them whose soft targets it has not got.
+        Ids of the kept batches that have no soft targets yet.
     """
 
     client: Name
@@ -237,7 +240,7 @@ class ClientReport(_Message):
     awaiting: tuple[Name, ...] = Field((), max_length=1000)
 
     def to_records(self, prefix: str) -> dict[str, Any]:
-        """Numbers go in a MetricRecord, where Flower's own tools look for them."""
+        """Return Flower records; numbers go into a MetricRecord, where Flower's tools look for them."""
         records: dict[str, Any] = super().to_records(prefix)
         settings = dict(records[prefix])
         numbers = {name: settings.pop(name) for name in ("examples", "accuracy", "loss")}
@@ -245,7 +248,7 @@ class ClientReport(_Message):
 
     @classmethod
     def from_records(cls, records: Mapping[str, Any], prefix: str) -> Self:
-        """Parse and check what `to_records` made; see `_Message.from_records`."""
+        """Parse and check records from `to_records`; see `_Message.from_records`."""
         settings, numbers = records.get(prefix), records.get(f"{prefix}.metrics")
         if not isinstance(settings, ConfigRecord) or not isinstance(numbers, MetricRecord):
             raise PayloadError(f"no {cls.__name__} in the records {sorted(records)}; expected {prefix!r}")
@@ -254,25 +257,26 @@ class ClientReport(_Message):
 
 
 class ClassReport(_Message):
-    """The classes of which a client holds examples; asked for where no one else knows the class space."""
+    """The classes of which a client holds examples; used if only the clients know the class space."""
 
     classes: tuple[Name, ...] = Field(min_length=1, max_length=MAX_CLASSES)
 
 
 class DistillationPayload(_Message):
-    """All that a client tells of a batch: no image, no text, no weight, no gradient.
+    """A client's whole answer to a batch: no image, no text, no model weight, no gradient.
 
     Attributes
     ----------
     batch_id : str
-        The batch.
+        Id of the batch.
     logits_NC : numpy.ndarray
-        float16, samples by classes of the class space.
+        float16, samples x classes.
     class_counts_C : numpy.ndarray
-        int64; private examples of each class, zero where the client has none and does not vote.
+        int64; number of private examples per class. The default aggregation rule ignores the client on a class with
+        count zero.
     votes_N : numpy.ndarray, optional
-        float32, not negative: how often a sample is among the nearest synthetic neighbours of the client's
-        private images (arXiv 2305.15560). Only from clients that see images, where the run asks for it.
+        float32, not negative; how often each sample is among the nearest synthetic neighbours of the client's private
+        images (arXiv 2305.15560). Only from clients that read images, and only if the run uses votes.
     """
 
     batch_id: Name
@@ -292,12 +296,12 @@ class DistillationPayload(_Message):
         return self
 
     def check_answers(self, batch_id: str, samples: int, classes: int, votes: bool) -> None:
-        """Check that the payload speaks of the batch that was asked about.
+        """Check that the payload answers the right batch.
 
         Raises
         ------
         PayloadError
-            If the batch, the number of samples or the class space is another, or votes were not asked for.
+            If the batch id, the number of samples or of classes differs, or if the run uses no votes and it has some.
         """
         if self.batch_id != batch_id:
             raise PayloadError(f"answers batch {self.batch_id!r}; expected {batch_id!r}")
@@ -309,15 +313,15 @@ class DistillationPayload(_Message):
 
 @dataclass(frozen=True)
 class Request:
-    """What the server sends a client in one message.
+    """The content of one message from the server to a client.
 
     Attributes
     ----------
     instructions : Instructions
     batches : tuple of SyntheticBatch
-        Batches that the client does not have yet, oldest first; the last one is to be answered.
+        Batches that the client does not have yet, oldest first. In training, the client answers the last one.
     targets : tuple of SoftTargets
-        Soft targets of these batches, or of earlier ones that the client keeps.
+        Soft targets of these batches, or of earlier batches that the client keeps.
     """
 
     instructions: Instructions
@@ -325,7 +329,7 @@ class Request:
     targets: tuple[SoftTargets, ...] = ()
 
     def to_content(self) -> RecordDict:
-        """Make the content of a Flower message."""
+        """Return the content of a Flower message."""
         content = RecordDict(self.instructions.to_records("instructions"))
         for name, messages in (("batch", self.batches), ("targets", self.targets)):
             for index, message in enumerate(messages):
@@ -340,7 +344,7 @@ class Request:
         Raises
         ------
         PayloadError
-            If any part of it does not fit.
+            If any part is invalid.
         """
         return cls(
             Instructions.from_records(content, "instructions"),
@@ -364,7 +368,7 @@ def _within(values: np.ndarray, low: float, high: float) -> bool:
 
 
 def record_bytes(records: RecordDict) -> int:
-    """Count the bytes of a message's content as Flower sends it, without framing."""
+    """Return the size in bytes of a message's content as Flower sends it, without framing."""
     total = 0
     for record in records.values():
         if isinstance(record, ArrayRecord):

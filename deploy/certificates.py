@@ -1,8 +1,9 @@
-"""Certificates and keys of a federation: a CA of its own, the server's certificate, and the nodes' keys.
+"""Certificates and keys of a federation: its own CA, the server's certificate, and the nodes' keys.
 
-``python -m deploy.certificates FOLDER --host NAME`` makes what a server needs, ``--node NAME`` a node's key. Of
-what lies in the folder then, a node gets ``ca.crt`` and its own ``nodes/NAME.key``; a submitter ``ca.crt``; the
-server ``ca.crt``, ``server.pem``, ``server.key``, ``superexec.key`` and the nodes' public keys; nobody ``ca.key``.
+``fedmmkt certificates FOLDER --host NAME`` makes all files for a server. ``--node NAME`` makes the key of a node. The
+files in the folder go to different machines. A node gets ``ca.crt`` and its own ``nodes/NAME.key``. A submitter gets
+``ca.crt``. The server gets ``ca.crt``, ``server.pem``, ``server.key``, ``superexec.key`` and the nodes' public keys.
+``ca.key`` stays where it is.
 """
 
 from __future__ import annotations
@@ -22,16 +23,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-from common.config import ConfigError
-from common.files import write_atomically
+from fedmmkt.common.config import ConfigError
+from fedmmkt.common.files import write_atomically
 
 CA_DAYS = 3650
 SERVER_DAYS = 365
-# A server's own processes reach it so, whatever its name is elsewhere.
+# The server's own processes use these, whatever its public name is.
 LOCAL_HOSTS, LOCAL_ADDRESSES = ("localhost",), ("127.0.0.1",)
 
-_CLOCK_SKEW = datetime.timedelta(hours=1)  # a node whose clock is behind accepts a new certificate all the same
+_CLOCK_SKEW = datetime.timedelta(hours=1)  # so that a node with a slow clock accepts a new certificate
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST = re.compile(rf"(?=.{{1,253}}$)(\*\.)?{_LABEL}(\.{_LABEL})*")
 _NODE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -43,26 +43,26 @@ def make_ca(folder: Path, days: int = CA_DAYS, force: bool = False) -> tuple[Pat
     Parameters
     ----------
     folder : Path
-        Made with mode 0700 if missing.
+        Created with mode 0700 if missing.
     days : int
         How long the certificate is valid.
     force : bool
-        Whether files that are there are replaced; every certificate that the old CA signed is then worthless.
+        Whether existing files are replaced. All certificates of the old CA are then worthless.
 
     Returns
     -------
     tuple of Path
-        Certificate and private key.
+        Paths of certificate and private key.
 
     Raises
     ------
     ConfigError
-        If others can read the folder, or a file is there and ``force`` is not set.
+        If others can read the folder, or a file exists and ``force`` is not set.
     """
     certificate_path, key_path = folder / "ca.crt", folder / "ca.key"
     _prepare(folder, (certificate_path, key_path), force)
     key = ec.generate_private_key(ec.SECP384R1())
-    # Two CAs of one name would be taken for one another, and fail with an error that does not say so.
+    # A random part: two CAs with the same name would be confused, with an unclear error.
     name = _name(f"FedMMKT CA {secrets.token_hex(4)}")
     builder = _builder(name, name, key.public_key(), days)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -81,23 +81,23 @@ def make_server_certificate(
     Parameters
     ----------
     folder : Path
-        Where `make_ca` has been.
+        Folder with the CA from `make_ca`.
     hosts, ips : iterable of str
-        Names and addresses under which the SuperLink is reached; ``localhost`` and ``127.0.0.1`` are added.
+        DNS names and IP addresses of the SuperLink. ``localhost`` and ``127.0.0.1`` are added.
     days : int
         How long the certificate is valid.
     force : bool
-        Whether files that are there are replaced.
+        Whether existing files are replaced.
 
     Returns
     -------
     tuple of Path
-        Certificate and private key.
+        Paths of certificate and private key.
 
     Raises
     ------
     ConfigError
-        If a name or address is none, there is no CA, it ends before the certificate would, or a file is there
+        If a name or address is invalid, there is no CA, the CA would expire before the certificate, or a file exists
         and ``force`` is not set.
     """
     certificate_path, key_path = folder / "server.pem", folder / "server.key"
@@ -129,26 +129,26 @@ def make_server_certificate(
 
 
 def make_node_key(folder: Path, name: str, force: bool = False) -> tuple[Path, Path]:
-    """Make a SuperNode's key, ``nodes/NAME.key``, and its public half, which ``flwr supernode register`` takes.
+    """Make a SuperNode's private key ``nodes/NAME.key``, and its public key for ``flwr supernode register``.
 
     Parameters
     ----------
     folder : Path
-        Made with mode 0700 if missing.
+        Created with mode 0700 if missing.
     name : str
         The node's name.
     force : bool
-        Whether files that are there are replaced; the node then has to be registered anew.
+        Whether existing files are replaced. The node must then be registered again.
 
     Returns
     -------
     tuple of Path
-        Private key and public key (``nodes/NAME.key.pub``), as OpenSSH writes them.
+        Paths of private key and public key (``nodes/NAME.key.pub``), in OpenSSH format.
 
     Raises
     ------
     ConfigError
-        If the name is no file's name, others can read the folder, or a file is there and ``force`` is not set.
+        If the name is invalid, others can read the folder, or a file exists and ``force`` is not set.
     """
     if not _NODE_NAME.fullmatch(name):
         raise ConfigError(f"node name is {name!r}; allowed: letters, digits, '_', '-' and '.', at most 100")
@@ -163,14 +163,14 @@ def make_node_key(folder: Path, name: str, force: bool = False) -> tuple[Path, P
 
 
 def make_superexec_secret(folder: Path, force: bool = False) -> Path:
-    """Make the secret with which a separate ``flower-superexec`` asks its SuperLink for work, ``superexec.key``.
+    """Make ``superexec.key``, the secret with which a separate ``flower-superexec`` authenticates at its SuperLink.
 
-    Without one, whoever reaches the SuperLink's port may take over the run's server side.
+    Without a secret, anyone who can reach the SuperLink's port can take over the server side of the run.
 
     Raises
     ------
     ConfigError
-        If others can read the folder, or the file is there and ``force`` is not set.
+        If others can read the folder, or the file exists and ``force`` is not set.
     """
     path = folder / "superexec.key"
     _prepare(folder, (path,), force)
@@ -179,7 +179,7 @@ def make_superexec_secret(folder: Path, force: bool = False) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make what the command line asks for; return the exit code."""
+    """Make the files that the command line asks for; return the exit code."""
     options = _parse_arguments(arguments)
     folder: Path = options.folder
     try:
@@ -204,10 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.certificates",
-        description="Make a federation's certificates and keys. A CA that is there is kept and used.",
+        prog="fedmmkt certificates",
+        description="Make a federation's certificates and keys. An existing CA is kept and used.",
     )
-    parser.add_argument("folder", type=Path, help="where they lie; made with mode 0700")
+    parser.add_argument("folder", type=Path, help="folder of all files; created with mode 0700")
     parser.add_argument("--host", nargs="+", action="extend", default=[], help="the SuperLink's DNS names")
     parser.add_argument("--ip", nargs="+", action="extend", default=[], help="the SuperLink's addresses")
     parser.add_argument("--node", nargs="+", action="extend", default=[], help="nodes to make keys for")
@@ -215,7 +215,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--days", type=_positive, default=SERVER_DAYS, help="validity of the server's certificate (%(default)s)"
     )
     parser.add_argument(
-        "--force", action="store_true", help="replace a server certificate or node key that is there; never the CA"
+        "--force", action="store_true", help="replace an existing server certificate or node key; never the CA"
     )
     return parser.parse_args(arguments)
 
@@ -242,7 +242,7 @@ def _checked_ip(ip: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _prepare(folder: Path, files: Iterable[Path] = (), force: bool = False) -> None:
-    """Make a private folder, or check that it is one, and that nothing in it would be overwritten unasked."""
+    """Make a private folder, or check an existing one; refuse to overwrite ``files`` unless ``force`` is set."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     mode = stat.S_IMODE(folder.stat().st_mode)
     if mode & 0o077:
@@ -306,7 +306,7 @@ def _pem(
 
 def _write_private(path: Path, content: bytes) -> None:
     def write(temporary: Path) -> None:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # never readable, not even briefly
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # readable for others at no time
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
 
@@ -315,7 +315,3 @@ def _write_private(path: Path, content: bytes) -> None:
 
 def _write_public(path: Path, content: bytes) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""What the commands that run an app share: their options, their signals, their exit codes."""
+"""The common part of the commands that run an app: options, signals and exit codes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from common.config import ConfigError
-from deploy.processes import StartError
-from deploy.submission import COMPLETED, Value, check, effective_config, parse_run_config
+from fedmmkt.common.config import ConfigError, Setting
+from fedmmkt.deploy.bundle import found_app
+from fedmmkt.deploy.processes import StartError
+from fedmmkt.deploy.submission import COMPLETED, check, effective_config, parse_run_config
 
-Runner = Callable[[Path, int, Path | None, Mapping[str, Value]], str]
+Runner = Callable[[Path, int, Path | None, Mapping[str, Setting]], str]
 
 
 def run_command(
-    module: str,
+    name: str,
     description: str,
     nodes: int,
     out: Path,
@@ -26,12 +27,12 @@ def run_command(
     arguments: list[str] | None = None,
     parents: Sequence[argparse.ArgumentParser] = (),
 ) -> int:
-    """Read the command line, check what can be checked before anything starts, and run.
+    """Parse the command line, check the settings before anything starts, and run.
 
     Parameters
     ----------
-    module, description : str
-        What ``--help`` says.
+    name, description : str
+        Texts for ``--help``.
     nodes : int
         Default of ``--nodes``.
     out : Path
@@ -39,23 +40,24 @@ def run_command(
     runner : callable
         ``(app, nodes, out, run_config) -> status``.
     arguments : list of str, optional
-        The command line; the process's own by default.
+        The command line; that of the process by default.
     parents : sequence of argparse.ArgumentParser
-        More options, which the runner knows already.
+        Parsers of further options, which the runner already knows.
 
     Returns
     -------
     int
-        Exit code: 0 for a completed run, 1 for another, 2 for bad input.
+        Exit code: 0 for a completed run, 1 for any other run, 2 for bad input.
     """
-    options = _parse(module, description, nodes, out, arguments, parents)
+    options = _parse(name, description, nodes, out, arguments, parents)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     try:
-        # `make` passes an empty string where no run-config was given.
+        # `make` passes an empty string if no run-config was given.
         run_config = parse_run_config([text for text in options.run_config if text.strip()])
-        check(options.app, options.nodes, effective_config(options.app, options.nodes, options.out, run_config))
-        return 0 if runner(options.app, options.nodes, options.out, run_config) == COMPLETED else 1
+        with found_app(options.app) as app:
+            check(app, options.nodes, effective_config(app, options.nodes, options.out, run_config))
+            return 0 if runner(app, options.nodes, options.out, run_config) == COMPLETED else 1
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -68,17 +70,19 @@ def run_command(
 
 
 def _parse(
-    module: str,
+    name: str,
     description: str,
     nodes: int,
     out: Path,
     arguments: list[str] | None,
     parents: Sequence[argparse.ArgumentParser],
 ) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, parents=parents)
+    parser = argparse.ArgumentParser(prog=f"fedmmkt {name}", description=description, parents=parents)
     parser.add_argument("--nodes", type=int, default=nodes, help="number of nodes (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=out, help="folder of the run (default: %(default)s)")
-    parser.add_argument("--app", type=Path, default=Path(), help="folder of the app (default: this one)")
+    parser.add_argument(
+        "--app", type=Path, help="folder of the app (default: this folder; if it has no app, fedmmkt's own app)"
+    )
     parser.add_argument(
         "--run-config",
         action="append",

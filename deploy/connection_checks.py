@@ -1,6 +1,6 @@
-"""Checks of what connects hosts: certificates, keys, reachability, TLS, gRPC health, a submitter's settings.
+"""Checks of the connections between hosts: certificates, keys, reachability, TLS, gRPC health, submitter's settings.
 
-Each check returns what it found, or raises `ConfigError` with what is wrong and what to do.
+Each check returns a text with its result, or raises `ConfigError` with the problem and its solution.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from fedmmkt.common.config import ConfigError
+from fedmmkt.deploy.processes import script
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.config import ConfigError
-from deploy.processes import script
-
-TIMEOUT = 10.0  # seconds for a connection and for an answer
+TIMEOUT = 10.0  # seconds, for a connection and for an answer
 EXPIRES_SOON = datetime.timedelta(days=30)
 
 # OpenSSL's verification results, from x509_vfy.h.
@@ -36,7 +35,7 @@ _OTHER_NAME = {62, 64}
 
 
 def check_certificate(path: Path) -> str:
-    """Check that a certificate can be read, and its dates."""
+    """Check that a certificate can be read and is valid today, and for another 30 days."""
     certificate = _load_certificate(path)
     now, start, end = datetime.datetime.now(datetime.UTC), certificate.not_valid_before_utc, _end(certificate)
     if now < start:
@@ -62,24 +61,24 @@ def check_signature(certificate: Path, authority: Path) -> str:
 
 
 def check_names(certificate: Path, host: str) -> str:
-    """Check that a server's certificate names a host or address that others use for it."""
+    """Check that a server's certificate contains the host name or address that others use for the server."""
     try:
         extension = _load_certificate(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:
-        raise ConfigError(f"{certificate} names no host; make one with python -m deploy.certificates") from None
+        raise ConfigError(f"{certificate} names no host; make one with fedmmkt certificates") from None
     hosts = extension.value.get_values_for_type(x509.DNSName)
     addresses = [str(address) for address in extension.value.get_values_for_type(x509.IPAddress)]
     _, dot, domain = host.partition(".")
     if not {host.lower(), f"*{dot}{domain}".lower()} & {name.lower() for name in (*hosts, *addresses)}:
         raise ConfigError(
             f"{certificate} does not name {host}, but {', '.join((*hosts, *addresses))}; add it: "
-            "python -m deploy.certificates FOLDER --host NAME ... --ip ADDRESS ... --force (all names anew)"
+            "fedmmkt certificates FOLDER --host NAME ... --ip ADDRESS ... --force (all names anew)"
         )
     return f"names {host}"
 
 
 def check_private(path: Path) -> str:
-    """Check that a private key or secret can be read by this user and nobody else."""
+    """Check that this user can read a private key or secret, and nobody else can."""
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise ConfigError(f"{path} has mode {mode:04o}, so that others may use it; chmod 600 {path}")
@@ -89,7 +88,7 @@ def check_private(path: Path) -> str:
 
 
 def check_pair(certificate: Path, key: Path) -> str:
-    """Check that a private key is a certificate's."""
+    """Check that a private key belongs to a certificate."""
     try:
         private = serialization.load_pem_private_key(key.read_bytes(), None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -100,14 +99,14 @@ def check_pair(certificate: Path, key: Path) -> str:
 
 
 def check_node_key(path: Path) -> str:
-    """Check a SuperNode's key; whether it is registered, only the SuperLink knows."""
+    """Check a SuperNode's key; only the SuperLink knows whether it is registered."""
     check_private(path)
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"{path} is no private key of OpenSSH's format: {error}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{path} is no elliptic-curve key; make one with python -m deploy.certificates --node NAME")
+        raise ConfigError(f"{path} is no elliptic-curve key; make one with fedmmkt certificates --node NAME")
     return (
         f"{path} fits. Whether it is registered only the SuperLink knows: a SuperNode that ends with 'code 2004' needs "
         f"'flwr supernode register {path.name}.pub CONNECTION' by who submits, or a minute's wait after a crash"
@@ -115,7 +114,7 @@ def check_node_key(path: Path) -> str:
 
 
 def check_reachable(address: str) -> str:
-    """Check that something listens."""
+    """Check that a process listens on an address."""
     host, port = split_address(address)
     try:
         socket.create_connection((host, port), TIMEOUT).close()
@@ -131,7 +130,7 @@ def check_reachable(address: str) -> str:
 
 
 def check_tls(address: str, authority: Path, is_grpc: bool = True) -> str:
-    """Check that a server's certificate is signed by the CA that this host trusts, and names the server so.
+    """Check that a server's certificate is signed by the given CA and contains the server's name.
 
     Parameters
     ----------
@@ -140,7 +139,7 @@ def check_tls(address: str, authority: Path, is_grpc: bool = True) -> str:
     authority : Path
         The CA's certificate.
     is_grpc : bool
-        Whether gRPC is expected there, as nodes speak it with the Fleet API, or HTTP.
+        Whether the server should speak gRPC, as the Fleet API for nodes does; otherwise HTTP.
     """
     host, port = split_address(address)
     ca = _load_certificate(authority)
@@ -170,7 +169,7 @@ def check_tls(address: str, authority: Path, is_grpc: bool = True) -> str:
 
 
 def is_healthy(address: str) -> bool:
-    """Ask a process over gRPC whether it serves (grpc.health.v1)."""
+    """Return whether a process reports over gRPC that it is serving (grpc.health.v1)."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
@@ -180,7 +179,7 @@ def is_healthy(address: str) -> bool:
 
 
 def check_health(address: str) -> str:
-    """Check that a SuperLink, SuperExec or SuperNode says of itself that it serves."""
+    """Check that a SuperLink, SuperExec or SuperNode reports that it is serving."""
     split_address(address)
     if not is_healthy(address):
         raise ConfigError(
@@ -206,12 +205,12 @@ def check_connection(name: str) -> str:
 
 
 def read_connection(path: Path, name: str) -> tuple[str, Path]:
-    """Read the address and the CA's certificate of a connection in Flower's ``config.toml``.
+    """Read the address and the path of the CA certificate of a connection in Flower's ``config.toml``.
 
     Raises
     ------
     ConfigError
-        If there is none, or it has no certificate.
+        If there is no such connection, or it has no certificate.
     """
     try:
         connections = tomllib.loads(path.read_text(encoding="utf-8"))["superlink"]
@@ -228,12 +227,12 @@ def read_connection(path: Path, name: str) -> tuple[str, Path]:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Split ``host:port``; an IPv6 address stands in brackets.
+    """Split ``host:port``; an IPv6 address is written in brackets.
 
     Raises
     ------
     ConfigError
-        If it is not of that form.
+        If the address does not have this form.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
@@ -280,4 +279,4 @@ def _renewal(certificate: x509.Certificate) -> str:
         is_ca = False
     if is_ca:
         return "make a new CA in a new folder, and give its ca.crt to every host"
-    return "renew it: python -m deploy.certificates FOLDER --host NAME ... --force, then restart the SuperLink"
+    return "renew it: fedmmkt certificates FOLDER --host NAME ... --force, then restart the SuperLink"

@@ -1,11 +1,11 @@
-"""Check from any host what can be checked of a deployment; each line says ``ok`` or what to do.
+"""Check a deployment from any of its hosts; each line says ``ok``, or the problem and its solution.
 
-Only what the options name is checked. On a SuperNode's host::
+Only the parts that the options name are checked. On a SuperNode's host::
 
-    python -m deploy.doctor --ca ca.crt --superlink HOST:9092 --node-key node.key --node-config 'data-path="/data" ...'
+    fedmmkt doctor --ca ca.crt --superlink HOST:9092 --node-key node.key --node-config 'data-path="/data" ...'
 
-On the SuperLink's ``--certificate``, ``--host`` and ``--t2i`` belong, and where runs are submitted ``--connection``.
-The exit code is 1 if anything is wrong, 2 for a command line that cannot be read.
+On the SuperLink's host, use ``--certificate``, ``--host`` and ``--t2i``. On a submitter's host, use ``--connection``.
+The exit code is 1 if a check fails, and 2 if the command line cannot be read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from common.config import ConfigError, NodeConfig, RunConfig
-from deploy.connection_checks import (
+from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
+from fedmmkt.deploy.connection_checks import (
     check_certificate,
     check_connection,
     check_health,
@@ -30,7 +30,7 @@ from deploy.connection_checks import (
     check_signature,
     check_tls,
 )
-from deploy.host_checks import (
+from fedmmkt.deploy.host_checks import (
     check_data,
     check_disk,
     check_folder,
@@ -38,13 +38,13 @@ from deploy.host_checks import (
     check_t2i,
     check_versions,
 )
-from deploy.processes import QUIET_LIBRARIES
+from fedmmkt.deploy.processes import QUIET_LIBRARIES
 
 Check = tuple[str, Callable[[], str]]
 
 
 def planned_checks(options: argparse.Namespace) -> Iterator[Check]:
-    """Give a name and a call for each check that the options ask for.
+    """Yield a name and a function for each check that the options ask for.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def planned_checks(options: argparse.Namespace) -> Iterator[Check]:
 
 
 def examine(checks: Iterable[Check]) -> bool:
-    """Print a line for each check; return whether all is well."""
+    """Run the checks and print a line for each; return whether all passed."""
     well = True
     for name, check in checks:
         try:
@@ -91,7 +91,7 @@ def examine(checks: Iterable[Check]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check what the command line names; return the exit code."""
+    """Run the checks that the command line asks for; return the exit code."""
     options = _parse_arguments(arguments)
     os.environ.update({**QUIET_LIBRARIES, **os.environ})
     try:
@@ -103,11 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _config_checks(options: argparse.Namespace) -> Iterator[Check]:
-    """Check what a run-config and a node-config name."""
+    """Yield the checks of a run-config and a node-config."""
     if not (options.run_config or options.node_config or options.t2i):
         return
-    from client_app.memory import DEFAULT_FOLDER  # These import torch; a health check has no need of it.
-    from deploy.submission import parse_run_config
+    from fedmmkt.client_app.memory import DEFAULT_FOLDER  # These import torch, which a health check does not need.
+    from fedmmkt.deploy.submission import parse_run_config
 
     config = RunConfig.from_flower(parse_run_config(options.run_config))
     if options.t2i:
@@ -130,8 +130,8 @@ def _folder_checks(folder: Path, least: float) -> Iterator[Check]:
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.doctor",
-        description="Check from any host what can be checked of a deployment; only what is named is checked.",
+        prog="fedmmkt doctor",
+        description="Check a deployment from any of its hosts; only the parts that the options name are checked.",
     )
     parser.add_argument("--ca", type=Path, metavar="FILE", help="the CA's certificate, ca.crt")
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="the SuperLink's certificate, server.pem")
@@ -142,11 +142,11 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--superlink", nargs="+", default=[], metavar="HOST:PORT", help="the SuperLink's APIs")
     parser.add_argument("--health", nargs="+", default=[], metavar="HOST:PORT", help="health servers, without TLS")
     parser.add_argument("--connection", metavar="NAME", help="a connection in Flower's config.toml, to submit runs")
-    parser.add_argument("--node-config", metavar="PAIRS", help="as flower-supernode gets it: data, model, state folder")
-    parser.add_argument("--run-config", action="append", default=[], metavar="PAIRS", help="the run's changes")
+    parser.add_argument("--node-config", metavar="PAIRS", help="the node-config: data, model, state folder")
+    parser.add_argument("--run-config", action="append", default=[], metavar="PAIRS", help="changes to the run-config")
     parser.add_argument("--t2i", action="store_true", help="load the run's T2I model")
     parser.add_argument("--folder", nargs="+", type=Path, default=[], help="private folders of the service")
-    parser.add_argument("--free", type=float, default=2.0, metavar="GIB", help="free disk wanted (%(default)s)")
+    parser.add_argument("--free", type=float, default=2.0, metavar="GIB", help="required free disk space (%(default)s)")
     options = parser.parse_args(arguments)
     if (options.host or options.certificate_key) and not options.certificate:
         parser.error("--host and --certificate-key need --certificate")

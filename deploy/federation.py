@@ -1,6 +1,6 @@
 """Run the app on a real federation of processes: SuperLink, SuperExec and SuperNodes over gRPC with TLS.
 
-``python -m deploy.federation`` does on one machine, on loopback, what an operator does on several: makes a CA,
+``fedmmkt federation`` does on one machine, on loopback, what an operator does on several machines. It makes a CA,
 certificates and keys, gives each node its own data, starts the SuperLink and the SuperNodes, registers the nodes'
 keys, waits until all are healthy, submits the run, follows it to its end, and stops everything.
 """
@@ -21,23 +21,31 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from common.config import ConfigError, RunConfig
-from deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
-from deploy.command import run_command
-from deploy.connection_checks import is_healthy
-from deploy.partition import write_partitions
-from deploy.processes import FlowerProcesses, StartError, flower_environment, free_port, signals_ignored, stop_together
-from deploy.submission import Outcome, Submitter, Value, app_config, effective_config, format_run_config
+from fedmmkt.common.config import ConfigError, RunConfig, Setting
+from fedmmkt.deploy.bundle import default_config, read_app
+from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
+from fedmmkt.deploy.command import run_command
+from fedmmkt.deploy.connection_checks import is_healthy
+from fedmmkt.deploy.partition import write_partitions
+from fedmmkt.deploy.processes import (
+    FlowerProcesses,
+    StartError,
+    flower_environment,
+    free_port,
+    signals_ignored,
+    stop_together,
+)
+from fedmmkt.deploy.submission import Outcome, Submitter, effective_config, format_run_config
 
 MODELS = ("cnn", "resnet", "text", "dual")
-START_TIMEOUT = 90.0  # seconds until a process must be healthy; 5 to 10 on two idle cores
+START_TIMEOUT = 90.0  # seconds until a process must be healthy; it takes 5 to 10 on two idle cores
 CONNECTION = "federation"
 _LOOPBACK = "127.0.0.1"
 
 
 @dataclass
 class Node:
-    """A SuperNode: its process, and with what it was started."""
+    """A SuperNode: its process, and the settings of its start."""
 
     name: str
     processes: FlowerProcesses
@@ -46,19 +54,19 @@ class Node:
     process: subprocess.Popen[bytes] = field(init=False)
 
     def start(self) -> None:
-        """Start it, or start it again after it ended."""
+        """Start the node, or start it again after it ended."""
         self.process = self.processes.start(self.name, "flower-supernode", *self.arguments)
 
     def kill(self) -> None:
-        """Kill it at once, as a crash would, and nothing else."""
+        """Kill the node's process, like a crash, but none of its child processes."""
         self.process.kill()
         self.process.wait()
 
 
 class Federation:
-    """A SuperLink with TLS and node authentication on loopback, and the nodes that were added to it.
+    """A SuperLink with TLS and node authentication on loopback, and its nodes.
 
-    Runs go on when the SuperLink dies and comes back: a SuperExec of its own runs the ServerApp, and the SuperLink
+    A run continues if the SuperLink dies and comes back: a separate SuperExec runs the ServerApp, and the SuperLink
     keeps its state in a database.
 
     Parameters
@@ -66,7 +74,7 @@ class Federation:
     home : Path
         A private folder for certificates, keys, logs and Flower's state.
     address : str
-        IPv4 address of this host at which nodes reach the SuperLink; everything else stays on loopback.
+        IPv4 address of this host for the nodes to reach the SuperLink. Everything else stays on loopback.
     """
 
     def __init__(self, home: Path, address: str = _LOOPBACK) -> None:
@@ -85,12 +93,12 @@ class Federation:
         connect(submitter.home, CONNECTION, self.runtime, self.pki / "ca.crt")
 
     def start(self) -> None:
-        """Start the SuperLink, and the SuperExec that runs ServerApps for it, and wait until both are healthy.
+        """Start the SuperLink and the SuperExec, which runs ServerApps for it; wait until both are healthy.
 
         Raises
         ------
         StartError
-            If one is not, in time.
+            If one of them is not healthy in time.
         """
         self.start_superlink()
         self.superexec = self.server.start(
@@ -102,12 +110,12 @@ class Federation:
         _wait_healthy(self.superexec_health, self.superexec, self.server, "superexec")
 
     def start_superlink(self) -> None:
-        """Start the SuperLink, or start it again with the state that it had, and wait until it is healthy.
+        """Start the SuperLink, or start it again with its old state; wait until it is healthy.
 
         Raises
         ------
         StartError
-            If it is not, in time.
+            If it is not healthy in time.
         """
         host, _, port = self.runtime.rpartition(":")
         self.superlink = self.server.start(
@@ -122,14 +130,14 @@ class Federation:
         _wait_healthy(self.health, self.superlink, self.server, "superlink")
 
     def kill_superlink(self) -> int:
-        """Kill the SuperLink at once, as a crash would; return its exit code."""
+        """Kill the SuperLink, like a crash; return its exit code."""
         self.superlink.kill()
         return self.superlink.wait()
 
     def add_node(
         self,
         name: str,
-        node_config: Mapping[str, Value],
+        node_config: Mapping[str, Setting],
         register: bool = True,
         authority: Path | None = None,
         environment: Mapping[str, str] | None = None,
@@ -142,26 +150,26 @@ class Federation:
         Parameters
         ----------
         name : str
-            Also the name of its key.
+            Name of the node and of its key.
         node_config : mapping
             See `common.config.NodeConfig`.
         register : bool
-            Whether the SuperLink is told of the key; else it will refuse the node.
+            Whether the key is registered at the SuperLink; otherwise it will refuse the node.
         authority : Path, optional
-            Certificate of the CA that the node trusts; the federation's by default.
+            Certificate of the CA that the node trusts; that of the federation by default.
         environment : mapping, optional
-            Variables that the node has beside the usual ones.
+            Additional environment variables of the node.
         address : str, optional
-            Where the node finds the SuperLink's Fleet API, if not at its own port.
+            Address at which the node reaches the SuperLink's Fleet API, if it is not the API's own address.
         own_address : str
-            IPv4 address at which the node tells its health.
+            IPv4 address of the node's health server.
         prefix : sequence of str
-            A command that starts it elsewhere, such as ``ip netns exec NAME``.
+            A command that starts the node in another environment, such as ``ip netns exec NAME``.
 
         Raises
         ------
         StartError
-            If the SuperLink does not take the key.
+            If the SuperLink does not accept the key.
         """
         key, public = make_node_key(self.pki, name)
         if register:
@@ -183,13 +191,13 @@ class Federation:
         Raises
         ------
         StartError
-            Names the first that is not, with its last log lines.
+            If a node is not healthy in time; the text names it and has its last log lines.
         """
         for node in self.nodes.values():
             _wait_healthy(node.health, node.process, node.processes, node.name)
 
-    def run(self, app: Path, config: Mapping[str, Value], stream: TextIO | None = None) -> Outcome:
-        """Submit a run and follow it to its end."""
+    def run(self, app: Path, config: Mapping[str, Setting], stream: TextIO | None = None) -> Outcome:
+        """Submit a run, follow it to its end, and return how it ended."""
         outcome = self.submitter.run(app, config, stream or sys.stdout, connection=(CONNECTION,))
         print(outcome, file=stream or sys.stdout, flush=True)
         return outcome
@@ -216,21 +224,21 @@ class Federation:
 
 @contextlib.contextmanager
 def local_federation(home: Path | None = None, address: str = _LOOPBACK) -> Iterator[Federation]:
-    """Start a federation on this host; at the end stop it.
+    """Start a federation on this host, and stop it at the end of the block.
 
     Parameters
     ----------
     home : Path, optional
-        A new folder, which is kept; by default a temporary one, which is removed, keys and all.
+        A new folder, which is kept. By default a temporary folder, which is removed with all keys.
     address : str
         See `Federation`.
 
     Raises
     ------
     ConfigError
-        If the folder is there and not empty, or cannot be made.
+        If the folder is not empty, or cannot be created.
     StartError
-        If the SuperLink or the SuperExec does not come up.
+        If the SuperLink or the SuperExec does not start.
     """
     federation = Federation(_private_folder(home), address)
     try:
@@ -244,8 +252,8 @@ def local_federation(home: Path | None = None, address: str = _LOOPBACK) -> Iter
 
 
 def connect(flower_home: Path, name: str, address: str, authority: Path) -> None:
-    """Write Flower's ``config.toml`` with one connection, which is the default."""
-    # A JSON string is a TOML string.
+    """Write Flower's ``config.toml`` with one connection, as the default connection."""
+    # JSON strings are valid TOML strings.
     lines = ["[superlink]", f"default = {json.dumps(name)}", "", f"[superlink.{name}]"]
     lines += [f"address = {json.dumps(address)}", f"root-certificates = {json.dumps(str(authority.absolute()))}", ""]
     (flower_home / "config.toml").write_text("\n".join(lines), encoding="utf-8")
@@ -255,38 +263,38 @@ def federate(
     app: Path,
     nodes: int,
     out: Path | None,
-    run_config: Mapping[str, Value],
+    run_config: Mapping[str, Setting],
     stream: TextIO | None = None,
     home: Path | None = None,
 ) -> str:
-    """Run an app once on a federation of its own.
+    """Run an app once on a new federation.
 
     Parameters
     ----------
     app, out, run_config, stream
-        As of `deploy.simulation.simulate`.
+        As in `deploy.simulation.simulate`.
     nodes : int
-        Number of SuperNodes. They get the parts of ``data.dataset``, and in turn the models that the run-config
-        names in ``client.models``, or `MODELS`.
+        Number of SuperNodes. Each gets a part of ``data.dataset``. They get the models of ``client.models`` in turn, by
+        default `MODELS`.
     home : Path, optional
         See `local_federation`.
 
     Returns
     -------
     str
-        The run's status, ``finished:completed`` if all is well.
+        The run's status; ``finished:completed`` on success.
 
     Raises
     ------
     ConfigError
-        If the data cannot be divided so, or ``home`` cannot be used.
+        If the data cannot be divided this way, or ``home`` cannot be used.
     StartError
-        If a part of the federation does not come up.
+        If a part of the federation does not start.
     """
     output = stream or sys.stdout
     changes = {"client.models": ",".join(MODELS), **run_config}
     effective = effective_config(app, nodes, out, changes)
-    config = RunConfig.from_flower({**app_config(app)[1], **effective})
+    config = RunConfig.from_flower({**default_config(read_app(app)), **effective})
     with local_federation(home) as federation:
         print("SuperLink is up, with TLS and node authentication", file=output, flush=True)
         folders = write_partitions(config.data, nodes, config.seed, federation.home / "data")
@@ -305,18 +313,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the federation that the command line asks for; return the exit code."""
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument(
-        "--home", type=Path, help="new folder to keep certificates, keys, nodes' data and state, and logs in"
+        "--home", type=Path, help="new folder for certificates, keys, logs, and the nodes' data and state; it is kept"
     )
     runner = partial(federate, home=own.parse_known_args(arguments)[0].home)
     out = Path("runs/federation")
     return run_command(
-        "deploy.federation", "Run the app on real processes.", len(MODELS), out, runner, arguments, parents=[own]
+        "federation", "Run the app on real processes.", len(MODELS), out, runner, arguments, parents=[own]
     )
 
 
 def _private_folder(home: Path | None) -> Path:
     if home is None:
-        return Path(tempfile.mkdtemp(prefix="fedmmkt-"))  # for its owner only
+        return Path(tempfile.mkdtemp(prefix="fedmmkt-"))  # readable only for its owner
     home = home.expanduser().absolute()
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -335,7 +343,3 @@ def _wait_healthy(address: str, process: subprocess.Popen[bytes], processes: Flo
             ended = "is not healthy" if process.poll() is None else f"ended with code {process.returncode}"
             raise StartError(f"{name} {ended}; its last lines:\n{processes.log_tail(name)}")
         time.sleep(0.2)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Checks of one host: versions, a node's data and model, the server's T2I model, folders and disk.
 
-Each check returns what it found, or raises `ConfigError` with what is wrong and what to do.
+Each check returns a text with its result, or raises `ConfigError` with the problem and its solution.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from common.config import ConfigError, NodeConfig, RunConfig
-
 if TYPE_CHECKING:
-    from client_app.task_models import TaskModel
+    from fedmmkt.client_app.models.task_model import TaskModel
 
 PACKAGE = "fedmmkt"
 SHOWN = ("flwr", "torch", "diffusers", "transformers", "datasets")
@@ -29,7 +28,7 @@ GIB = 2**30
 
 
 def check_versions() -> str:
-    """Check Python and every package against the bounds that this project was installed with."""
+    """Check the versions of Python and of all packages against the requirements of the installed project."""
     try:
         metadata = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -47,7 +46,7 @@ def check_versions() -> str:
 
 
 def mismatch(requirement: Requirement) -> list[str]:
-    """Say what an installed package and a requirement have against each other; nothing, if it fits."""
+    """Return the mismatch between an installed package and a requirement; an empty list if it fits."""
     wanted = f"{requirement.name}{requirement.specifier}"
     try:
         version = importlib.metadata.version(requirement.name)
@@ -58,8 +57,8 @@ def mismatch(requirement: Requirement) -> list[str]:
 
 
 def check_model(config: RunConfig, node: NodeConfig) -> str:
-    """Build a node's task model, on its device."""
-    from common.devices import pick_device
+    """Check that a node's task model can be built on its device."""
+    from fedmmkt.common.devices import pick_device
 
     device = pick_device(node.device)
     model = _build_model(config, node, _named_classes(config) or ("one class", "another")).to(device)
@@ -67,12 +66,12 @@ def check_model(config: RunConfig, node: NodeConfig) -> str:
 
 
 def check_data(config: RunConfig, node: NodeConfig) -> str:
-    """Read a node's data as its client does, and count its classes.
+    """Check that a node's data can be read, as its client does, and count the examples per class.
 
-    The class space is that of the run-config, if it names one, else that of the data itself.
+    The class space is that of the run-config if it names classes, else that of the data.
     """
-    from client_app.private_data import load_private_data
-    from common.datasets import load_splits
+    from fedmmkt.client_app.data.private_data import load_private_data
+    from fedmmkt.common.datasets import load_splits
 
     classes = _named_classes(config) or load_splits(node.own_data(config.data), config.seed).classes
     modality = _build_model(config, node, classes).modality
@@ -83,20 +82,22 @@ def check_data(config: RunConfig, node: NodeConfig) -> str:
 
 
 def check_t2i(config: RunConfig) -> str:
-    """Load the server's T2I model, and see that it is of a family that can be adapted."""
-    from common.devices import pick_devices
-    from server_app.families import family_of
-    from server_app.generator import load_pipeline
+    """Check that the server's T2I model can be loaded and belongs to a supported family."""
+    from fedmmkt.common.devices import pick_devices
+    from fedmmkt.server_app.t2i.families import families, family_of
+    from fedmmkt.server_app.t2i.generator import load_pipeline
 
     devices = pick_devices(config.t2i.device)
     pipeline = load_pipeline(config.t2i.model)
-    size = family_of(pipeline, config.t2i.model, devices[0]).image_size
+    name = config.t2i.family
+    family = family_of(pipeline, config.t2i.model) if name == "auto" else families.get(name, config.extra.as_dict())
+    size = family(pipeline, devices[0]).image_size
     named = ", ".join(map(str, devices))
     return f"{config.t2i.model} is a {type(pipeline).__name__} of {size} pixels, runs on {named}"
 
 
 def check_folder(folder: Path, private: bool = True) -> str:
-    """Check that this user can write to a folder, and, if it is private, that nobody else can read it."""
+    """Check that this user can write to a folder and, if ``private``, that nobody else can read it."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not there; install -d -m 700 {folder}, owned by the service's user")
     mode = stat.S_IMODE(folder.stat().st_mode)
@@ -110,7 +111,7 @@ def check_folder(folder: Path, private: bool = True) -> str:
 
 
 def check_disk(folder: Path, least: float) -> str:
-    """Check that a folder's disk has ``least`` GiB free."""
+    """Check that a folder's disk has at least ``least`` GiB free."""
     free = shutil.disk_usage(folder).free / GIB
     if free < least:
         raise ConfigError(
@@ -120,17 +121,19 @@ def check_disk(folder: Path, least: float) -> str:
 
 
 def _named_classes(config: RunConfig) -> tuple[str, ...]:
-    """Return the class names of the run-config; none where the dataset or the clients are to give them."""
-    from common.datasets import read_class_names
-    from server_app.class_space import FROM_CLIENTS
+    """Return the class names of the run-config; none if they come from the dataset or the clients."""
+    from fedmmkt.common.datasets import read_class_names
+    from fedmmkt.server_app.class_space import FROM_CLIENTS
 
     return () if config.data.classes == FROM_CLIENTS else read_class_names(config.data)
 
 
 def _build_model(config: RunConfig, node: NodeConfig, classes: tuple[str, ...]) -> TaskModel:
-    from client_app.task_models import build_task_model
+    from fedmmkt.client_app.models.building import build_task_model
 
-    return build_task_model(_model_name(config, node), len(classes), config.data.image_size, classes)
+    name, extra = _model_name(config, node), config.extra.as_dict()
+    named_in = "node-config key 'model'" if node.model else ""
+    return build_task_model(name, len(classes), config.data.image_size, classes, extra, named_in)
 
 
 def _model_name(config: RunConfig, node: NodeConfig) -> str:

@@ -1,6 +1,6 @@
-"""A Flower grid without Flower's processes: the same messages and apps, called directly.
+"""A Flower grid without Flower's processes: the same messages and apps, with direct calls.
 
-Tests and learning benchmarks use it where starting SuperLink and Ray would cost more than the run.
+Tests and benchmarks use it when the start of SuperLink and Ray would take longer than the run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RunConfigValues = Mapping[str, bool | int | float | str]
 
 
 class InProcessGrid(Grid):
-    """Answers messages by calling a ClientApp, once a node, in order or in worker processes.
+    """Answers messages by direct calls of a ClientApp, one after the other or in worker processes.
 
     Parameters
     ----------
@@ -31,9 +31,9 @@ class InProcessGrid(Grid):
     run_config : mapping
         Flower's flat run-config.
     node_configs : list of mapping
-        One a node.
+        One node-config per node.
     workers : int
-        Worker processes; 0 calls the app in this one.
+        Number of worker processes. With 0, the app is called in this process.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class InProcessGrid(Grid):
         node_configs: list[Mapping[str, bool | int | float | str]],
         workers: int = 0,
     ) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0  # Flower's Message asks for it.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0  # Flower's Message needs it.
         self.app = app
         self.contexts = {
             node_id: Context(1, node_id, dict(node_config), RecordDict(), dict(run_config))
@@ -59,23 +59,23 @@ class InProcessGrid(Grid):
 
     @property
     def run(self) -> Any:
-        """Flower's run, which there is none of."""
+        """Not available: there is no Flower run."""
         raise RuntimeError("an in-process grid belongs to no Flower run")
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Refuse: Flower deprecated it for ``Message(...)``."""
+        """Not available: Flower replaced this method by ``Message(...)``."""
         raise RuntimeError("use Message(...)")
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes' ids."""
+        """Return the ids of the nodes."""
         return list(self.contexts)
 
     def get_nodes(self) -> Iterable[Any]:
-        """Refuse: nothing is known of nodes but their ids."""
+        """Not available: only the ids of the nodes are known."""
         raise RuntimeError("an in-process grid knows its nodes by id only")
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hand messages to the app."""
+        """Pass messages to the app; return the ids of the messages."""
         pushed = []
         for message in messages:
             message_id = f"message-{next(self.ids)}"
@@ -85,7 +85,7 @@ class InProcessGrid(Grid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there."""
+        """Return the replies that have arrived."""
         replies = []
         for message_id in message_ids:
             reply = self.pending.get(message_id)
@@ -134,6 +134,6 @@ def _answer(app: str, message: Message, context: Context) -> Message:
     module, _, name = app.partition(":")
     try:
         reply: Message = getattr(importlib.import_module(module), name)(message, context)
-    except Exception as error:  # As in Flower, what a client raises becomes an error reply.
+    except Exception as error:  # As in Flower, an exception of a client becomes an error reply.
         return Message(Error(2, f"{type(error).__name__}: {error}"), reply_to=message)
     return reply

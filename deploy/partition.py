@@ -1,8 +1,8 @@
-"""Give real machines data: write a dataset's parts into one folder a node, as a simulation would divide it.
+"""Data for real machines: divide a dataset like a simulation, and write one folder per node.
 
-``python -m deploy.partition FOLDER --nodes 4 --run-config 'data.alpha=0.5'`` writes ``FOLDER/node-0`` and so on,
-each with ``train.parquet``, the node's own part, and ``test.parquet``, the test examples that all nodes share. A
-node reads its folder by ``data-path`` in its node-config.
+``fedmmkt partition FOLDER --nodes 4 --run-config 'data.alpha=0.5'`` writes ``FOLDER/node-0`` and so on. Each folder has
+``train.parquet``, the node's own part, and ``test.parquet``, the test examples that all nodes share. A node reads its
+folder if the key ``data-path`` of its node-config names it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.config import ConfigError, DataConfig, RunConfig
-from common.dataset_files import quietly
-from common.datasets import load_splits
-from common.files import write_atomically
-from common.partitioning import partition_rows
-from deploy.submission import parse_run_config
+from fedmmkt.common.config import ConfigError, DataConfig, RunConfig
+from fedmmkt.common.dataset_files import quietly
+from fedmmkt.common.datasets import load_splits
+from fedmmkt.common.files import write_atomically
+from fedmmkt.common.partitioning import partition_rows
+from fedmmkt.deploy.submission import parse_run_config
 
 
 def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Path) -> list[Path]:
@@ -29,9 +29,9 @@ def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Pat
     partitions : int
         Number of nodes.
     seed : int
-        Seed of the division; the run's, for the parts that a simulation with this seed would use.
+        Seed of the division. With the seed of a run, the parts are those of a simulation with this seed.
     folder : Path
-        Where the nodes' folders go.
+        Parent of the nodes' folders.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Pat
     Raises
     ------
     ConfigError
-        If the dataset cannot be read or divided so, or a folder holds data or cannot be written.
+        If the dataset cannot be read or divided this way, or a folder already has data or cannot be written.
     """
     splits = load_splits(config, seed)
     rows = partition_rows(config, partitions, seed)
@@ -52,7 +52,7 @@ def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Pat
     try:
         with quietly():
             for path, own in zip(folders, rows, strict=True):
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)  # As private as the data may be.
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)  # The data may be private.
                 for name, part in (("test", splits.test), ("train", splits.train.select(own))):
                     write_atomically(path / f"{name}.parquet", part.to_parquet)
     except OSError as error:
@@ -61,12 +61,12 @@ def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Pat
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write what the command line asks for; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.partition", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the nodes' folders go")
+    """Write the parts that the command line asks for; return the exit code."""
+    parser = argparse.ArgumentParser(prog="fedmmkt partition", description=__doc__)
+    parser.add_argument("folder", type=Path, help="parent of the nodes' folders")
     parser.add_argument("--nodes", type=int, required=True, help="number of nodes")
     parser.add_argument(
-        "--run-config", action="append", default=[], metavar="PAIRS", help="the run's changes; `data.` and `seed` count"
+        "--run-config", action="append", default=[], metavar="PAIRS", help="run-config; only `data.` and `seed` matter"
     )
     options = parser.parse_args(arguments)
     try:
@@ -80,7 +80,3 @@ def main(arguments: list[str] | None = None) -> int:
     for path in folders:
         print(path)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

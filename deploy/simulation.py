@@ -1,8 +1,8 @@
-"""Run a Flower app in simulation with one command, and leave nothing behind.
+"""Run a Flower app in simulation with one command, and leave no processes behind.
 
-``python -m deploy.simulation`` starts a SuperLink of its own (own port, own ``FLWR_HOME``, own empty working
-directory), submits the app, shows the run's log while it happens, asks Flower how the run ended, and stops
-everything it started. Benchmarks use :func:`simulate`, or :func:`local_flower` for several runs on one SuperLink.
+``fedmmkt demo`` starts its own SuperLink (with its own port, ``FLWR_HOME`` and empty working directory), submits the
+app, shows the log during the run, asks Flower how the run ended, and stops everything that it started. Other code can
+use :func:`simulate`, or :func:`local_flower` for several runs on one SuperLink.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from typing import TextIO
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
-from deploy.command import run_command
-from deploy.processes import FlowerProcesses, StartError, flower_environment, free_port, signals_ignored
-from deploy.submission import Outcome, Submitter, Value, effective_config, format_run_config
+from fedmmkt.common.config import Setting
+from fedmmkt.deploy.command import run_command
+from fedmmkt.deploy.processes import FlowerProcesses, StartError, flower_environment, free_port, signals_ignored
+from fedmmkt.deploy.submission import Outcome, Submitter, effective_config, format_run_config
 
-START_TIMEOUT = 60.0  # seconds until the SuperLink must answer; 3 on two idle cores
+START_TIMEOUT = 60.0  # seconds until the SuperLink must answer; it takes 3 on two idle cores
 
 
 def simulate(
-    app: Path, nodes: int, out: Path | None, run_config: Mapping[str, Value], stream: TextIO | None = None
+    app: Path, nodes: int, out: Path | None, run_config: Mapping[str, Setting], stream: TextIO | None = None
 ) -> str:
-    """Run an app once on a SuperLink of its own.
+    """Run an app once on a new SuperLink.
 
     Parameters
     ----------
@@ -41,14 +42,14 @@ def simulate(
     out : Path or None
         Becomes the run-config's ``output-dir``, as an absolute path.
     run_config : mapping
-        Changes to the app's run-config; they win over what the other arguments set.
+        Changes to the app's run-config. They have priority over the other arguments.
     stream : TextIO, optional
         Where the log goes; standard output by default.
 
     Returns
     -------
     str
-        The run's status, ``finished:completed`` if all is well.
+        The run's status; ``finished:completed`` on success.
     """
     with local_flower() as flower:
         return flower.run(app, nodes, out, run_config, stream).status
@@ -56,12 +57,12 @@ def simulate(
 
 @contextlib.contextmanager
 def local_flower() -> Iterator[LocalFlower]:
-    """Start a local SuperLink for simulations; stop it and everything it started at the end.
+    """Start a local SuperLink for simulations; at the end, stop it and everything that it started.
 
     Raises
     ------
     StartError
-        If it does not come up.
+        If the SuperLink does not start.
     """
     home = Path(tempfile.mkdtemp(prefix="fedmmkt-"))
     flower = LocalFlower(home)
@@ -75,7 +76,7 @@ def local_flower() -> Iterator[LocalFlower]:
 
 
 class LocalFlower:
-    """A SuperLink for simulations in a folder of its own; made by :func:`local_flower`."""
+    """A SuperLink for simulations in its own folder; made by :func:`local_flower`."""
 
     def __init__(self, home: Path) -> None:
         self._port = free_port()
@@ -83,7 +84,7 @@ class LocalFlower:
         self._submitter = Submitter(self._processes.working_directory, self._processes.environment)
 
     def start(self) -> None:
-        """Start the SuperLink as ``flwr run`` would, but as a child that can be stopped."""
+        """Start the SuperLink like ``flwr run`` does, but as a child process that can be stopped."""
         options = ["--insecure", "--simulation", "--isolation", "subprocess"]
         superlink = self._processes.start(
             "superlink", "flower-superlink", *options, "--host", "127.0.0.1", "--port", str(self._port)
@@ -99,7 +100,7 @@ class LocalFlower:
         app: Path,
         nodes: int,
         out: Path | None,
-        run_config: Mapping[str, Value],
+        run_config: Mapping[str, Setting],
         stream: TextIO | None = None,
     ) -> Outcome:
         """Run an app to its end and show its log; see :func:`simulate` for the parameters."""
@@ -117,7 +118,7 @@ class LocalFlower:
 
     def _is_healthy(self) -> bool:
         try:
-            # No proxy of the environment stands between this process and its child.
+            # Use no proxy for the connection to the child process.
             with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{self._port}/health", timeout=1) as answer:
                 return bool(answer.status == 200)
         except (URLError, OSError):
@@ -126,21 +127,21 @@ class LocalFlower:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the simulation that the command line asks for; return the exit code."""
-    return run_command("deploy.simulation", "Run the app in simulation.", 6, Path("runs/demo"), simulate, arguments)
+    return run_command("demo", "Run the app in simulation.", 6, Path("runs/demo"), simulate, arguments)
 
 
-def _federation(nodes: int) -> dict[str, Value]:
+def _federation(nodes: int) -> dict[str, Setting]:
     return {
         "num-supernodes": nodes,
         "client-resources-num-cpus": 1,
         "client-resources-num-gpus": _gpu_share(nodes),
-        # Flower makes one actor a core, each with its own torch: no more than there are nodes.
+        # Flower makes one actor per core, each with its own torch; limit them to the number of nodes.
         "init-args-num-cpus": min(nodes, os.cpu_count() or 1),
     }
 
 
 def _gpu_share(nodes: int) -> float:
-    """Return the part of a GPU for one client: all clients fit on the GPUs there are."""
+    """Return the fraction of a GPU for each client, so that all clients fit on the existing GPUs."""
     if shutil.which("nvidia-smi") is None:
         return 0.0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -154,4 +155,4 @@ def _gpu_share(nodes: int) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

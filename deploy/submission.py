@@ -1,4 +1,4 @@
-"""Submit a run to a SuperLink as ``flwr run`` does, follow it, and learn how it ended."""
+"""Submit a run to a SuperLink with ``flwr run``, follow it, and find out how it ended."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ import re
 import subprocess
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import click
-from flwr.common.config import flatten_dict, parse_config_args
-
-from client_app.task_models import check_task_model
-from common.config import ConfigError, RunConfig
-from deploy.processes import script
-
-Value = bool | int | float | str
+from fedmmkt.client_app.models.building import check_task_model
+from fedmmkt.common.config import ConfigError, RunConfig, Setting
+from fedmmkt.common.registry import importable
+from fedmmkt.deploy.bundle import default_config, read_app, runs_fedmmkt, submitted
+from fedmmkt.deploy.processes import script
+from fedmmkt.server_app.rules.checks import check_rules
+from flwr.common.config import parse_config_args
 
 COMPLETED = "finished:completed"
 RETRY_SECONDS = 2.0
-LOST_AFTER = 30  # unanswered questions after which a run counts as lost
+LOST_AFTER = 30  # status requests without an answer after which a run counts as lost
 
-_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own pattern: what it does not match it drops
+_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own pattern; Flower drops text that does not match it
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
 
@@ -38,11 +37,11 @@ class Outcome:
     Attributes
     ----------
     run_id : str
-        Flower's id of the run, or an empty string if it was refused.
+        Flower's id of the run; empty if Flower refused the run.
     status : str
         ``finished:completed``, ``finished:failed``, ``finished:stopped``, ``not-started`` or ``unknown``.
     details : str
-        What Flower says about it, often an exception's text.
+        Flower's details, often the text of an exception.
     """
 
     run_id: str
@@ -53,22 +52,22 @@ class Outcome:
         return " ".join(filter(None, ["run", self.run_id, self.status, self.details]))
 
 
-def format_run_config(config: Mapping[str, Value]) -> str:
-    """Write a run-config the way ``flwr run --run-config`` reads it.
+def format_run_config(config: Mapping[str, Setting]) -> str:
+    """Write a run-config in the format of ``flwr run --run-config``.
 
-    Flower finds a quoted value up to the next quote and then reads it as TOML, so a quote inside a string has to
-    be a TOML escape.
+    Flower takes a quoted value up to the next quote and then parses it as TOML. So a quote inside a string must be a
+    TOML escape.
     """
     return " ".join(f"{key}={_format_value(value)}" for key, value in config.items())
 
 
-def parse_run_config(texts: list[str]) -> dict[str, Value]:
+def parse_run_config(texts: list[str]) -> dict[str, Setting]:
     """Read run-config strings, or one TOML file, with Flower's parser.
 
     Raises
     ------
     ConfigError
-        If they cannot be read, or if Flower would silently drop a part.
+        If they cannot be read, or if Flower would silently drop a part of them.
     """
     for text in texts:
         dropped = _PAIR.sub("", text).strip()
@@ -83,51 +82,34 @@ def parse_run_config(texts: list[str]) -> dict[str, Value]:
         raise ConfigError(f"run-config: {error}") from error
 
 
-def app_config(app: Path) -> tuple[str, dict[str, Value]]:
-    """Read an app's name and its default run-config.
+def effective_config(app: Path, nodes: int, out: Path | None, run_config: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Add the output folder and the number of nodes to a run-config, if the app has these keys.
 
-    Raises
-    ------
-    ConfigError
-        If the folder holds no Flower app.
+    Values in ``run_config`` have priority.
     """
-    path = app / "pyproject.toml"
-    try:
-        project = tomllib.loads(path.read_text(encoding="utf-8"))
-        flower = project["tool"]["flwr"]["app"]
-    except OSError as error:
-        raise ConfigError(f"no Flower app in {str(app)!r}: {path.name} cannot be read ({error.strerror})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    except KeyError:
-        raise ConfigError(f"no Flower app in {str(app)!r}: {path.name} has no [tool.flwr.app] table") from None
-    return project.get("project", {}).get("name", ""), flatten_dict(flower.get("config", {}))
-
-
-def effective_config(app: Path, nodes: int, out: Path | None, run_config: Mapping[str, Value]) -> dict[str, Value]:
-    """Put the folder and the number of nodes in front of a run-config, where the app knows these keys."""
-    _, defaults = app_config(app)
-    ours: dict[str, Value] = {"min-nodes": nodes}
+    defaults = default_config(read_app(app))
+    ours: dict[str, Setting] = {"min-nodes": nodes}
     if out is not None:
         ours["output-dir"] = str(out.expanduser().absolute())
     return {key: value for key, value in ours.items() if key in defaults} | dict(run_config)
 
 
-def check(app: Path, nodes: int, config: Mapping[str, Value]) -> None:
-    """Find what is wrong with a run before anything is started.
+def check(app: Path, nodes: int, config: Mapping[str, Setting]) -> None:
+    """Check the settings of a run before anything is started.
 
     Raises
     ------
     ConfigError
-        Names everything that is wrong with the configuration, or the folder that cannot be written.
+        If the configuration is wrong or the output folder cannot be written; the text names all wrong keys.
     """
-    name, defaults = app_config(app)
+    project = read_app(app)
+    defaults = default_config(project)
     if nodes < 1:
         raise ConfigError(f"--nodes is {nodes}; allowed: 1 or more")
-    if name == "fedmmkt":
-        for model in RunConfig.from_flower({**defaults, **config}).client.models:
-            check_task_model(model)
+    if runs_fedmmkt(project):
+        check_names(app, RunConfig.from_flower({**defaults, **config}))
     elif unknown := config.keys() - defaults.keys():
+        name = project.get("project", {}).get("name", "the app")
         raise ConfigError(f"run-config keys unknown to {name}: {', '.join(sorted(unknown))}")
     needed = config.get("min-nodes", 1)
     if isinstance(needed, int) and needed > nodes:
@@ -136,15 +118,39 @@ def check(app: Path, nodes: int, config: Mapping[str, Value]) -> None:
         _check_writable(Path(str(folder)).expanduser())
 
 
+def check_names(app: Path, config: RunConfig) -> None:
+    """Check that every part that a configuration names exists; the user's modules are imported from the app's folder.
+
+    Raises
+    ------
+    ConfigError
+        If a part does not exist; the text names the first one.
+    """
+    extra = config.extra.as_dict()
+    with importable(app):
+        for model in config.client.models:
+            check_task_model(model, extra)
+        check_rules(config)
+        # The imports of our own parts take seconds and cannot fail, so they are skipped.
+        if config.strategy != RunConfig().strategy:
+            from fedmmkt.server_app.strategy import strategies
+
+            strategies.get(config.strategy, extra)
+        if config.t2i.family != RunConfig().t2i.family:
+            from fedmmkt.server_app.t2i.families import families
+
+            families.get(config.t2i.family, extra)
+
+
 class Submitter:
-    """Runs ``flwr`` with settings of its own.
+    """Runs ``flwr`` commands in a given folder and environment.
 
     Parameters
     ----------
     working_directory : Path
-        Where the command runs; Ray workers import from it before the app's copy, so it must hold no packages.
+        Working directory of the commands. It must contain no packages, because Ray workers would import them first.
     environment : mapping
-        Of `flower_environment`.
+        Variables from `flower_environment`.
     """
 
     def __init__(self, working_directory: Path, environment: Mapping[str, str]) -> None:
@@ -154,7 +160,7 @@ class Submitter:
     def run(
         self,
         app: Path,
-        config: Mapping[str, Value],
+        config: Mapping[str, Setting],
         output: TextIO,
         connection: Sequence[str] = (),
         options: Sequence[str] = (),
@@ -170,18 +176,19 @@ class Submitter:
         output : TextIO
             Where the log goes.
         connection : sequence of str
-            Name of a connection in Flower's ``config.toml``; empty for the local one.
+            Name of a connection in Flower's ``config.toml``; empty for the local SuperLink.
         options : sequence of str
-            More options of ``flwr run``.
+            Further options of ``flwr run``.
         """
-        command = [script("flwr"), "run", str(app.resolve()), *connection, "--stream", *options]
-        run_id = self._follow([*command, "--run-config", format_run_config(config)], output)
+        with submitted(app, config) as folder:
+            command = [script("flwr"), "run", str(folder.resolve()), *connection, "--stream", *options]
+            run_id = self._follow([*command, "--run-config", format_run_config(config)], output)
         if not run_id:
             return Outcome("", "not-started", "Flower refused the run; see above")
         outcome = self.outcome(run_id, connection)
         silent = 0
         while not outcome.status.startswith("finished") and silent < LOST_AFTER:
-            # The log ended before the run: the SuperLink is down, or has just come back.
+            # The log ended before the run did: the SuperLink is down, or has just restarted.
             silent = silent + 1 if outcome.status == "unknown" else 0
             time.sleep(RETRY_SECONDS)
             outcome = self.outcome(run_id, connection)
@@ -190,7 +197,7 @@ class Submitter:
         return outcome
 
     def _follow(self, command: list[str], output: TextIO) -> str:
-        """Show what a command prints; return the id of the run that it says it started, or an empty string."""
+        """Show the output of a command; return the id of the run that it started, or an empty string."""
         run_id = ""
         with self._flwr(command) as process:
             assert process.stdout is not None
@@ -202,13 +209,13 @@ class Submitter:
         return run_id
 
     def flwr(self, *arguments: str) -> str:
-        """Run a ``flwr`` command and return what it printed."""
+        """Run a ``flwr`` command and return its output."""
         with self._flwr([script("flwr"), *arguments]) as process:
             answer, _ = process.communicate()
         return answer
 
     def outcome(self, run_id: str, connection: Sequence[str] = ()) -> Outcome:
-        """Ask how a run stands: the exit code of ``flwr run`` is 0 even if the ServerApp raised."""
+        """Ask Flower for the status of a run, because ``flwr run`` exits with 0 even if the ServerApp failed."""
         answer = self.flwr("ls", *connection, "--run-id", run_id, "--format", "json")
         try:
             run = json.loads(answer)["runs"][0]
@@ -242,7 +249,7 @@ class Submitter:
                 process.stdout.close()
 
 
-def _format_value(value: Value) -> str:
+def _format_value(value: Setting) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -1,1 +1,1 @@
-"""The server: the text-to-image model, and the strategy that lets it and the clients teach each other."""
+"""The server app: the text-to-image model, and the strategy with which it and the clients teach each other."""

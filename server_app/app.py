@@ -1,4 +1,4 @@
-"""The ServerApp: configuration, then the parts, then the strategy's rounds."""
+"""The ServerApp: it reads the configuration, builds the parts, and runs the strategy's rounds."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from logging import ERROR, INFO
 from pathlib import Path
 
 import torch
+from fedmmkt.common.config import ConfigError, RunConfig
+from fedmmkt.common.datasets import Splits, load_splits, read_class_names, to_examples
+from fedmmkt.server_app.class_space import FROM_CLIENTS, classes_of_clients
+from fedmmkt.server_app.ledger import Ledger
+from fedmmkt.server_app.loop import RunError
+from fedmmkt.server_app.prompts import build_prompt_source
+from fedmmkt.server_app.record.checkpoint import check_continues, drop_later, find_state
+from fedmmkt.server_app.record.judge import Judge
+from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.recorder import Recorder
+from fedmmkt.server_app.rules.checks import check_rules
+from fedmmkt.server_app.strategy import FedMMKT, strategies
+from fedmmkt.server_app.t2i.families import families
+from fedmmkt.server_app.t2i.generator import Generator
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
-
-from common.config import ConfigError, RunConfig
-from common.datasets import Splits, load_splits, read_class_names, to_examples
-from server_app.adaptation import get_scores, get_update
-from server_app.aggregation import get_aggregation
-from server_app.checkpoint import check_continues, drop_later, find_state
-from server_app.class_space import FROM_CLIENTS, classes_of_clients
-from server_app.evaluation import Judge
-from server_app.generator import Generator
-from server_app.prompts import build_prompt_source
-from server_app.run_folder import RunFolder
-from server_app.strategy import FedMMKT, RunError
 
 app = ServerApp()
 
@@ -31,44 +33,38 @@ PACKAGES = ("flwr", "torch", "diffusers", "transformers", "peft")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run FedMMKT as the run-config says."""
+    """Run FedMMKT with the given run-config."""
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers")
     try:
         config = RunConfig.from_flower(context.run_config)
-        asks = config.data.classes == FROM_CLIENTS and not config.resume_from
-        classes = classes_of_clients(grid, config) if asks else ()
-        build_strategy(config, context.run_id, classes=classes).start(grid)
+        ask_clients = config.data.classes == FROM_CLIENTS and not config.resume_from
+        classes = classes_of_clients(grid, config) if ask_clients else ()
+        build_strategy(config, context.run_id, classes).start(grid)
     except (ConfigError, RunError, OSError) as error:
         log(ERROR, "%s", error)
         raise
 
 
-def build_strategy(
-    config: RunConfig, run_id: int, strategy: type[FedMMKT] = FedMMKT, classes: tuple[str, ...] = ()
-) -> FedMMKT:
-    """Build a strategy and its parts; whatever is wrong shows here, before anything is generated.
+def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()) -> FedMMKT:
+    """Build the configured strategy and its parts; wrong settings are found before the first round.
 
     Parameters
     ----------
     config : RunConfig
     run_id : int
-        Flower's; names the run.
-    strategy : type
-        `FedMMKT` or a subclass.
+        Flower's id of the run.
     classes : tuple of str
-        The class space, where clients were asked for it.
+        The class space, if clients were asked for it.
 
     Raises
     ------
     ConfigError
         If a setting cannot be used.
     """
-    for get_rule, name in (
-        (get_aggregation, config.t2i.aggregation),
-        (get_scores, config.t2i.scores),
-        (get_update, config.t2i.update),
-    ):
-        get_rule(name)
+    extra = config.extra.as_dict()
+    strategy = strategies.get(config.strategy, extra)
+    check_rules(config)
+    family = None if config.t2i.family == "auto" else families.get(config.t2i.family, extra)
     earlier = RunFolder(Path(config.resume_from).expanduser())
     state = find_state(earlier) if config.resume_from else None
     classes, splits = _classes_and_splits(config, classes or (state.classes if state else ()))
@@ -82,7 +78,7 @@ def build_strategy(
         run_folder = RunFolder.create(path, config.tensorboard)
     log(INFO, "Run folder: %s", run_folder.path)
     prompts = build_prompt_source(config.t2i, classes)
-    generator = Generator(config.t2i, config.seed)
+    generator = Generator(config.t2i, config.seed, family)
     judge = train_judge(config, splits) if splits else None
     run_folder.write_config(
         {
@@ -94,19 +90,26 @@ def build_strategy(
         }
         | ({"resumed": {"run": state.run_key, "after-round": state.round}} if state else {})
     )
-    # Flower's ids have up to 20 digits; of one length, messages of equal runs have equally many bytes.
-    built = strategy(config, classes, generator, prompts, run_folder, f"{run_id:020d}", judge)
+    # Flower's ids have up to 20 digits. Padded to 20, they give messages of equal runs the same size.
+    ledger = Ledger(f"{run_id:020d}", config.client.pool_rounds, config.t2i.pool_rounds)
+    recorder = Recorder(config, classes, run_folder, generator, prompts, judge)
     if state:
-        built.resume(state)
-    return built
+        generator.adapter.load_state(state.adapter, f"the checkpoint of round {state.round}")
+        ledger.restore(state.lineage(), state.clients, state.history, state.pool)
+        recorder.restore(state)
+    return strategy(config, classes, generator, prompts, ledger, recorder)
 
 
-def _classes_and_splits(config: RunConfig, known: tuple[str, ...]) -> tuple[tuple[str, ...], Splits | None]:
-    """Take the class space from clients, the run-config or the dataset; the dataset too, for a judge to learn from."""
-    asked = config.data.classes == FROM_CLIENTS
-    if asked and not known:
+def _classes_and_splits(config: RunConfig, collected: tuple[str, ...]) -> tuple[tuple[str, ...], Splits | None]:
+    """Return the class space, and the dataset if the judge needs it.
+
+    The class space comes from clients, from the run-config or from the dataset. ``collected`` holds the classes that
+    clients named, or those of a checkpoint.
+    """
+    from_clients = config.data.classes == FROM_CLIENTS
+    if from_clients and not collected:
         raise ConfigError("run-config key 'data.classes' is 'clients', and no client was asked: see classes_of_clients")
-    named = known if asked else read_class_names(config.data)
+    named = collected if from_clients else read_class_names(config.data)
     if named and not config.judge:
         return named, None
     splits = load_splits(config.data, config.seed)
@@ -120,7 +123,7 @@ def _classes_and_splits(config: RunConfig, known: tuple[str, ...]) -> tuple[tupl
 
 
 def train_judge(config: RunConfig, splits: Splits) -> Judge | None:
-    """Train the judge, if the dataset has images; it depends on the data and the seed alone."""
+    """Train the judge if the dataset has images; the result depends only on the data and the seed."""
     if config.data.image_column not in splits.train.column_names:
         return None
     log(INFO, "Training the judge on %s images", len(splits.train))

@@ -1,17 +1,16 @@
-"""The class space of a run: named, the dataset's, or all that clients hold."""
+"""The class space of a run, collected from clients."""
 
 from __future__ import annotations
 
 import time
 from logging import INFO, WARNING
 
+from fedmmkt.common.config import ConfigError, RunConfig
+from fedmmkt.common.natural_order import natural_key
+from fedmmkt.common.payloads import ClassReport, PayloadError
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
-
-from common.config import ConfigError, RunConfig
-from common.natural_order import natural_key
-from common.payloads import ClassReport, PayloadError
 
 FROM_CLIENTS = ("clients",)
 
@@ -22,7 +21,7 @@ def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> None:
     Raises
     ------
     ConfigError
-        If they are not within ``timeout`` seconds.
+        If too few nodes are connected after ``timeout`` seconds.
     """
     closing = time.monotonic() + timeout
     while (connected := len(list(grid.get_node_ids()))) < needed:
@@ -36,12 +35,12 @@ def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> None:
 
 
 def classes_of_clients(grid: Grid, config: RunConfig) -> tuple[str, ...]:
-    """Ask every client which classes it holds, and return all of them, sorted as people count.
+    """Ask every client for its classes; return all of them in natural order.
 
     Raises
     ------
     ConfigError
-        If too few nodes connect, or they hold fewer than two classes.
+        If too few nodes connect, or all clients together hold fewer than two classes.
     """
     wait_for_nodes(grid, config.min_nodes, config.node_timeout)
     asked = [

@@ -1,156 +1,151 @@
-"""One exchange with clients: push requests, pull replies as they come, keep what is valid.
+"""One exchange with clients: send requests, receive replies as they arrive, and classify each reply.
 
-A reply that does not fit costs its sender's voice in this round and never the run. Which node a reply is from,
-the message that it answers tells: Flower's own error replies carry the SuperLink's id.
+An invalid reply excludes its sender from this round, but never stops the run. The sender of a reply is known from the
+message that it answers, because Flower's own error replies carry the SuperLink's id.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
+from fedmmkt.common.payloads import ClientReport, DistillationPayload, PayloadError, record_bytes
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from common.payloads import ClientReport, DistillationPayload, PayloadError, record_bytes
-
 POLL_SECONDS = 0.1
+NOT_TAKEN = "Flower did not take the message to the node"
 NO_ANSWER = "no answer before the round closed"
 WENT_OFFLINE = "the node went offline during the round"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A valid reply: who sent it, and its payload where one was asked for."""
+    """A valid reply after parsing: the client's report, and its payload if one was requested."""
 
-    node_id: int
     report: ClientReport
     payload: DistillationPayload | None = None
 
+    @property
+    def required_payload(self) -> DistillationPayload:
+        """The payload; raises ``ValueError`` if there is none."""
+        if self.payload is None:
+            raise ValueError(f"the reply of {self.report.client} holds no payload")
+        return self.payload
 
-@dataclass
-class Replies:
-    """What came of an exchange.
+
+@dataclass(frozen=True)
+class Reply:
+    """The result of one message.
 
     Attributes
     ----------
-    answers : list of Answer
-        Valid replies, ordered by client name, so that sums do not depend on who was first.
-    rejected : dict of str to str
-        Reason by node, for errors and invalid replies.
-    missing : dict of str to str
-        Reason by node, for those that had not answered when the exchange closed, or went offline.
-    gone : set of str
-        Those of them that went offline.
-    overdue : dict of str to int
-        Node by message, for messages that may still be answered.
-    late : list of Message
-        Replies to messages of earlier exchanges.
-    bytes_down, bytes_up : int
-        Content sent and received, over all nodes.
+    kind : str
+        ``answered``: the reply is valid. ``rejected``: the reply is an error or invalid, or Flower did not accept the
+        message. ``offline``: the node went offline. ``unanswered``: there was no reply before the exchange closed.
+        ``late``: the reply answers a message of an earlier exchange.
+    node_id : int
+        The node that got the message.
+    message_id : str
+        Id of the message to the node; empty if Flower did not accept it.
+    message : Message, optional
+        The reply of the node.
+    answer : Answer, optional
+        The parsed reply, if it is valid.
+    reason : str
+        Why there is no valid answer.
     """
 
-    answers: list[Answer] = field(default_factory=list)
-    rejected: dict[str, str] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
-    overdue: dict[str, int] = field(default_factory=dict)
-    late: list[Message] = field(default_factory=list)
-    bytes_down: int = 0
-    bytes_up: int = 0
+    kind: Literal["answered", "rejected", "offline", "unanswered", "late"]
+    node_id: int
+    message_id: str
+    message: Message | None = None
+    answer: Answer | None = None
+    reason: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the reply's content in bytes; 0 if there is none."""
+        return record_bytes(self.message.content) if self.message is not None and self.message.has_content() else 0
 
 
 def exchange(
     grid: Grid,
     messages: Iterable[Message],
-    parse: Callable[[Message], Answer],
-    node_name: Callable[[int], str],
+    read: Callable[[Message], Answer],
     deadline: float,
     quorum: float,
-    overdue: Collection[str],
-    on_answer: Callable[[Answer, int], object],
-    on_rejected: Callable[[str, str], object],
-) -> Replies:
-    """Send messages and gather replies until all are in, or the deadline has passed with a quorum.
+    overdue: Mapping[str, int],
+) -> Iterator[Reply]:
+    """Send messages and yield replies as they arrive, until all are there or the deadline passes with a quorum.
+
+    There is exactly one `Reply` per message. Replies to messages of earlier exchanges are yielded as well.
 
     Parameters
     ----------
     grid : Grid
-        Flower's.
+        Flower's connection to the nodes.
     messages : iterable of Message
-        One a node.
-    parse : callable
-        Turns a reply into an `Answer`, or raises `PayloadError`.
-    node_name : callable
-        Names a node in logs.
+        One message per node.
+    read : callable
+        Parses a reply into an `Answer`, or raises `PayloadError`.
     deadline : float
         Seconds after which the exchange closes if the quorum is met.
     quorum : float
-        Part of the messages that must have been answered, in whatever way but one of them validly, to close at the
-        deadline.
-    overdue : collection of str
-        Messages of earlier exchanges that may still be answered.
-    on_answer, on_rejected : callable
-        Are told of each valid reply with the number of those so far, and of each rejected one.
+        Fraction of the messages that must be answered before the exchange can close at the deadline. Any answer counts,
+        but at least one must be valid.
+    overdue : mapping of str to int
+        Unanswered messages of earlier exchanges, with their nodes.
     """
     outgoing = list(messages)
-    replies = Replies(bytes_down=sum(record_bytes(message.content) for message in outgoing))
     pending = _push(grid, outgoing)
     for message in outgoing:
-        if message.metadata.dst_node_id not in pending.values():
-            replies.rejected[node_name(message.metadata.dst_node_id)] = "Flower did not take the message to the node"
-    awaited = set(overdue)
+        if (node_id := message.metadata.dst_node_id) not in pending.values():
+            yield Reply("rejected", node_id, "", reason=NOT_TAKEN)
+    awaited = dict(overdue)
     closing = time.monotonic() + deadline
-    clients: dict[str, int] = {}
+    names: dict[str, int] = {}
     while pending:
         arrived = list(grid.pull_messages([*pending, *awaited]))
-        for reply in arrived:
-            message_id = reply.metadata.reply_to_message_id
+        for message in arrived:
+            message_id = message.metadata.reply_to_message_id
             if message_id in awaited:
-                awaited.remove(message_id)
-                replies.late.append(reply)
-                replies.bytes_up += record_bytes(reply.content) if reply.has_content() else 0
-                continue
-            node_id = pending.pop(message_id)
-            name = node_name(node_id)
-            if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                replies.missing[name] = WENT_OFFLINE
-                replies.gone.add(name)
-                continue
-            try:
-                answer = _checked(reply, parse, node_id, clients, replies)
-            except PayloadError as error:
-                replies.rejected[name] = str(error)
-                on_rejected(name, str(error))
+                yield Reply("late", awaited.pop(message_id), message_id, message)
             else:
-                replies.answers.append(answer)
-                on_answer(answer, len(replies.answers))
+                yield _read(message, read, pending.pop(message_id), names)
         answered = len(outgoing) - len(pending)
-        if replies.answers and time.monotonic() > closing and answered >= quorum * len(outgoing):
+        if names and time.monotonic() > closing and answered >= quorum * len(outgoing):
             break
         if pending and not arrived:
             time.sleep(POLL_SECONDS)
-    replies.overdue = pending
-    replies.missing |= {node_name(node_id): NO_ANSWER for node_id in pending.values()}
-    replies.answers.sort(key=lambda answer: answer.report.client)
-    return replies
+    for message_id, node_id in pending.items():
+        yield Reply("unanswered", node_id, message_id, reason=NO_ANSWER)
 
 
 def _push(grid: Grid, messages: list[Message]) -> dict[str, int]:
-    """Return the node of each message that Flower took; for another it gives no id, or none at all."""
+    """Send messages; return the node of each message that Flower accepted.
+
+    For other messages, Flower returns an empty id or no id.
+    """
     pushed = zip(grid.push_messages(messages), messages, strict=False)
     return {message_id: message.metadata.dst_node_id for message_id, message in pushed if message_id}
 
 
-def _checked(
-    reply: Message, parse: Callable[[Message], Answer], node_id: int, clients: dict[str, int], replies: Replies
-) -> Answer:
-    if reply.has_error():
-        raise PayloadError(f"error {reply.error.code}: {(reply.error.reason or '').strip()}")
-    replies.bytes_up += record_bytes(reply.content)
-    answer = parse(reply)
-    if clients.setdefault(answer.report.client, node_id) != node_id:
-        raise PayloadError(f"client name {answer.report.client!r} is taken by another node")
-    return Answer(node_id, answer.report, answer.payload)
+def _read(message: Message, read: Callable[[Message], Answer], node_id: int, names: dict[str, int]) -> Reply:
+    """Parse and classify a reply; ``names`` maps each client name in this exchange to its node."""
+    message_id = message.metadata.reply_to_message_id
+    if message.has_error():
+        if message.error.code == ErrorCode.NODE_UNAVAILABLE:
+            return Reply("offline", node_id, message_id, reason=WENT_OFFLINE)
+        reason = f"error {message.error.code}: {(message.error.reason or '').strip()}"
+        return Reply("rejected", node_id, message_id, message, reason=reason)
+    try:
+        answer = read(message)
+        if names.setdefault(answer.report.client, node_id) != node_id:
+            raise PayloadError(f"client name {answer.report.client!r} is taken by another node")
+    except PayloadError as error:
+        return Reply("rejected", node_id, message_id, message, reason=str(error))
+    return Reply("answered", node_id, message_id, message, answer)

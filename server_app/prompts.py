@@ -1,4 +1,4 @@
-"""Where prompts come from: templates filled with class names, or a file."""
+"""Sources of prompts: templates filled with class names, or a file."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-
-from common.config import ConfigError, T2IConfig
+from fedmmkt.common.config import ConfigError, T2IConfig
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the index of the class that it names, -1 for none."""
+    """A prompt, and the index of the class that it names; -1 if it names none."""
 
     text: str
     class_index: int = -1
 
 
 class PromptSource(Protocol):
-    """Gives the prompts of one round."""
+    """A source of the prompts of a round."""
 
     def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
         """Return ``count`` prompts."""
 
 
 def build_prompt_source(config: T2IConfig, classes: tuple[str, ...]) -> PromptSource:
-    """Build the source that ``t2i.prompts`` names.
+    """Build the prompt source that ``t2i.prompts`` names.
 
     Raises
     ------
@@ -41,7 +40,7 @@ def build_prompt_source(config: T2IConfig, classes: tuple[str, ...]) -> PromptSo
 
 
 class TemplatePrompts:
-    """Fills templates with class names: as many prompts of each class as fit, in random order."""
+    """Fills templates with class names, equally often for each class (at most one apart), in random order."""
 
     def __init__(self, templates: tuple[str, ...], classes: tuple[str, ...]) -> None:
         self.templates = templates
@@ -58,7 +57,7 @@ class TemplatePrompts:
 
 
 class FilePrompts:
-    """Draws from a JSONL file of ``{"prompt": text}`` or ``{"prompt": text, "class": name}``."""
+    """Draws prompts from a JSONL file with lines ``{"prompt": text}`` or ``{"prompt": text, "class": name}``."""
 
     def __init__(self, path: Path, classes: tuple[str, ...]) -> None:
         try:
@@ -74,7 +73,7 @@ class FilePrompts:
             raise ConfigError(f"run-config key 't2i.prompts': {path} holds no prompt")
 
     def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
-        """Return ``count`` prompts, each as often as the others."""
+        """Return ``count`` prompts; all prompts of the file are used equally often (at most one apart)."""
         return [self.prompts[index] for index in _balanced(np.arange(len(self.prompts)), count, rng)]
 
 
@@ -96,7 +95,7 @@ def _parse_line(path: Path, number: int, line: str, classes: tuple[str, ...]) ->
 
 
 def _balanced(values: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Repeat shuffled values until there are ``count``, in random order."""
+    """Return ``count`` of the values in random order, each equally often (at most one apart)."""
     repeats = -(-count // len(values))
     drawn = np.concatenate([rng.permutation(values) for _ in range(repeats)])[:count]
     return rng.permutation(drawn)

@@ -1,5 +1,5 @@
 """The built-in text-to-image model: a small Stable Diffusion pipeline of typeset digits.
 
-Its weights lie in ``starter/model`` and load with plain ``DiffusionPipeline.from_pretrained``.
-``python -m starter.train`` makes them anew.
+Its weights are in ``starter/model``. ``DiffusionPipeline.from_pretrained`` loads them.
+``python -m fedmmkt.starter.train`` trains the model again.
 """

@@ -1,4 +1,4 @@
-"""Train a small Stable Diffusion pipeline from nothing, on captioned images: autoencoder, text encoder and U-Net."""
+"""Training of a small Stable Diffusion pipeline from scratch on captioned images: autoencoder, text encoder, U-Net."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ NOISE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a pipeline; those of the starter by default.
+    """Sizes of a pipeline; the defaults are those of the starter.
 
     Attributes
     ----------
     autoencoder : tuple of int
-        Channels of the autoencoder's levels, multiples of eight; each but the first halves the side.
+        Channels of the autoencoder's levels, multiples of eight. Each level except the first halves the side.
     latent_channels : int
         Channels of the latents.
     unet : tuple of int
@@ -64,24 +64,24 @@ def pretrain(
     seed: int,
     device: str = "cpu",
 ) -> StableDiffusionPipeline:
-    """Train a whole pipeline from nothing; the steps and the U-Net's channels set the time it takes.
+    """Train a whole pipeline from scratch; the time depends on the steps and on the U-Net's channels.
 
     Parameters
     ----------
     images_NCHW : torch.Tensor
-        float32 in [-1, 1]; square, of a multiple of eight pixels a side.
+        float32 in [-1, 1]; square, with sides that are a multiple of eight pixels.
     captions : list of str
-        One an image.
+        One caption per image.
     tokenizer : CLIPTokenizer
-        Of `build_tokenizer`.
+        A tokenizer from `build_tokenizer`.
     architecture : Architecture
-        How large it is.
+        Sizes of the pipeline.
     autoencoder_steps, diffusion_steps : int
-        Optimiser steps, of 32 and 64 images.
+        Optimiser steps, with batches of 32 and of 64 images.
     seed : int
-        Seed of every random choice.
+        Seed of all random choices.
     device : str
-        Where to train; the pipeline comes back on the CPU.
+        Device of the training. The returned pipeline is on the CPU.
     """
     vae = train_autoencoder(images_NCHW.to(device), architecture, autoencoder_steps, seed)
     latents_NCHW = encode(vae, images_NCHW.to(device)) * vae.config.scaling_factor
@@ -100,7 +100,7 @@ def pretrain(
 
 
 def build_tokenizer(captions: Iterable[str], length: int) -> CLIPTokenizer:
-    """Train a byte-pair tokenizer of CLIP's kind on captions, cut and padded to ``length`` tokens."""
+    """Train a byte-pair tokenizer like CLIP's on captions; it cuts and pads texts to ``length`` tokens."""
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=["<|startoftext|>", "<|endoftext|>"],
@@ -121,7 +121,7 @@ def build_tokenizer(captions: Iterable[str], length: int) -> CLIPTokenizer:
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Yield ``steps`` index batches, epoch after epoch in a new order."""
+    """Yield ``steps`` batches of indices; each epoch has a new random order."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count, generator=generator)
     start = 0
@@ -133,7 +133,7 @@ def batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 def train_autoencoder(images_NCHW: Tensor, architecture: Architecture, steps: int, seed: int) -> AutoencoderKL:
-    """Train the autoencoder on L1 and a small KL term, and set its latent scale to unit variance."""
+    """Train the autoencoder with L1, L2 and a small KL loss, and set its scaling factor for unit variance."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(architecture.autoencoder),
         up_block_types=("UpDecoderBlock2D",) * len(architecture.autoencoder),
@@ -176,7 +176,7 @@ def train_diffusion(
     steps: int,
     seed: int,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Train U-Net and text encoder together on the v-prediction loss, with 10% empty captions."""
+    """Train U-Net and text encoder together with the v-prediction loss, with 10% empty captions."""
     length = tokenizer.model_max_length
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -237,7 +237,11 @@ def train_diffusion(
 
 
 def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Save in half precision; transformers is told to compute in single, as diffusers does by default."""
+    """Save a pipeline in half precision.
+
+    The text encoder's configuration asks for single precision, because transformers would compute in the saved one.
+    diffusers computes in single precision by default.
+    """
     pipeline.to(torch.float16).save_pretrained(folder)
     config_file = folder / "text_encoder" / "config.json"
     config = json.loads(config_file.read_text())
@@ -245,7 +249,7 @@ def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def draw_samples(folder: Path, prompts: list[str], columns: int = 8) -> None:
-    """Draw samples of each prompt beside the saved model, a row a prompt, generated as any user would."""
+    """Save a grid of samples beside the saved model, one row per prompt, generated with plain diffusers."""
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     repeated = [prompt for prompt in prompts for _ in range(columns)]

@@ -1,12 +1,12 @@
-"""Pre-train a small T2I on the public part of a dataset, and leave the rest as the clients' data.
+"""Pre-train a small T2I model on a public part of a dataset; the rest becomes the clients' data.
 
-``python -m starter.public --dataset /data/birds --public 10000 --out /data/birds-start`` writes
+``fedmmkt pretrain --dataset /data/birds --public 10000 --out /data/birds-start`` writes
 
-- ``model/``: a Stable Diffusion pipeline that has seen the public examples alone, for ``t2i.model``;
+- ``model/``: a Stable Diffusion pipeline, trained only on the public examples, for ``t2i.model``;
 - ``data/``: ``train.parquet`` without the public examples, and ``test.parquet``, for ``data.dataset``;
-- ``public/train.parquet``: what the T2I has seen;
-- ``prompts.jsonl``: the public captions with their classes, for ``t2i.prompts``, where a column holds captions;
-- ``cost.json``: what it was made from, and the seconds that it took.
+- ``public/train.parquet``: the public examples;
+- ``prompts.jsonl``: the public captions with their classes, for ``t2i.prompts``, if a column holds captions;
+- ``cost.json``: the settings, and the seconds of training.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-
-from common.config import ConfigError, DataConfig
-from common.datasets import labels_of, load_splits, to_examples
-from common.files import replaced_folder
-from starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
+from fedmmkt.common.config import ConfigError, DataConfig
+from fedmmkt.common.datasets import labels_of, load_splits, to_examples
+from fedmmkt.common.files import replaced_folder
+from fedmmkt.starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
 
 if TYPE_CHECKING:
     import datasets
@@ -35,12 +34,12 @@ TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of 
 
 @dataclass(frozen=True)
 class PublicPart:
-    """The public examples of a dataset, and what is left for clients.
+    """The public examples of a dataset, and the remaining examples for clients.
 
     Attributes
     ----------
     public, private, test : datasets.Dataset
-        Disjoint rows; ``test`` is the dataset's own, or held out.
+        Disjoint rows. ``test`` is the dataset's own test part, or held out.
     classes : tuple of str
         The class names.
     """
@@ -52,9 +51,9 @@ class PublicPart:
 
 
 def divide(config: DataConfig, count: int, seed: int, private: int = 0, test: int = 0) -> PublicPart:
-    """Draw ``count`` public examples from a dataset's training part, each class in proportion.
+    """Draw ``count`` public examples from a dataset's training part, in proportion to the classes.
 
-    ``private`` and ``test`` say how many of the others, and of the test part, are kept; 0 for all.
+    ``private`` and ``test`` are the numbers of other training examples and of test examples to keep; 0 keeps all.
 
     Raises
     ------
@@ -77,7 +76,10 @@ def divide(config: DataConfig, count: int, seed: int, private: int = 0, test: in
 def _drawn(
     rows: datasets.Dataset, config: DataConfig, count: int, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Draw ``count`` rows (all, if there are no more), each class in proportion where it can be; and the others."""
+    """Draw ``count`` rows, in proportion to the classes if possible; return them and the other rows.
+
+    If there are no more than ``count`` rows, all are returned.
+    """
     from sklearn.model_selection import train_test_split
 
     index_N, labels_N = np.arange(len(rows)), labels_of(rows, config)
@@ -91,7 +93,7 @@ def _drawn(
 
 
 def captions_of(part: PublicPart, config: DataConfig, column: str, seed: int) -> list[str]:
-    """Caption the public examples: by a column of texts, or by templates filled with the class name."""
+    """Return captions of the public examples: from a text column, or from templates with the class name."""
     if column:
         return [str(text) for text in part.public[column][:]]
     rng = np.random.default_rng(seed)
@@ -100,30 +102,30 @@ def captions_of(part: PublicPart, config: DataConfig, column: str, seed: int) ->
 
 
 def write_prompts(path: Path, part: PublicPart, config: DataConfig, captions: list[str]) -> None:
-    """Write the distinct captions with their class, which `t2i.prompts` reads."""
+    """Write the distinct captions with their classes, in the format of ``t2i.prompts``."""
     classes = [part.classes[label] for label in labels_of(part.public, config)]
     lines = dict(zip(captions, classes, strict=True))
     path.write_text("".join(json.dumps({"prompt": text, "class": name}) + "\n" for text, name in lines.items()))
 
 
-def main(command: list[str] | None = None) -> None:
-    """Parse the command line, divide, train and write."""
+def main(command: list[str] | None = None) -> int:
+    """Parse the command line, divide the dataset, train, and write all files; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m starter.public", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="fedmmkt pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", required=True, help="as run-config key data.dataset")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; replaced if it is there")
-    parser.add_argument("--public", type=int, required=True, help="training examples that the T2I sees")
-    parser.add_argument("--private", type=int, default=0, help="training examples left to clients; 0: all others")
+    parser.add_argument("--dataset", required=True, help="dataset, as in the run-config key data.dataset")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an existing one is replaced")
+    parser.add_argument("--public", type=int, required=True, help="training examples for the T2I")
+    parser.add_argument("--private", type=int, default=0, help="training examples for clients; 0: all others")
     parser.add_argument("--test", type=int, default=0, help="test examples; 0: all")
     parser.add_argument("--image-column", default="image")
     parser.add_argument("--label-column", default="label")
-    parser.add_argument("--caption-column", default="", help="column of captions; none: templates with the class name")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels a side, a multiple of eight")
+    parser.add_argument("--caption-column", default="", help="column of captions; empty: templates with the class name")
+    parser.add_argument("--image-size", type=int, default=32, help="side in pixels, a multiple of eight")
     parser.add_argument("--autoencoder", type=int, nargs="+", default=(32, 64, 96), help="channels of its levels")
     parser.add_argument("--latent-channels", type=int, default=4)
     parser.add_argument("--unet", type=int, nargs=2, default=(64, 128), help="channels of its two levels")
-    parser.add_argument("--tokens", type=int, default=24, help="of a caption; longer ones are cut")
+    parser.add_argument("--tokens", type=int, default=24, help="tokens per caption; longer captions are cut")
     parser.add_argument("--autoencoder-steps", type=int, default=2_000)
     parser.add_argument("--diffusion-steps", type=int, default=6_000)
     parser.add_argument("--device", default="cpu")
@@ -135,10 +137,11 @@ def main(command: list[str] | None = None) -> None:
     except ConfigError as error:
         parser.exit(1, f"{error}\n")
     print(f"saved {arguments.out.resolve()}: {cost['private']} private examples, {cost['seconds']:.0f} s of training")
+    return 0
 
 
 def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Write what the module's description names into ``folder``; return what is in ``cost.json``."""
+    """Write the files of the module's description into ``folder``; return the content of ``cost.json``."""
     config = DataConfig(
         dataset=arguments.dataset,
         image_column=arguments.image_column,
@@ -185,7 +188,3 @@ def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     (folder / "cost.json").write_text(json.dumps(cost, indent=2) + "\n")
     return cost
-
-
-if __name__ == "__main__":
-    main()

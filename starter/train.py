@@ -1,8 +1,8 @@
-"""Train the starter text-to-image model on typeset digits, from nothing, on a laptop's CPU.
+"""Train the starter text-to-image model from scratch on typeset digits, on a laptop's CPU.
 
-``python -m starter.train`` renders digits in the fonts of pinned packages (the ``starter`` extra), trains
+``python -m fedmmkt.starter.train`` renders digits in the fonts of pinned packages (the ``starter`` extra), trains
 an autoencoder and then a latent diffusion model with its text encoder, and saves a Stable Diffusion
-pipeline in half precision. No handwritten digit is seen: those stay with the clients.
+pipeline in half precision. It uses no handwritten digits; only clients have those.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from fedmmkt.common.dataset_files import DIGIT_NAMES
+from fedmmkt.starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 from tqdm import tqdm
-
-from common.dataset_files import DIGIT_NAMES
-from starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
 
 FONT_PACKAGES = (
     "font_amatic_sc",
@@ -42,7 +41,7 @@ CAPTIONS = (
     "a digit {} on a dark background",
 )
 IMAGE_SIZE = 32
-TOKENS = 16  # of a caption
+TOKENS = 16  # tokens per caption
 MODEL_FOLDER = Path(__file__).parent / "model"
 
 
@@ -56,7 +55,7 @@ def font_files() -> list[Path]:
 
 
 def render_digit(digit: int, font_path: Path, rng: np.random.Generator) -> np.ndarray:
-    """Typeset one digit, white on black, in random size, place, angle, shear and softness.
+    """Typeset one digit, white on black, with random size, position, angle, shear, blur and brightness.
 
     Returns
     -------
@@ -84,7 +83,7 @@ def render_digit(digit: int, font_path: Path, rng: np.random.Generator) -> np.nd
 
 
 def typeset_dataset(count: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Render ``count`` captioned digits, as many of each class.
+    """Render ``count`` captioned digits, equally many of each class.
 
     Returns
     -------
@@ -106,7 +105,7 @@ def typeset_dataset(count: int, seed: int) -> tuple[Tensor, list[str]]:
 
 
 def train_starter(images: int, autoencoder_steps: int, diffusion_steps: int, seed: int) -> StableDiffusionPipeline:
-    """Train the whole pipeline; the sizes set the time it takes."""
+    """Train the whole pipeline; the time depends on the numbers of images and steps."""
     torch.manual_seed(seed)
     images_NCHW, captions = typeset_dataset(images, seed)
     names = [*DIGIT_NAMES, *map(str, range(10))]
@@ -115,8 +114,8 @@ def train_starter(images: int, autoencoder_steps: int, diffusion_steps: int, see
 
 
 def main() -> None:
-    """Parse the command line, train, save, and draw a sheet of samples beside the model."""
-    parser = argparse.ArgumentParser(prog="python -m starter.train", description=__doc__)
+    """Parse the command line, train, save the model, and save a grid of samples beside it."""
+    parser = argparse.ArgumentParser(prog="python -m fedmmkt.starter.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="folder of the pipeline")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=12_000, help="typeset images to render")

@@ -7,10 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import pytest
+from contextlib import contextmanager
 
-from common.config import RunConfig, to_flower
-from deploy.in_process import InProcessGrid
+import pytest
+from fedmmkt.common.config import RunConfig, to_flower
+from fedmmkt.deploy.in_process import InProcessGrid
 
 TINY = {
     "rounds": 2,
@@ -24,6 +25,16 @@ TINY = {
     "t2i.inference-steps": 3,
     "t2i.adaptation-steps": 2,
 }
+
+
+@contextmanager
+def registered(registry, name, part):
+    """Register a part while the block runs."""
+    registry.register(name)(part)
+    try:
+        yield
+    finally:
+        registry.unregister(name)
 
 
 @pytest.fixture
@@ -42,7 +53,7 @@ def tiny_run(tmp_path):
 def make_grid():
     """Return a function that makes an in-process grid of simulated nodes."""
 
-    def make(run_config, nodes=6, app="client_app.app:app"):
+    def make(run_config, nodes=6, app="fedmmkt.client_app.app:app"):
         return InProcessGrid(app, run_config, [{"partition-id": i, "num-partitions": nodes} for i in range(nodes)])
 
     return make

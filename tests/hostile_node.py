@@ -3,10 +3,9 @@
 import os
 
 import numpy as np
+from fedmmkt.client_app.models.building import build_task_model
+from fedmmkt.common.payloads import DistillationPayload
 from flwr.app import Array
-
-from client_app.task_models import build_task_model
-from common.payloads import DistillationPayload
 
 honest_records = DistillationPayload.to_records
 

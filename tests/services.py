@@ -2,18 +2,19 @@
 
 import re
 import shlex
-from pathlib import Path
 
 from flwr.supercore.cli.flower_superexec import _parse_args as superexec_parser
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink as superlink_parser
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode as supernode_parser
+
+from tests import ROOT
 
 PARSERS = {
     "flower-superlink": superlink_parser,
     "flower-superexec": superexec_parser,
     "flower-supernode": supernode_parser,
 }
-UNITS = Path(__file__).parent.parent / "deploy" / "systemd"
+UNITS = ROOT / "deploy" / "systemd"
 NAMES = ("fedmmkt-superlink", "fedmmkt-superexec", "fedmmkt-supernode")
 
 

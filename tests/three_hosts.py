@@ -6,13 +6,13 @@
 import sys
 from pathlib import Path
 
-from common.config import DataConfig, RunConfig, to_flower
-from deploy.federation import local_federation
-from deploy.partition import write_partitions
+from fedmmkt.common.config import DataConfig, RunConfig, to_flower
+from fedmmkt.deploy.federation import local_federation
+from fedmmkt.deploy.partition import write_partitions
+
+from tests import ROOT
 from tests.conftest import TINY
 from tests.network import SERVER_ADDRESS, inside, node_address
-
-ROOT = Path(__file__).parent.parent
 
 
 def main(folder, namespaces):

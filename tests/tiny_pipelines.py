@@ -1,13 +1,13 @@
 """Tiny text-to-image pipelines of diffusers' real classes, with random weights, saved as folders."""
 
-from pathlib import Path
-
 import diffusers
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-STARTER = Path(__file__).parent.parent / "starter" / "model"
+from tests import ROOT
+
+STARTER = ROOT / "starter" / "model"
 SENTENCE = "the a digit number picture of image an zero one two three four five six seven eight nine"
 WORDS = SENTENCE.split()
 

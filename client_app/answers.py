@@ -1,0 +1,87 @@
+"""A client's answer to synthetic samples: logits, and votes of its private images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from fedmmkt.client_app.models.task_model import to_float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NEIGHBOURS = 3
+VOTE_PIXELS = 16
+CHUNK = 256
+
+
+def to_payload_logits(logits_NC: Tensor) -> np.ndarray:
+    """Convert logits to float16, clamped to its range."""
+    return logits_NC.clamp(-6e4, 6e4).cpu().numpy().astype(np.float16)
+
+
+def nearest_neighbour_votes(
+    private_MF: Tensor,
+    labels_M: Tensor,
+    synthetic_NF: Tensor,
+    prompted_N: Tensor,
+    neighbours: int = NEIGHBOURS,
+) -> Tensor:
+    """Let each private image vote for the nearest synthetic images.
+
+    This is the nearest-neighbour histogram of Private Evolution (arXiv 2305.15560, algorithm 1). If a prompt names a
+    class, only private images of that class can vote for its sample. Only one count per sample leaves the client.
+
+    Parameters
+    ----------
+    private_MF, synthetic_NF : torch.Tensor
+        Features from `vote_features`.
+    labels_M, prompted_N : torch.Tensor
+        int64 classes. Every private image can vote for a sample whose prompt names no class (-1).
+    neighbours : int
+        Number of samples that each private image votes for.
+
+    Returns
+    -------
+    torch.Tensor
+        Votes per sample, float32 (N,).
+    """
+    votes_N = torch.zeros(len(synthetic_NF))
+    for label in labels_M.unique():
+        candidates = torch.nonzero((prompted_N == label) | (prompted_N < 0))[:, 0]
+        if not len(candidates):
+            continue
+        distances = torch.cdist(private_MF[labels_M == label], synthetic_NF[candidates])
+        nearest = distances.topk(min(neighbours, len(candidates)), largest=False).indices
+        votes_N += torch.bincount(candidates[nearest].flatten().cpu(), minlength=len(votes_N))
+    return votes_N
+
+
+@torch.no_grad()
+def vote_features(encoder: nn.Module, private_MCHW: Tensor, synthetic_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features of private and synthetic images, from pixels and from the client's image encoder.
+
+    Pixels, at most `VOTE_PIXELS` per side, show how an image looks. The encoder shows what the client has learned to
+    see. Both kinds of features are scaled to the same mean squared distance from the private mean.
+
+    Parameters
+    ----------
+    encoder : torch.nn.Module
+        Maps images to features.
+    private_MCHW, synthetic_NCHW : torch.Tensor
+        uint8, or float32 in [-1, 1]; all of the same size.
+    """
+    encoder.eval()
+    features = []
+    for extract in (_pixels, encoder):
+        private, synthetic = (
+            torch.cat([extract(to_float(chunk)) for chunk in images.split(CHUNK)])
+            for images in (private_MCHW, synthetic_NCHW)
+        )
+        spread = (private - private.mean(0)).square().sum(1).mean().sqrt().clamp_min(1e-6)
+        features.append((private / spread, synthetic / spread))
+    privates, synthetics = zip(*features, strict=True)
+    return torch.cat(privates, 1), torch.cat(synthetics, 1)
+
+
+def _pixels(images_NCHW: Tensor) -> Tensor:
+    size = min(VOTE_PIXELS, images_NCHW.shape[-1])
+    return F.adaptive_avg_pool2d(images_NCHW, size).flatten(1)

@@ -1,0 +1,1 @@
+"""The private data of a client, and a decoded copy of it."""

@@ -1,0 +1,42 @@
+"""The losses of a client: on private data, on soft targets, on prompts, and between features and texts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ALIGNMENT_TEMPERATURE = 0.1
+
+
+def balanced_softmax_loss(logits_BC: Tensor, labels_B: Tensor, log_prior_C: Tensor) -> Tensor:
+    """Return the cross entropy of logits shifted by the log class prior (balanced softmax, arXiv 2007.10740, eq. 3)."""
+    return F.cross_entropy(logits_BC + log_prior_C, labels_B)
+
+
+def distillation_loss(logits_BC: Tensor, probabilities_BC: Tensor, temperature: float) -> Tensor:
+    """Return the KL divergence to the soft targets, scaled by T^2 (arXiv 1503.02531).
+
+    The soft targets are probabilities at temperature 1. They are softened here to the temperature of the logits.
+    """
+    softened_BC = torch.softmax(probabilities_BC.clamp_min(1e-6).log() / temperature, dim=1)
+    log_student_BC = torch.log_softmax(logits_BC / temperature, dim=1)
+    return F.kl_div(log_student_BC, softened_BC, reduction="batchmean") * temperature**2
+
+
+def prompt_loss(logits_BC: Tensor, prompted_B: Tensor) -> Tensor:
+    """Return the cross entropy on the prompted class, over samples whose prompt names one; zero if none does."""
+    named = prompted_B >= 0
+    return F.cross_entropy(logits_BC[named], prompted_B[named]) if bool(named.any()) else logits_BC.sum() * 0
+
+
+def alignment_loss(projected_BD: Tensor, anchors_BD: Tensor) -> Tensor:
+    """Return a contrastive loss between features and the text embeddings of their prompts.
+
+    This is InfoNCE (arXiv 1807.03748) from features to texts. Several prompts of a batch may mean the same and must not
+    count as negatives. So the target of each row is spread over the batch by the similarity of the texts.
+    """
+    similarity_BB = F.normalize(projected_BD, dim=1) @ anchors_BD.T / ALIGNMENT_TEMPERATURE
+    with torch.no_grad():
+        target_BB = torch.softmax(anchors_BD @ anchors_BD.T / ALIGNMENT_TEMPERATURE, dim=1)
+    return F.cross_entropy(similarity_BB, target_BB)

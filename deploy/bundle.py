@@ -1,0 +1,124 @@
+"""The app that is submitted to Flower, with all configuration keys of the run.
+
+Flower can override only keys that are in the app's own ``pyproject.toml``. The user's own app contains only some of the
+keys, and the app that comes with the package has no folder. So a copy with the whole configuration is submitted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from fedmmkt.common.config import ConfigError, RunConfig, Setting, to_flower
+from flwr.cli.build import build_fab_from_files
+from flwr.cli.utils import collect_files
+from flwr.common.config import flatten_dict, unflatten_dict
+
+PROJECT = "pyproject.toml"
+BUILT_IN: dict[str, Any] = {
+    "project": {"name": "fedmmkt", "description": "The app that comes with fedmmkt"},
+    "tool": {
+        "flwr": {
+            "app": {
+                "publisher": "fedmmkt",
+                "components": {
+                    "serverapp": "fedmmkt.server:app",
+                    "clientapp": "fedmmkt.client:app",
+                },
+            }
+        }
+    },
+}
+
+
+def read_app(app: Path) -> dict[str, Any]:
+    """Read an app's ``pyproject.toml``.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds no Flower app.
+    """
+    path = app / PROJECT
+    try:
+        project = tomllib.loads(path.read_text(encoding="utf-8"))
+        project["tool"]["flwr"]["app"]["components"]
+    except OSError as error:
+        raise ConfigError(f"no Flower app in {str(app)!r}: {path.name} cannot be read ({error.strerror})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except KeyError:
+        raise ConfigError(
+            f"no Flower app in {str(app)!r}: {path.name} has no [tool.flwr.app.components] table"
+        ) from None
+    return project
+
+
+def default_config(project: Mapping[str, Any]) -> dict[str, Setting]:
+    """Return the run-config of an app's ``pyproject.toml``; our defaults are added if it runs our ServerApp."""
+    own: dict[str, Setting] = flatten_dict(project["tool"]["flwr"]["app"].get("config", {}))
+    return {**to_flower(RunConfig()), **own} if runs_fedmmkt(project) else own
+
+
+def runs_fedmmkt(project: Mapping[str, Any]) -> bool:
+    """Return whether an app runs this package's ServerApp, and so uses its configuration."""
+    return str(project["tool"]["flwr"]["app"]["components"].get("serverapp", "")).startswith("fedmmkt.")
+
+
+@contextlib.contextmanager
+def found_app(app: Path | None) -> Iterator[Path]:
+    """Yield the folder of an app: ``app`` if given, else the current folder if it is an app, else the package's app."""
+    if app is not None:
+        yield app
+        return
+    try:
+        read_app(Path())
+    except ConfigError:
+        pass
+    else:  # Not in the `try`, so that errors of the run are not caught.
+        yield Path()
+        return
+    with tempfile.TemporaryDirectory(prefix="fedmmkt-") as folder:
+        built_in = Path(folder) / "fedmmkt"
+        built_in.mkdir()
+        project = {**BUILT_IN, "project": {**BUILT_IN["project"], "version": version("fedmmkt")}}
+        (built_in / PROJECT).write_text(tomli_w.dumps(project), encoding="utf-8")
+        yield built_in
+
+
+@contextlib.contextmanager
+def submitted(app: Path, config: Mapping[str, Setting]) -> Iterator[Path]:
+    """Yield the folder to submit: the app itself if it has all keys, else a copy that has them.
+
+    Raises
+    ------
+    ConfigError
+        If Flower cannot bundle the app.
+    """
+    project = read_app(app)
+    flower = project["tool"]["flwr"]["app"]
+    defaults = flatten_dict(flower.get("config", {}))
+    if config.keys() <= defaults.keys():
+        yield app
+        return
+    flower["config"] = unflatten_dict({**defaults, **config})
+    with tempfile.TemporaryDirectory(prefix="fedmmkt-") as folder:
+        try:
+            bundle, _ = build_fab_from_files({**collect_files(app.resolve()), PROJECT: tomli_w.dumps(project).encode()})
+        except ValueError as error:
+            raise ConfigError(f"the app in {str(app)!r} cannot be bundled: {error}") from None
+        copy = Path(folder) / "app"
+        with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+            archive.extractall(copy)
+        for key in ("fab-include", "fab-exclude"):  # Everything in the copy belongs to the app.
+            flower.pop(key, None)
+        (copy / PROJECT).write_text(tomli_w.dumps(project), encoding="utf-8")
+        yield copy

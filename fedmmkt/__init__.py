@@ -1,0 +1,120 @@
+"""Federated multi-modal knowledge transfer: a text-to-image model and clients' task models teach each other.
+
+All code of the project is imported from this package, for example ``from fedmmkt.common.config import RunConfig``. Its
+subpackages are ``common``, ``server_app``, ``client_app``, ``deploy`` and ``starter``. In an installation, they are
+folders inside this package. In a clone, and in an app bundle made from a clone, they are folders beside it.
+
+``__all__`` lists the public interface. Its names are imported at first use, because a client is a new process for every
+message and needs only few of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from pkgutil import extend_path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmmkt.client_app.models.task_model import Inputs, TaskModel, task_models
+    from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
+    from fedmmkt.common.payloads import (
+        ClassReport,
+        ClientReport,
+        DistillationPayload,
+        Instructions,
+        PayloadError,
+        Request,
+        SoftTargets,
+        SyntheticBatch,
+    )
+    from fedmmkt.common.registry import Registry
+    from fedmmkt.server_app.exchange import Answer
+    from fedmmkt.server_app.prompts import Prompt
+    from fedmmkt.server_app.rules.aggregation import aggregations
+    from fedmmkt.server_app.rules.scores import Feedback, scores
+    from fedmmkt.server_app.rules.updates import UpdateRule, updates
+    from fedmmkt.server_app.strategy import FedMMKT, strategies
+    from fedmmkt.server_app.t2i.families import Family, families
+    from fedmmkt.server_app.t2i.samples import Samples
+
+_PUBLIC = {
+    "server_app.strategy": ("FedMMKT", "strategies"),
+    "server_app.exchange": ("Answer",),
+    "server_app.prompts": ("Prompt",),
+    "server_app.rules.aggregation": ("aggregations",),
+    "server_app.rules.scores": ("Feedback", "scores"),
+    "server_app.rules.updates": ("UpdateRule", "updates"),
+    "server_app.t2i.families": ("Family", "families"),
+    "server_app.t2i.samples": ("Samples",),
+    "client_app.models.task_model": ("Inputs", "TaskModel", "task_models"),
+    "common.registry": ("Registry",),
+    "common.config": ("ConfigError", "NodeConfig", "RunConfig"),
+    "common.payloads": (
+        "ClassReport",
+        "ClientReport",
+        "DistillationPayload",
+        "Instructions",
+        "PayloadError",
+        "Request",
+        "SoftTargets",
+        "SyntheticBatch",
+    ),
+}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = [
+    "Answer",
+    "ClassReport",
+    "ClientReport",
+    "ConfigError",
+    "DistillationPayload",
+    "Family",
+    "FedMMKT",
+    "Feedback",
+    "Inputs",
+    "Instructions",
+    "NodeConfig",
+    "PayloadError",
+    "Prompt",
+    "Registry",
+    "Request",
+    "RunConfig",
+    "Samples",
+    "SoftTargets",
+    "SyntheticBatch",
+    "TaskModel",
+    "UpdateRule",
+    "aggregations",
+    "families",
+    "scores",
+    "strategies",
+    "task_models",
+    "updates",
+]
+
+
+def _folders(packages: Iterable[str]) -> Iterator[str]:
+    """Yield the folders to search for subpackages: each package folder, and its parent if the subpackages are there.
+
+    An app bundle has no weights and no page template, because Flower bundles only code and text. These files are found
+    in the installation, which comes after the bundle in this list.
+    """
+    for package in packages:
+        yield package
+        if not (Path(package) / "common").is_dir():
+            yield str(Path(package).parent)
+
+
+__path__ = list(_folders(extend_path(__path__, __name__)))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public are: {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

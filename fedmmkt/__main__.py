@@ -1,0 +1,52 @@
+"""The command ``fedmmkt``, with one subcommand for each task."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+# For each subcommand: the module whose ``main`` gets the arguments, and a description.
+COMMANDS = {
+    "demo": ("deploy.simulation", "run clients and a text-to-image model in simulation, on this machine"),
+    "federation": ("deploy.federation", "run real processes over gRPC with TLS, on this machine"),
+    "doctor": ("deploy.doctor", "check a deployment from any of its hosts"),
+    "certificates": ("deploy.certificates", "make a CA, the server's certificate, and nodes' keys"),
+    "partition": ("deploy.partition", "divide a dataset into a folder for each node"),
+    "pretrain": ("starter.public", "pre-train a small text-to-image model on the public part of a dataset"),
+    "report": ("server_app.report.page", "rewrite the report of a run folder"),
+    "rules": ("deploy.rules", "list the rules, models, families and strategies that a configuration can name"),
+}
+
+
+def usage() -> str:
+    """Return the help text of the command."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {line}" for name, (_, line) in COMMANDS.items())
+    return (
+        "usage: fedmmkt COMMAND [OPTIONS]\n\n"
+        "Federated multi-modal knowledge transfer: a text-to-image model and clients' task models teach each other.\n\n"
+        f"commands:\n{listed}\n\n"
+        "fedmmkt COMMAND --help describes a command; fedmmkt --version prints the version."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; return its exit code, or 2 if there is no such subcommand."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"fedmmkt {version('fedmmkt')}")
+        return 0
+    if command not in COMMANDS:
+        print(f"fedmmkt: there is no command {command!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[command]
+    return int(import_module(f"fedmmkt.{module}").main(rest) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""The ClientApp, under the name that an app's ``pyproject.toml`` gives it: ``fedmmkt.client:app``."""
+
+import fedmmkt  # noqa: F401  Flower's simulation imports from two threads: this waits until the package is complete.
+from fedmmkt.client_app.app import app
+
+__all__ = ["app"]

@@ -1,0 +1,79 @@
+"""Exploration: some samples of a round are variations of well-scored samples of the last round, others are new."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from fedmmkt.server_app.prompts import Prompt
+from fedmmkt.server_app.t2i.generator import Generator
+from fedmmkt.server_app.t2i.samples import Samples
+from torch import Tensor
+
+
+def draw_parents(scored: Samples, prompts: Sequence[Prompt], seed: int) -> dict[int, Tensor]:
+    """Draw a scored sample for each prompt, with probability proportional to the score.
+
+    The sample has the class of the prompt, or its text if the prompt names no class. A prompt without such a sample
+    gets none.
+
+    Returns
+    -------
+    dict of int to torch.Tensor
+        Latents of the drawn samples, by index of the prompt.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parents: dict[int, Tensor] = {}
+    if scored.scores_N is None:
+        return parents
+    for index, prompt in enumerate(prompts):
+        if prompt.class_index >= 0:
+            alike_N = scored.prompted_N == prompt.class_index
+        else:
+            alike_N = torch.tensor([text == prompt.text for text in scored.prompts])
+        chances_N = scored.scores_N.double() * alike_N
+        if bool(chances_N.any()):
+            parents[index] = scored.latents_NCHW[int(torch.multinomial(chances_N, 1, generator=generator))]
+    return parents
+
+
+def generate_or_vary(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    guidance: float,
+    parents: Mapping[int, Tensor],
+    strength: float,
+    progress: Callable[[int], Callable[[int], object]],
+) -> Samples:
+    """Generate one image per prompt; if the prompt has a parent, the image is a variation of the parent.
+
+    Parameters
+    ----------
+    generator : Generator
+        The T2I model.
+    prompts, seeds : sequence
+        One prompt and one seed per sample.
+    guidance : float
+        Guidance scale.
+    parents : mapping of int to torch.Tensor
+        Latents from `draw_parents`, by index of the prompt.
+    strength : float
+        How much noise parents get before denoising, in (0, 1].
+    progress : callable
+        Called with the number of new images; returns a function that is called with the number of finished images.
+    """
+    varied, new = list(parents), [index for index in range(len(prompts)) if index not in parents]
+    texts = [prompt.text for prompt in prompts]
+    parts = []
+    if varied:
+        latents_NCHW = torch.stack([parents[index] for index in varied])
+        own = [texts[i] for i in varied], [seeds[i] for i in varied]
+        parts.append(generator.vary(latents_NCHW, *own, guidance, strength))
+    if new:
+        own = [texts[i] for i in new], [seeds[i] for i in new]
+        parts.append(generator.generate(*own, guidance, progress(len(new))))
+    in_order = Samples.join(parts).select(np.argsort(varied + new))
+    return replace(in_order, prompted_N=torch.tensor([prompt.class_index for prompt in prompts], dtype=torch.int64))

@@ -1,0 +1,164 @@
+"""The ledger of a run: the server's record of clients and batches.
+
+It records which client runs on which node, which batches were sent, their soft targets and scores, and what each client
+still lacks. The strategy writes to it. The ledger itself does not depend on the strategy or on the T2I model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fedmmkt.common.payloads import ClientReport, Modality, SoftTargets, SyntheticBatch
+from fedmmkt.server_app.exchange import Reply
+from fedmmkt.server_app.t2i.samples import Samples
+
+# An earlier run that this run continues: its key, and the round after which it was continued.
+Ancestor = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class TargetsByClient:
+    """The soft targets of one batch for each client; clients with the same teachers share them.
+
+    Attributes
+    ----------
+    distinct : tuple of SoftTargets
+        The different soft targets.
+    of_client : mapping of str to int or None
+        For each client name, an index into ``distinct``; None if the client gets no soft targets.
+    of_modality : mapping of str to int or None
+        The same for each modality, for clients that were not known when the soft targets were made.
+    """
+
+    distinct: tuple[SoftTargets, ...]
+    of_client: Mapping[str, int | None]
+    of_modality: Mapping[Modality, int | None]
+
+    def of(self, report: ClientReport | None) -> SoftTargets | None:
+        """Return the soft targets of a client; None if it gets none.
+
+        A client without a report gets soft targets only if they are the same for all modalities.
+        """
+        if report is None:
+            chosen = set(self.of_modality.values())
+            index = chosen.pop() if len(chosen) == 1 else None
+        else:
+            index = self.of_client.get(report.client, self.of_modality.get(report.modality))
+        return None if index is None else self.distinct[index]
+
+
+class Ledger:
+    """The server's record of its clients and of the batches that it sent them.
+
+    Parameters
+    ----------
+    run_key : str
+        Key under which clients keep their memory of the run.
+    batches_kept : int
+        Number of last rounds whose batches and soft targets are kept, for clients that lack them.
+    samples_kept : int
+        Number of last rounds whose scored samples are kept, for the update of the T2I model.
+
+    Attributes
+    ----------
+    reports : dict of int to ClientReport
+        The newest report of each node, by node id.
+    clients : set of str
+        Names of all clients that took part in a round.
+    history : list of (SyntheticBatch, TargetsByClient)
+        The batches that have soft targets, oldest first.
+    pool : list of Samples
+        The scored samples for the update of the T2I model, oldest first.
+    ancestors : tuple of (str, int)
+        Keys of the runs that this run continues, oldest first, and the round after which each was continued.
+    """
+
+    def __init__(self, run_key: str, batches_kept: int, samples_kept: int) -> None:
+        self.run_key = run_key
+        self.batches_kept, self.samples_kept = batches_kept, samples_kept
+        self.reports: dict[int, ClientReport] = {}
+        self.clients: set[str] = set()
+        self.history: list[tuple[SyntheticBatch, TargetsByClient]] = []
+        self.pool: list[Samples] = []
+        self.ancestors: tuple[Ancestor, ...] = ()
+        self._served: dict[int, tuple[SyntheticBatch, Samples]] = {}
+        self._overdue: dict[str, tuple[int, int]] = {}
+
+    def restore(
+        self,
+        ancestors: tuple[Ancestor, ...],
+        clients: Iterable[str],
+        history: list[tuple[SyntheticBatch, TargetsByClient]],
+        pool: list[Samples],
+    ) -> None:
+        """Continue from the ledger of an earlier run.
+
+        This run keeps its own key. Clients copy their memory of the earlier run, as it was after the last round of that
+        run's checkpoint. So a round that is repeated does not count twice, and the runs do not mix.
+        """
+        self.ancestors, self.clients, self.history, self.pool = ancestors, set(clients), history, pool
+
+    # ------------------------------------------------------------------ batches
+
+    def serve(self, batch: SyntheticBatch, samples: Samples) -> None:
+        """Store the batch of a round and its samples until `teach` is called."""
+        self._served = {batch.round: (batch, samples)}
+
+    def served(self, server_round: int) -> tuple[SyntheticBatch, Samples]:
+        """Return the stored batch of a round and its samples; raises ``KeyError`` if there is none."""
+        return self._served[server_round]
+
+    def open_batch(self) -> SyntheticBatch | None:
+        """Return the batch that clients are currently asked about; None if there is none."""
+        return next((batch for batch, _ in self._served.values()), None)
+
+    def teach(self, server_round: int, targets: TargetsByClient, scored: Samples) -> None:
+        """Store the results of a round's batch: soft targets for clients, and scored samples for the T2I model."""
+        batch, _ = self._served.pop(server_round)
+        self.history = [*self.history, (batch, targets)][-self.batches_kept :]
+        self.pool = [*self.pool, scored][-self.samples_kept :]
+
+    def due(self, node_id: int) -> tuple[tuple[SyntheticBatch, ...], tuple[SoftTargets, ...]]:
+        """Return the batches with soft targets that a node does not hold, and the soft targets that it lacks."""
+        report = self.reports.get(node_id)
+        kept, awaiting = (set(report.kept), set(report.awaiting)) if report else (set(), set())
+        absent = tuple(batch for batch, _ in self.history if batch.batch_id not in kept)
+        wanted = awaiting | {batch.batch_id for batch in absent}
+        lacking = (targets.of(report) for batch, targets in self.history if batch.batch_id in wanted)
+        return absent, tuple(targets for targets in lacking if targets is not None)
+
+    # ------------------------------------------------------------------ clients
+
+    def name(self, node_id: int) -> str:
+        """Return the name of a node for logs: the name of its client if it has answered, else its id."""
+        return self.reports[node_id].client if node_id in self.reports else f"node {node_id}"
+
+    def known(self) -> list[ClientReport]:
+        """Return the newest report of each client, sorted by name."""
+        return sorted(self.reports.values(), key=lambda report: report.client)
+
+    def sees_images(self, node_id: int) -> bool:
+        """Return whether a node gets images: every node does, unless its report says that it reads only texts."""
+        return node_id not in self.reports or self.reports[node_id].modality != "text"
+
+    def took_part(self, clients: Iterable[str]) -> None:
+        """Record the clients that took part in a round."""
+        self.clients |= set(clients)
+
+    # ------------------------------------------------------------------ requests
+
+    @property
+    def overdue(self) -> dict[str, int]:
+        """The unanswered messages of closed exchanges, with their nodes."""
+        return {message_id: node_id for message_id, (node_id, _) in self._overdue.items()}
+
+    def note(self, reply: Reply, server_round: int) -> int:
+        """Record a reply; return the round in which its message was sent."""
+        if reply.answer is not None:
+            self.reports[reply.node_id] = reply.answer.report
+        if reply.kind == "unanswered":
+            self._overdue[reply.message_id] = (reply.node_id, server_round)
+        if reply.kind == "late":
+            return self._overdue.pop(reply.message_id)[1]
+        return server_round

@@ -1,0 +1,208 @@
+"""The loop of a run: it calls a strategy round by round, and uses a ledger and a recorder.
+
+The whole exchange between server and clients goes through this loop. So it is enough to override a public method of a
+strategy to change a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+from typing import Protocol
+
+from fedmmkt.server_app.class_space import wait_for_nodes
+from fedmmkt.server_app.exchange import Answer, exchange
+from fedmmkt.server_app.ledger import Ledger
+from fedmmkt.server_app.recorder import Recorder
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+from flwr.supercore import log
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+Read = Callable[[Message], Answer]
+
+
+class RunError(RuntimeError):
+    """The run cannot continue; the text says why."""
+
+
+class Rounds(Protocol):
+    """The methods that the loop calls on a strategy; `FedMMKT` documents each of them."""
+
+    def summary(self) -> None:
+        """Log the main settings."""
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the requests for reports."""
+
+    def read_evaluate_reply(self, reply: Message) -> Answer:
+        """Parse the reply to such a request."""
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Aggregate the reports."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the requests of a round."""
+
+    def read_train_reply(self, reply: Message) -> Answer:
+        """Parse the reply to such a request."""
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Learn from a round's replies."""
+
+    def configure_distill(self, server_round: int, grid: Grid) -> Iterable[Message]:
+        """Return the requests after the last round."""
+
+    def arrays(self) -> ArrayRecord:
+        """Return the T2I's adapter."""
+
+    def load_arrays(self, arrays: ArrayRecord) -> None:
+        """Load an adapter."""
+
+
+@dataclass
+class Loop:
+    """A run: its parts, its length and its deadline.
+
+    Attributes
+    ----------
+    strategy : Rounds
+        Defines the steps of a round.
+    grid : Grid
+        Flower's connection to the nodes.
+    ledger : Ledger
+        The server's record of clients and batches.
+    recorder : Recorder
+        Measures and records each round.
+    rounds : int
+        Number of rounds of the whole run.
+    round_deadline : float
+        Seconds after which a round closes, if the quorum is met.
+    train_config, evaluate_config : ConfigRecord
+        Passed to `configure_train` and `configure_evaluate`.
+    evaluate_fn : callable, optional
+        Called with the round and the adapter's arrays, before the first round and after each round.
+    """
+
+    strategy: Rounds
+    grid: Grid
+    ledger: Ledger
+    recorder: Recorder
+    rounds: int
+    round_deadline: float
+    train_config: ConfigRecord = field(default_factory=ConfigRecord)
+    evaluate_config: ConfigRecord = field(default_factory=ConfigRecord)
+    evaluate_fn: EvaluateFn | None = None
+
+    def run(self) -> Result:
+        """Run the remaining rounds.
+
+        Raises
+        ------
+        ConfigError
+            If too few nodes connect.
+        RunError
+            If no client gives a valid reply.
+        """
+        result, last_round = Result(), self.recorder.last_round
+        log(INFO, "Starting %s:", type(self.strategy).__name__)
+        self.strategy.summary()
+        if last_round is not None and last_round >= self.rounds:
+            log(INFO, "All %s rounds are done; to continue, raise 'rounds'", self.rounds)
+            self.recorder.report()
+        else:
+            wait_for_nodes(self.grid, self.recorder.config.min_nodes, self.recorder.config.node_timeout)
+            log(INFO, "")
+            if last_round is None:
+                self._begin(result)
+            else:
+                self._resume(last_round, result)
+            for server_round in range((last_round or 0) + 1, self.rounds + 1):
+                self._round(server_round, result)
+        result.arrays = self.strategy.arrays()
+        self.recorder.end()
+        return result
+
+    def _begin(self, result: Result) -> None:
+        """Run round 0: measure clients and T2I before they learn anything."""
+        log(INFO, "[BEFORE] measuring clients before any training")
+        with self.recorder.round(0, self.ledger):
+            self._evaluate(0, result)
+            self.ledger.took_part(self.recorder.answered())
+        self._evaluate_on_server(0, result)
+
+    def _resume(self, last_round: int, result: Result) -> None:
+        """Ask clients which batches they hold.
+
+        This exchange counts for no round, because the interrupted run did not have it.
+        """
+        log(INFO, "[RESUME] after round %s: asking clients which batches they hold", last_round)
+        with self.recorder.uncounted(last_round):
+            self._evaluate(last_round, result)
+        for report in self.ledger.known():
+            if self.ledger.history and report.client in self.ledger.clients and not report.kept:
+                log(WARNING, "  clients   %s holds nothing of the earlier run, and begins anew", report.client)
+
+    def _round(self, server_round: int, result: Result) -> None:
+        log(INFO, "")
+        log(INFO, "[ROUND %s/%s]", server_round, self.rounds)
+        strategy = self.strategy
+        with self.recorder.round(server_round, self.ledger):
+            messages = strategy.configure_train(server_round, strategy.arrays(), self.train_config, self.grid)
+            replies = self._ask(server_round, messages, strategy.read_train_reply)
+            arrays, metrics = strategy.aggregate_train(server_round, replies)
+            if arrays is not None:
+                strategy.load_arrays(arrays)
+            if metrics is not None:
+                result.train_metrics_clientapp[server_round] = metrics
+            if server_round == self.rounds:
+                messages = strategy.configure_distill(server_round, self.grid)
+                self._collect(server_round, messages, result)
+            self.ledger.took_part(self.recorder.answered())
+        self._evaluate_on_server(server_round, result)
+
+    def _evaluate(self, server_round: int, result: Result) -> None:
+        arrays = self.strategy.arrays()
+        messages = self.strategy.configure_evaluate(server_round, arrays, self.evaluate_config, self.grid)
+        self._collect(server_round, messages, result)
+
+    def _collect(self, server_round: int, messages: Iterable[Message], result: Result) -> None:
+        """Send requests for reports and aggregate the replies."""
+        replies = self._ask(server_round, messages, self.strategy.read_evaluate_reply)
+        if (metrics := self.strategy.aggregate_evaluate(server_round, replies)) is not None:
+            result.evaluate_metrics_clientapp[server_round] = metrics
+
+    def _ask(self, server_round: int, messages: Iterable[Message], read: Read) -> list[Message]:
+        """Exchange messages; return the valid replies sorted by client name, so that sums are reproducible."""
+        outgoing = list(messages)
+        valid: dict[str, Message] = {}
+        problems: dict[str, str] = {}
+        quorum = self.recorder.config.quorum
+        with self.recorder.exchange(outgoing):
+            for reply in exchange(self.grid, outgoing, read, self.round_deadline, quorum, self.ledger.overdue):
+                sent_in = self.ledger.note(reply, server_round)
+                name = self.ledger.name(reply.node_id)
+                self.recorder.note(reply, name, sent_in)
+                if reply.answer is not None and reply.message is not None:
+                    valid[reply.answer.report.client] = reply.message
+                elif reply.kind != "late":
+                    problems[name] = reply.reason
+        self.recorder.asked({self.ledger.name(message.metadata.dst_node_id) for message in outgoing})
+        if not valid:
+            nodes = {reason: [node for node in problems if problems[node] == reason] for reason in problems.values()}
+            reasons = "; ".join(f"{', '.join(named)}: {reason}" for reason, named in nodes.items()) or "none was asked"
+            raise RunError(f"round {server_round}: none of {len(outgoing)} nodes gave a valid reply ({reasons})")
+        return [valid[client] for client in sorted(valid)]
+
+    def _evaluate_on_server(self, server_round: int, result: Result) -> None:
+        metrics = self.evaluate_fn(server_round, self.strategy.arrays()) if self.evaluate_fn else None
+        if metrics is not None:
+            result.evaluate_metrics_serverapp[server_round] = metrics

@@ -1,0 +1,112 @@
+"""The measures of one round: clients, T2I model, traffic, time and participation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from fedmmkt.common.payloads import ClientReport
+from fedmmkt.server_app.exchange import Reply
+
+
+@dataclass
+class RoundRecord:
+    """The measures of one round, which become one line of ``metrics.jsonl``.
+
+    Attributes
+    ----------
+    reports : list of ClientReport
+        The newest report of each client that gave a valid reply.
+    asked : set of str
+        Clients that got a message; a node that has never answered is named by its id.
+    rejected, missing : dict of str to str
+        The reason why there is no valid reply, by client.
+    late : set of str
+        Clients whose reply to an earlier round came too late, in this round; it is not counted.
+    gone : set of str
+        Clients that took part before and are no longer connected, or that went offline in this round.
+    """
+
+    round: int
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("generate", "clients", "aggregate", "adapt", "measure", "total"), 0.0)
+    )
+    bytes_down: int = 0
+    bytes_up: int = 0
+    reports: list[ClientReport] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
+    rejected: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
+    generator_loss: float | None = None
+    alignment: float | None = None
+    frechet: float | None = None
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the block's wall time to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+    def note(self, reply: Reply, name: str) -> None:
+        """Add the result of a message; a newer report of a client replaces the older one."""
+        self.bytes_up += reply.bytes
+        if reply.answer is not None:
+            newest = {report.client: report for report in self.reports} | {name: reply.answer.report}
+            self.reports = [newest[client] for client in sorted(newest)]
+        elif reply.kind == "rejected":
+            self.rejected[name] = reply.reason
+        elif reply.kind in ("offline", "unanswered"):
+            self.missing[name] = reply.reason
+            if reply.kind == "offline":
+                self.gone.add(name)
+        elif reply.bytes:  # Late error replies have no content and do not count.
+            self.late.add(name)
+
+    def accuracy(self, modality: str | None = None) -> float | None:
+        """Return the mean accuracy of all clients, or of one modality; None if there are none."""
+        values = [report.accuracy for report in self.reports if modality in (None, report.modality)]
+        return float(np.mean(values)) if values else None
+
+    def participation(self) -> str:
+        """Return a line with the numbers of asked and answered clients, and the names of the others."""
+        others = {"rejected": self.rejected, "missing": self.missing, "late": self.late, "gone": self.gone}
+        named = [f"{kind}: {', '.join(sorted(names))}" for kind, names in others.items() if names]
+        return "; ".join([f"{len(self.asked)} asked, {len(self.reports)} answered", *named])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line of ``metrics.jsonl``."""
+        per_client = {
+            report.client: report.model_dump(include={"accuracy", "loss", "modality", "model", "examples"})
+            for report in self.reports
+        }
+        modalities = sorted({report.modality for report in self.reports})
+        return {
+            "round": self.round,
+            "clients": {
+                "accuracy": self.accuracy(),
+                "by_modality": {modality: self.accuracy(modality) for modality in modalities},
+                "per_client": per_client,
+            },
+            "generator": {"alignment": self.alignment, "frechet": self.frechet, "loss": self.generator_loss},
+            "bytes": {"down": self.bytes_down, "up": self.bytes_up},
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            "replies": {
+                "received": len(self.reports),
+                "rejected": len(self.rejected),
+                "missing": len(self.missing),
+                "asked": sorted(self.asked),
+                "answered": [report.client for report in self.reports],
+                "late": sorted(self.late),
+                "gone": sorted(self.gone),
+                "reasons": self.rejected | self.missing,
+            },
+        }

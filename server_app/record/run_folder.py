@@ -1,0 +1,319 @@
+"""The folder of one run: its configuration, metrics and a picture per round, and the paths of all other files."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from logging import getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmmkt.common.config import ConfigError
+from fedmmkt.common.files import write_atomically, write_text
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = getLogger("flwr")
+
+
+class RunFolder:
+    """The folder of one run; files are written atomically, so a crash costs at most the current round.
+
+    Use `create` for a new run, and `resume` to continue a run. The constructor opens a folder and changes nothing.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+    tensorboard : bool
+        Whether metrics are also written as TensorBoard events.
+    """
+
+    def __init__(self, path: Path, tensorboard: bool = False) -> None:
+        self.path = path
+        self.tensorboard = tensorboard
+        self._events: SummaryWriter | None = None
+        self._purged_from: int | None = None
+
+    @classmethod
+    def create(cls, path: Path, tensorboard: bool) -> RunFolder:
+        """Make the folder of a new run; a folder with an earlier run is renamed, never overwritten.
+
+        Parameters
+        ----------
+        path : Path
+            An absolute path.
+        tensorboard : bool
+            Whether metrics are also written as TensorBoard events.
+
+        Raises
+        ------
+        ConfigError
+            If ``path`` is not absolute, cannot be created or written, or is in use by another run.
+        """
+        if not path.is_absolute():
+            raise _unusable(path, "is not absolute")
+        try:
+            path = path.resolve()  # renaming a link would put the new run on another disk
+            path.mkdir(parents=True, exist_ok=True)
+            _write_test_file(path)
+            if (path / "metrics.jsonl").exists():
+                with cls(path).in_use():
+                    _move_aside(path)
+                path.mkdir()
+        except OSError as error:
+            raise _unusable(path, f"cannot be used ({error.strerror})") from error
+        return cls(path, tensorboard)
+
+    @classmethod
+    def resume(cls, path: Path, tensorboard: bool, earlier: RunFolder, lines: Sequence[Mapping[str, Any]]) -> RunFolder:
+        """Make the folder of a run that continues an earlier run, in the same folder or in a new one.
+
+        In the same folder, results of later rounds are removed, because these rounds are repeated. With a new folder,
+        the earlier folder is only read.
+
+        Parameters
+        ----------
+        path, tensorboard
+            As in `create`.
+        earlier : RunFolder
+            The folder of the earlier run.
+        lines : sequence of mapping
+            Its metrics, up to the round after which the run continues.
+
+        Raises
+        ------
+        ConfigError
+            As in `create`.
+        """
+        last = lines[-1]["round"]
+        if path.resolve() != earlier.path.resolve():
+            folder = cls.create(path, tensorboard)
+            for number, picture in earlier.pictures().items():
+                if number <= last:
+                    folder.images.mkdir(exist_ok=True)
+                    shutil.copy2(picture, folder.images)
+            for line in lines:
+                folder.append_metrics(line)
+            return folder
+        folder = cls(path.resolve(), tensorboard)
+        folder._purged_from = last + 1
+        with folder.in_use():
+            try:
+                write_text(folder.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+            except OSError as error:
+                raise _unusable(path, f"cannot be used ({error.strerror})") from error
+            for number, picture in folder.pictures().items():
+                if number > last:
+                    picture.unlink()
+        return folder
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Lock the folder for this run inside the block; the system releases the lock if the process dies.
+
+        Raises
+        ------
+        ConfigError
+            If another run is writing to the folder.
+        """
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise _unusable(self.path, "is being written by a run that is going on") from None
+        except OSError as error:  # Some network file systems cannot lock folders.
+            logger.warning("%s cannot be locked against other runs (%s)", self.path, error.strerror)
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    @property
+    def config(self) -> Path:
+        """File of the run's configuration (JSON)."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """File of the metrics: one JSON object per line, one line per round."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def images(self) -> Path:
+        """Folder of the pictures, one per round."""
+        return self.path / "images"
+
+    @property
+    def lora(self) -> Path:
+        """Folder of the adapter, in the format that diffusers loads."""
+        return self.path / "lora"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, to resume the run."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """File of the run's report, one HTML page."""
+        return self.path / "report.html"
+
+    def pictures(self) -> dict[int, Path]:
+        """Return the existing pictures by round, in order of the rounds."""
+        named = ((re.fullmatch(r"round-(\d+)\.png", path.name), path) for path in self.images.glob("*.png"))
+        found = {int(match[1]): path for match, path in named if match}
+        return {number: found[number] for number in sorted(found)}
+
+    def read_config(self) -> dict[str, Any]:
+        """Read ``config.json``; ``OSError`` if it is missing."""
+        described: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+        return described
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write ``config.json``.
+
+        Raises
+        ------
+        OSError
+            If it could not be written. The old content is then kept.
+        """
+        write_text(self.config, json.dumps(_strict(config), indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Append a round to ``metrics.jsonl``, and to the TensorBoard events if they are enabled.
+
+        The file is small, so it is rewritten as a whole: a crash cannot leave half a line.
+
+        Parameters
+        ----------
+        line : mapping
+            JSON-serialisable, with the key ``round``. Numbers that are not finite are written as null, because JSON has
+            no such numbers.
+
+        Raises
+        ------
+        OSError
+            If it could not be written. The earlier lines are then kept.
+        """
+        strict = _strict(line)
+        earlier = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
+        write_text(self.metrics, earlier + json.dumps(strict, allow_nan=False) + "\n")
+        if self.tensorboard:
+            self._write_events(strict)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Read the lines of ``metrics.jsonl``, oldest first; the list is empty if there is no such file."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def write_images(self, round: int, images: Sequence[Image.Image], columns: int) -> Path:
+        """Write the pictures of a round as one grid, ``images/round-NNN.png``.
+
+        Parameters
+        ----------
+        round : int
+            Number of the round; 0 is before any learning.
+        images : sequence of PIL.Image.Image
+            At least one, all of one size. They are placed row by row.
+        columns : int
+            Pictures per row.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        OSError
+            If it could not be written. The old content is then kept.
+        """
+        grid = _grid(images, columns)
+        path = self.images / f"round-{round:03d}.png"
+        write_atomically(path, lambda temporary: grid.save(temporary, format="PNG"))
+        return path
+
+    def close(self) -> None:
+        """Close the TensorBoard events; a later `append_metrics` opens new ones."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def _write_events(self, line: Mapping[str, Any]) -> None:
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, and is not always needed
+
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purged_from)
+        for tag, value in _numbers(line):
+            if tag != "round":
+                self._events.add_scalar(tag, value, line["round"])
+        self._events.flush()
+
+
+def _unusable(path: Path, problem: str) -> ConfigError:
+    return ConfigError(
+        f"run-config key 'output-dir': the run folder '{path}' {problem}; allowed: an absolute path of a folder "
+        "that can be made and written, or empty for ~/.fedmmkt/runs/<run id>"
+    )
+
+
+def _write_test_file(folder: Path) -> None:
+    """Raise OSError if a file cannot be written; permissions alone do not show a full or read-only disk."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _move_aside(path: Path) -> None:
+    """Rename the folder of an earlier run; the new name ends with the time of its last metrics."""
+    ended = datetime.fromtimestamp((path / "metrics.jsonl").stat().st_mtime)
+    name = f"{path.name}-{ended:%Y%m%d-%H%M%S}"
+    target, number = path.with_name(name), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{name}-{number}")
+    path.rename(target)
+    logger.info("%s held an earlier run, which is now in %s", path, target)
+
+
+def _strict(value: Any) -> Any:
+    """Copy nested data; numbers that strict JSON cannot represent become None."""
+    if isinstance(value, Mapping):
+        return {key: _strict(content) for key, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(content) for content in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers in nested mappings, each with its keys joined by slashes."""
+    if isinstance(value, Mapping):
+        for key, content in value.items():
+            yield from _numbers(content, f"{tag}/{key}" if tag else str(key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield tag, value
+
+
+def _grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Place pictures row by row on white, with a narrow gap between neighbours."""
+    from diffusers.utils import make_image_grid  # takes seconds to import, and only writing needs it
+
+    gap, columns = max(1, images[0].width // 16), min(columns, len(images))
+    framed = [ImageOps.expand(image, (0, 0, gap, gap), "white") for image in images]
+    framed += [Image.new("RGB", framed[0].size, "white")] * (-len(framed) % columns)
+    grid = make_image_grid(framed, len(framed) // columns, columns)
+    return grid.crop((0, 0, grid.width - gap, grid.height - gap))

@@ -1,0 +1,291 @@
+"""The recorder of a run: it measures each round, writes the results, and shows them on the console.
+
+It does not depend on the strategy. It reads the ledger when it writes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from logging import INFO, WARNING
+
+import numpy as np
+from fedmmkt.common.config import RunConfig
+from fedmmkt.common.images import resize_images
+from fedmmkt.common.payloads import record_bytes
+from fedmmkt.server_app.exchange import Reply
+from fedmmkt.server_app.ledger import Ledger
+from fedmmkt.server_app.prompts import PromptSource
+from fedmmkt.server_app.record.checkpoint import ServerState, write_checkpoint
+from fedmmkt.server_app.record.judge import Judge
+from fedmmkt.server_app.record.round_record import RoundRecord
+from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.report.page import write_report
+from fedmmkt.server_app.t2i.generator import Generator
+from fedmmkt.server_app.t2i.samples import sample_seeds
+from flwr.app import Message
+from flwr.supercore import log
+from PIL import Image
+
+GRID_ROWS, GRID_COLUMNS = 10, 6
+PROGRESS_SECONDS = 5.0
+
+
+class Recorder:
+    """Measures a run, writes the results and shows them.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+    classes : tuple of str
+        The class space.
+    run_folder : RunFolder
+        Folder of all results.
+    generator : Generator
+        The T2I model to measure.
+    prompts : PromptSource
+        Source of the prompts for the evaluation images.
+    judge : Judge, optional
+        Measures the evaluation images.
+
+    Attributes
+    ----------
+    last_round : int or None
+        The last recorded round; None before round 0.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        classes: tuple[str, ...],
+        run_folder: RunFolder,
+        generator: Generator,
+        prompts: PromptSource,
+        judge: Judge | None = None,
+    ) -> None:
+        self.config = config
+        self.classes = classes
+        self.run_folder = run_folder
+        self.generator = generator
+        self.prompts = prompts
+        self.judge = judge
+        self.last_round: int | None = None
+        self._record = RoundRecord(0)
+        self._measured: tuple[float | None, float | None] = (None, None)
+        self._pictures: list[Image.Image] = []
+        self._expected, self._answered, self._began = 0, 0, 0.0
+
+    def restore(self, state: ServerState) -> None:
+        """Continue after the round of a checkpoint."""
+        self.last_round = state.round
+        self._measured, self._pictures = state.measured, state.pictures
+        self.generator.adapter.save(self.run_folder.lora)
+
+    @contextmanager
+    def run(self, config: RunConfig) -> Iterator[None]:
+        """Lock the run folder for a run with this configuration inside the block.
+
+        Raises
+        ------
+        ConfigError
+            If another run is writing to the folder.
+        """
+        self.config = config
+        described = {"config": config.model_dump(mode="json", by_alias=True)}
+        with self.run_folder.in_use():
+            try:
+                self.run_folder.write_config(self.run_folder.read_config() | described)
+                yield
+            finally:
+                self.run_folder.close()
+
+    @contextmanager
+    def round(self, server_round: int, ledger: Ledger) -> Iterator[None]:
+        """Record the block as a round; after it, measure the T2I and write adapter, metrics, report and checkpoint."""
+        record = self._record = RoundRecord(server_round)
+        with record.timed("total"):
+            yield
+            self._measure()
+            self.generator.adapter.save(self.run_folder.lora)
+        record.gone |= ledger.clients - record.asked
+        self.run_folder.append_metrics(record.to_json())
+        self.report()
+        self.last_round = server_round
+        # Written last, so that everything else exists for a round with a checkpoint.
+        write_checkpoint(self.run_folder.checkpoints, self._state(server_round, ledger), self.config.checkpoints_kept)
+        self._log_round()
+
+    @contextmanager
+    def uncounted(self, server_round: int) -> Iterator[None]:
+        """Run the block without recording it."""
+        self._record = RoundRecord(server_round)
+        yield
+
+    # ------------------------------------------------------------------ what happens in a round
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the block's wall time to a stage of the round."""
+        with self._record.timed(stage):
+            yield
+
+    @contextmanager
+    def exchange(self, messages: Sequence[Message]) -> Iterator[None]:
+        """Record the block as an exchange of these messages; call `note` for each reply inside the block."""
+        record = self._record
+        record.bytes_down += sum(record_bytes(message.content) for message in messages)
+        self._expected, self._answered, self._began = len(messages), 0, time.perf_counter()
+        missing = set(record.missing)
+        with record.timed("clients"):
+            yield
+        if closed_without := [name for name in record.missing if name not in missing]:
+            log(WARNING, "  clients   the round closed without %s", ", ".join(closed_without))
+
+    def note(self, reply: Reply, name: str, sent_in: int) -> None:
+        """Record and show the result of a message; ``name`` is the node's name, ``sent_in`` the message's round."""
+        self._record.note(reply, name)
+        if reply.answer is not None:
+            self._answered += 1
+            seconds, accuracy = time.perf_counter() - self._began, reply.answer.report.accuracy
+            count = f"{self._answered}/{self._expected}"
+            log(INFO, "  clients   %s  %-12s accuracy %.3f  (%.1f s)", count, name, accuracy, seconds)
+        elif reply.kind == "rejected":
+            log(WARNING, "  clients   %s is left out of this round: %s", name, reply.reason)
+        elif reply.kind == "late" and reply.bytes:
+            log(WARNING, "  clients   %s answered round %s too late; the reply is not counted", name, sent_in)
+
+    def asked(self, clients: set[str]) -> None:
+        """Record which clients were asked."""
+        self._record.asked |= clients
+
+    def answered(self) -> list[str]:
+        """Return the clients that gave a valid reply in this round."""
+        return [report.client for report in self._record.reports]
+
+    def generated(self, count: int, guidance: float, seconds: float) -> None:
+        """Show that a batch was generated."""
+        log(INFO, "  generate  %s images, guidance %g  (%.1f s)", count, guidance, seconds)
+
+    def adapted(self, loss: float | None) -> None:
+        """Record the mean loss of the T2I's update; None if there was none."""
+        self._record.generator_loss = loss
+        if loss is not None:
+            log(INFO, "  adapt     loss %.4f  (%.1f s)", loss, self._record.seconds["adapt"])
+
+    @staticmethod
+    def progress(total: int) -> Callable[[int], None]:
+        """Return a function that shows the progress of a generation, at most every `PROGRESS_SECONDS`."""
+        last = time.monotonic()
+
+        def progress(done: int) -> None:
+            nonlocal last
+            if done < total and time.monotonic() - last > PROGRESS_SECONDS:
+                last = time.monotonic()
+                log(INFO, "  generate  %s/%s images", done, total)
+
+        return progress
+
+    # ------------------------------------------------------------------ measures
+
+    def _measure(self) -> None:
+        """Measure the T2I on the same prompts, seeds and guidance in each round, and write its image grid.
+
+        If the T2I has not learned in this round, it would generate the same images. The last measures are then reused.
+        """
+        record = self._record
+        if record.round > 0 and record.generator_loss is None:
+            record.alignment, record.frechet = self._measured
+            self.run_folder.write_images(record.round, self._pictures, GRID_COLUMNS)
+            return
+        with record.timed("measure"):
+            count = self.config.t2i.evaluation_samples if self.judge else len(self.classes) * GRID_COLUMNS
+            drawn = self.prompts(count, np.random.default_rng(self.config.seed))
+            prompts = sorted(drawn, key=lambda prompt: prompt.class_index)
+            texts, seeds = [prompt.text for prompt in prompts], sample_seeds(self.config.seed, 0, count)
+            made = self.generator.generate(texts, seeds, self.config.t2i.evaluation_guidance)
+            if self.judge:
+                images_NHWC = resize_images(made.images_NHWC, self.config.data.image_size)
+                measures = self.judge.measure(images_NHWC, np.array([prompt.class_index for prompt in prompts]))
+                record.alignment, record.frechet = measures.alignment, measures.frechet
+            shown = _pictured([prompt.class_index for prompt in prompts])
+            self._pictures = [Image.fromarray(made.images_NHWC[index]) for index in shown]
+            self._measured = record.alignment, record.frechet
+            self.run_folder.write_images(record.round, self._pictures, GRID_COLUMNS)
+
+    def _state(self, server_round: int, ledger: Ledger) -> ServerState:
+        """Collect the state that a later run needs to continue from here."""
+        return ServerState(
+            round=server_round,
+            run_key=ledger.run_key,
+            ancestors=ledger.ancestors,
+            config=self.config.model_dump(mode="json", by_alias=True),
+            classes=self.classes,
+            clients=tuple(sorted(ledger.clients)),
+            adapter=self.generator.adapter.state(),
+            pool=ledger.pool,
+            history=ledger.history,
+            measured=self._measured,
+            pictures=self._pictures,
+            metrics=self.run_folder.read_metrics(),
+        )
+
+    def report(self) -> None:
+        """Write the report of all recorded rounds."""
+        write_report(self.run_folder.path)
+
+    # ------------------------------------------------------------------ console
+
+    def _log_round(self) -> None:
+        record = self._record
+        if record.round == 0:
+            log(INFO, "")
+        log(
+            INFO,
+            "round %s/%s | clients %s | image %s text %s both %s | alignment %s | Frechet %s | "
+            "%.2f MB down %.2f MB up | %.0f s",
+            record.round,
+            self.config.rounds,
+            _figure(record.accuracy()),
+            _figure(record.accuracy("image")),
+            _figure(record.accuracy("text")),
+            _figure(record.accuracy("image+text")),
+            _figure(record.alignment),
+            _figure(record.frechet, 1),
+            record.bytes_down / 1e6,
+            record.bytes_up / 1e6,
+            record.seconds["total"],
+        )
+        log(INFO, "  clients   %s", record.participation())
+
+    def end(self) -> None:
+        """Show the measures of clients and T2I before and after the run."""
+        lines = self.run_folder.read_metrics()
+        first, last = lines[0], lines[-1]
+        log(INFO, "")
+        log(INFO, "%-28s %8s %8s", "", "before", "after")
+        rows = [("clients' mean accuracy", "clients", "accuracy", 3), ("T2I alignment", "generator", "alignment", 3)]
+        rows.append(("T2I Frechet distance", "generator", "frechet", 1))
+        for name, section, key, digits in rows:
+            log(INFO, "%-28s %8s %8s", name, _figure(first[section][key], digits), _figure(last[section][key], digits))
+        for client, values in last["clients"]["per_client"].items():
+            before = first["clients"]["per_client"].get(client, {}).get("accuracy")
+            name = f"  {client} ({values['modality']})"
+            log(INFO, "%-28s %8s %8s", name, _figure(before), _figure(values["accuracy"]))
+        log(INFO, "")
+        log(INFO, "Report: %s", self.run_folder.report)
+
+
+def _pictured(class_indices: list[int]) -> list[int]:
+    """Choose the samples of the image grid: one row per class, as far as there are enough samples."""
+    rows: dict[int, list[int]] = {}
+    for index, class_index in enumerate(class_indices):
+        rows.setdefault(class_index, []).append(index)
+    if len(rows) == 1:
+        return list(range(min(len(class_indices), GRID_ROWS * GRID_COLUMNS)))
+    return [index for row in list(rows.values())[:GRID_ROWS] for index in row[:GRID_COLUMNS]]
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,155 @@
+"""The LoRA adapter of the T2I's denoiser: creation, merging on all devices, saving and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from fedmmkt.common.config import ConfigError, T2IConfig
+from fedmmkt.common.files import replaced_folder
+from fedmmkt.server_app.t2i.families import LORA_GROUPS, Family
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from torch import Tensor
+
+
+class Adapter:
+    """One LoRA adapter on the denoiser of a family.
+
+    It is trained in full precision. For generation, it is merged into the weights, so it does not slow generation down.
+
+    Parameters
+    ----------
+    family : Family
+        The family whose denoiser gets the adapter.
+    copies : sequence of Family
+        Copies of the family on other devices, which also generate. Their denoisers get the merged weights.
+    config : T2IConfig
+        Names the adapter's rank, alpha and layers.
+    seed : int
+        Seed of the adapter's initial weights.
+
+    Raises
+    ------
+    ConfigError
+        If ``t2i.lora-targets`` selects no layers of the model.
+    """
+
+    def __init__(self, family: Family, copies: Sequence[Family], config: T2IConfig, seed: int) -> None:
+        self.family, self.copies, self.config = family, copies, config
+        torch.manual_seed(seed)
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            init_lora_weights="gaussian",
+            target_modules=_named_layers(family, config.lora_targets),
+        )
+        family.add_adapter(lora)
+        cast_training_params(family.denoiser)  # To full precision: half precision loses small updates.
+        self.parameters = [parameter for parameter in family.denoiser.parameters() if parameter.requires_grad]
+        self._base: list[Tensor] = []  # The original weights in main memory, while merged.
+
+    def merge(self) -> None:
+        """Add the adapter to the weights on all devices, until `unmerge`; generation is then as fast as without it."""
+        if self._base:
+            return
+        layers = self._layers()
+        self._base = [layer.get_base_layer().weight.detach().to("cpu", copy=True) for layer in layers.values()]
+        for name, layer in layers.items():
+            layer.merge()
+            for copy in self.copies:
+                copy.denoiser.get_submodule(name).weight.data.copy_(layer.get_base_layer().weight)
+
+    def unmerge(self) -> None:
+        """Restore the original weights exactly, for training."""
+        for layer, weight in zip(self._layers().values(), self._base, strict=False):
+            # Not layer.unmerge(): it recomputes each layer's update to subtract it, which is slow and inexact.
+            layer.merged_adapters.clear()
+            layer.get_base_layer().weight.data.copy_(weight)
+        self._base = []
+
+    def _layers(self) -> dict[str, Any]:
+        """Return the layers that have the adapter, by name."""
+        return {name: m for name, m in self.family.denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the adapter's tensors by name, on the CPU."""
+        tensors = get_peft_model_state_dict(self.family.denoiser)
+        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+    def load_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Load tensors from `state`; the error text calls them ``source``.
+
+        Raises
+        ------
+        ConfigError
+            If names or shapes differ from those of this adapter.
+        """
+        present = self.state()
+        if {name: tensor.shape for name, tensor in state.items()} != {n: t.shape for n, t in present.items()}:
+            raise ConfigError(
+                f"{source} is an adapter of another model, or of other LoRA targets or rank, than "
+                f"t2i.model {self.config.model!r} with t2i.lora-targets {','.join(self.config.lora_targets)!r} and "
+                f"t2i.lora-rank {self.config.lora_rank}; allowed: one that was made with these"
+            )
+        self.unmerge()
+        set_peft_model_state_dict(self.family.denoiser, dict(state))
+
+    def save(self, folder: Path) -> None:
+        """Save the adapter in the format of its family; the folder is replaced atomically.
+
+        Raises
+        ------
+        OSError
+            If the disk is full. The folder is then unchanged.
+        """
+        with replaced_folder(folder) as temporary:
+            self.family.save_adapter(temporary, self.state())
+
+    def load(self, folder: Path) -> None:
+        """Load an adapter from `save`; it replaces the current one.
+
+        Raises
+        ------
+        ConfigError
+            If it cannot be read, or does not fit this model and LoRA configuration.
+        """
+        try:
+            state = self.family.load_adapter(folder)
+        except (OSError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"run-config key 't2i.adapter' is {str(folder)!r}, which holds no adapter that can be read ({reason}); "
+                "allowed: the folder `lora` of a run, or empty"
+            ) from None
+        self.load_state(state, str(folder))
+
+
+def _named_layers(family: Family, targets: Sequence[str]) -> list[str]:
+    """Return the names of the layers that the targets select.
+
+    Each target is a group of the family, or the end of a layer name. A group without layers is ignored if another
+    target selects layers. For example, transformers have no convolutions.
+    """
+    modules = family.denoiser.named_modules()
+    layers = [name for name, layer in modules if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+    chosen: list[str] = []
+    for target in targets:
+        endings = family.lora_groups.get(target, () if target in LORA_GROUPS else (target,))
+        found = [name for name in layers if any(name == end or name.endswith("." + end) for end in endings)]
+        if not found and target not in LORA_GROUPS:
+            raise ConfigError(
+                f"run-config key 't2i.lora-targets' has {target!r}, which names no layer of the model; "
+                f"allowed: {', '.join(LORA_GROUPS)}, or the end of a layer's name such as {layers[-1]!r}"
+            )
+        chosen += found
+    if not chosen:
+        raise ConfigError(
+            f"run-config key 't2i.lora-targets' is {', '.join(targets)!r}, of which the model has no layers; "
+            f"allowed: {', '.join(family.lora_groups)}, or the end of a layer's name such as {layers[-1]!r}"
+        )
+    return sorted(set(chosen))

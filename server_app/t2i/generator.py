@@ -1,0 +1,356 @@
+"""The server's text-to-image model: a diffusers pipeline that generates images and is fine-tuned with LoRA."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from fedmmkt.common.config import ConfigError, T2IConfig
+from fedmmkt.common.devices import pick_devices
+from fedmmkt.common.installed import installed
+from fedmmkt.server_app.rules.updates import Supervised, UpdateRule, rewards
+from fedmmkt.server_app.t2i.adapter import Adapter
+from fedmmkt.server_app.t2i.conditioning import PromptEncoder
+from fedmmkt.server_app.t2i.families import Conditioning, Family, family_of
+from fedmmkt.server_app.t2i.samples import NO_CLASS, Samples
+from torch import Tensor
+
+logger = logging.getLogger("flwr")
+
+# Default batch sizes, as latent positions (samples x height x width), and the largest number of samples.
+GENERATED_AT_ONCE, MOST_GENERATED = 25_600, 100
+LEARNED_AT_ONCE = 8192
+LARGE_IMAGE = 512  # Side in pixels from which the autoencoder decodes images one by one.
+WEIGHTS_PART = 0.6  # Largest fraction of a GPU's free memory for weights; activations and updates need the rest.
+
+
+class Generator:
+    """A diffusers text-to-image pipeline of a registered family, with one LoRA adapter.
+
+    It encodes prompts and trains the adapter on its first device. It generates images on all its devices.
+
+    Parameters
+    ----------
+    config : T2IConfig
+        Names the model, its adapter and the settings of generation.
+    seed : int
+        Seed of the adapter's initial weights.
+    family : type, optional
+        The `Family` of this model; by default the registered family of its pipeline.
+
+    Raises
+    ------
+    ConfigError
+        If the model cannot be loaded, is not a text-to-image pipeline, or has none of the LoRA targets; or if
+        ``t2i.adapter`` does not fit the model.
+    """
+
+    def __init__(self, config: T2IConfig, seed: int, family: type[Family] | None = None) -> None:
+        self.config = config
+        self.device, *others = pick_devices(config.device)
+        self.pipeline = load_pipeline(config.model, _precision(config, self.device))
+        self.family = (family or family_of(self.pipeline, config.model))(self.pipeline, self.device)
+        self.denoiser = self.family.denoiser
+        for part in self.pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        if self.pipeline.vae.dtype == torch.float16:
+            self.pipeline.vae.float()  # Some autoencoders overflow in float16.
+        self.families = [self.family, *self._to_devices(others)]
+        self.adapter = Adapter(self.family, self.families[1:], config, seed)
+        self.encoder = PromptEncoder(self.family)
+        if config.adapter:
+            self.adapter.load(Path(config.adapter).expanduser())
+
+    def _to_devices(self, others: Sequence[torch.device]) -> list[Family]:
+        """Move the pipeline to its device, with the configured memory savings; return copies on other devices."""
+        config = self.config
+        offloads = config.offload == "model" or (config.offload == "auto" and self._would_fill(self.device))
+        used = [] if offloads else [d for d in others if config.offload == "none" or not self._would_fill(d)]
+        copies = [self.family.copy_to(device) for device in used]  # Before the original leaves main memory.
+        if offloads:
+            self.pipeline.enable_model_cpu_offload(device=self.device)
+        else:
+            self.pipeline.to(self.device)
+        if len(used) < len(others):
+            logger.warning("The T2I generates on %d of %d devices: its weights would fill a device, or are offloaded.",
+                           1 + len(used), 1 + len(others))  # fmt: skip
+        for family in (self.family, *copies):
+            for pipeline in filter(None, (family.pipeline, family.image_to_image)):
+                pipeline.set_progress_bar_config(disable=True)
+            if config.attention_slicing:
+                family.pipeline.enable_attention_slicing()
+            if self.image_size >= LARGE_IMAGE:
+                family.pipeline.vae.enable_slicing()
+            if config.vae_tiling:
+                family.pipeline.vae.enable_tiling()
+        if config.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        return copies
+
+    def _would_fill(self, device: torch.device) -> bool:
+        if device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(device)
+        return would_fill(self.pipeline, free)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the generated images, in pixels."""
+        return self.family.image_size
+
+    @property
+    def can_vary(self) -> bool:
+        """Whether `vary` can be called; some families do not support it."""
+        return self.family.image_to_image is not None
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        guidance: float,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> Samples:
+        """Generate one image per prompt.
+
+        Parameters
+        ----------
+        prompts, seeds : sequence
+            One of each per sample. A sample depends only on its own prompt and seed.
+        guidance : float
+            Classifier-free guidance scale. At 1 and below there is no guidance, and generation costs half as much.
+        progress : callable
+            Called with the number of finished images.
+        """
+        return self._denoise(lambda family, part: family.pipeline, prompts, seeds, guidance, progress)
+
+    def vary(
+        self, parents_NCHW: Tensor, prompts: Sequence[str], seeds: Sequence[int], guidance: float, strength: float
+    ) -> Samples:
+        """Generate variations of samples: add some noise and denoise again (SDEdit, arXiv 2108.01073).
+
+        Only if `can_vary` is true.
+
+        Parameters
+        ----------
+        parents_NCHW : torch.Tensor
+            Latents of the samples to vary.
+        prompts, seeds, guidance
+            As in `generate`.
+        strength : float
+            How much noise is added, in (0, 1]. At 1, little of the original samples is left.
+        """
+        return self._denoise(
+            lambda family, part: partial(
+                family.image_to_image, image=parents_NCHW[part].to(family.device), strength=strength
+            ),
+            prompts,
+            seeds,
+            guidance,
+            lambda done: None,
+        )
+
+    def _denoise(
+        self,
+        sampler: Callable[[Family, slice], Callable[..., Any]],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        guidance: float,
+        progress: Callable[[int], object],
+    ) -> Samples:
+        size = self.config.generation_batch_size or min(MOST_GENERATED, self._at_once(GENERATED_AT_ONCE))
+        size = min(size, math.ceil(len(prompts) / len(self.families)))
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        conditioning = self.encoder.conditioning(prompts)
+        self.adapter.merge()
+
+        @torch.no_grad()
+        def make(family: Family, part: slice) -> Samples:
+            encoded, empty = conditioning(torch.arange(len(prompts))[part])
+            negative = {f"negative_{name}": tensor for name, tensor in empty.items()} if guidance > 1 else {}
+            latents_NCHW = sampler(family, part)(
+                **{name: tensor.to(family.device) for name, tensor in (encoded | negative).items()},
+                **family.call,
+                guidance_scale=guidance,
+                num_inference_steps=self.config.inference_steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                output_type="latent",
+            ).images
+            part_prompts = tuple(prompts[part])
+            no_class_N = torch.full((len(part_prompts),), NO_CLASS)
+            return Samples(part_prompts, no_class_N, as_images(family.decode(latents_NCHW)), latents_NCHW.float().cpu())
+
+        finished: list[Samples] = []
+        for samples in _on_all_devices(make, self.families, parts):
+            finished.append(samples)
+            progress(sum(map(len, finished)))
+        return Samples.join(finished)
+
+    def adapt(self, samples: Samples, scores_N: Tensor, steps: int, seed: int, rule: UpdateRule | None = None) -> float:
+        """Fine-tune the adapter on scored samples.
+
+        Parameters
+        ----------
+        samples : Samples
+            The samples; their images are not used.
+        scores_N : torch.Tensor
+            Not negative. The rule defines what a score means. If all scores are zero, nothing is learned.
+        steps : int
+            Optimiser steps.
+        seed : int
+            Seed of the sample order, the noise and the caption dropout.
+        rule : UpdateRule, optional
+            The loss; `Supervised` by default.
+
+        Returns
+        -------
+        float
+            Mean loss over the steps.
+        """
+        self.adapter.unmerge()
+        if not steps or not bool(scores_N.any()):
+            return 0.0
+        config, rule = self.config, rule or Supervised()
+        self.denoiser.to(self.device)  # An offloaded denoiser is in main memory.
+        parameters = self.adapter.parameters
+        optimizer = torch.optim.AdamW(parameters, lr=config.adaptation_learning_rate, weight_decay=1e-4)
+        # Without this decay, the noise of the last steps would stay in the final adapter.
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        generator = torch.Generator().manual_seed(seed)
+        chances_N = scores_N.double() if rule.draws_by_score else torch.ones(len(samples)).double()
+        rewards_N = rewards(scores_N)
+        conditioning = self.encoder.conditioning(samples.prompts)
+        before = [parameter.detach().clone() for parameter in parameters] if rule.needs_reference else []
+        at_once = config.adaptation_micro_batch_size or self._at_once(LEARNED_AT_ONCE)
+        total = 0.0
+        self.denoiser.train()
+        for _ in range(steps):
+            index = torch.multinomial(chances_N, config.adaptation_batch_size, True, generator=generator)
+            clean = samples.latents_NCHW[index].to(self.device)
+            noisy, times_B, target = self.family.noised(clean, generator)
+            dropped_B11 = (torch.rand(len(index), 1, 1, generator=generator) < config.caption_dropout).to(self.device)
+            noisy = noisy.to(self.denoiser.dtype)
+            optimizer.zero_grad()
+            for part in torch.arange(len(index)).split(at_once):
+                encoded, empty = conditioning(index[part])
+                encoded = {name: _where(dropped_B11[part], empty[name], tensor) for name, tensor in encoded.items()}
+                reference = (
+                    self._predict_as(before, parameters, noisy[part], times_B[part], encoded) if before else None
+                )
+                predicted = self.family.predict(noisy[part], times_B[part], encoded)
+                loss_B = rule.loss(predicted, target[part], reference, rewards_N[index[part]].to(self.device))
+                loss = loss_B.sum() / len(index)
+                loss.backward()
+                total += float(loss.detach())
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+        self.denoiser.eval()
+        return total / steps
+
+    def _at_once(self, positions: int) -> int:
+        """Return how many samples have this many latent positions in total, at least 1."""
+        return max(1, positions // self.denoiser.config.sample_size**2)
+
+    @torch.no_grad()
+    def _predict_as(
+        self,
+        before: list[Tensor],
+        parameters: list[torch.nn.Parameter],
+        noisy: Tensor,
+        times_B: Tensor,
+        encoded: Conditioning,
+    ) -> Tensor:
+        """Predict with the adapter as it was before the update; tensors are swapped, not copied."""
+        current = [parameter.data for parameter in parameters]
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.data = old
+        predicted = self.family.predict(noisy, times_B, encoded)
+        for parameter, new in zip(parameters, current, strict=True):
+            parameter.data = new
+        return predicted
+
+
+def _on_all_devices(
+    make: Callable[[Family, slice], Samples], families: Sequence[Family], parts: Sequence[slice]
+) -> Iterator[Samples]:
+    """Make the parts on the families' devices in turn and yield them in order; each device makes one at a time."""
+    if len(families) == 1:
+        yield from (make(families[0], part) for part in parts)
+        return
+    threads = [ThreadPoolExecutor(1) for _ in families]
+    try:
+        futures = [
+            threads[index % len(families)].submit(make, families[index % len(families)], part)
+            for index, part in enumerate(parts)
+        ]
+        for future in futures:
+            yield future.result()
+    finally:
+        for thread in threads:
+            thread.shutdown(cancel_futures=True)
+
+
+def as_images(pixels_NCHW: Tensor) -> np.ndarray:
+    """Convert decoded pixels in [-1, 1] (N, C, H, W) to uint8 images (N, H, W, C)."""
+    images_NCHW = (pixels_NCHW.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return images_NCHW.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a pipeline from a folder or the hub.
+
+    Raises
+    ------
+    ConfigError
+        If the pipeline cannot be loaded.
+    """
+    key = "run-config key 't2i.model'"
+    path = installed("starter/model") if model == "starter" else Path(model).expanduser()
+    is_local = path.exists() or model.startswith(("/", "~", "."))
+    if is_local and not (path / "model_index.json").is_file():
+        raise ConfigError(
+            f"{key} is {model!r}, and {path} holds no model_index.json; "
+            "allowed: 'starter', a diffusers pipeline folder, or a hub id"
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(path if is_local else model, dtype=dtype)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        remedy = "; a folder that diffusers saved is whole if it loads with DiffusionPipeline.from_pretrained"
+        if not is_local:
+            remedy = (
+                f" (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}); allowed: 'starter', a folder, or "
+                "a hub id that this machine can reach (a gated one needs `hf auth login`) or has in its cache"
+            )
+        raise ConfigError(f"{key} is {model!r}, which diffusers cannot load: {reason}{remedy}") from None
+
+
+def would_fill(pipeline: Any, free: int) -> bool:
+    """Return whether a pipeline's weights need more than `WEIGHTS_PART` of a device's ``free`` bytes."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
+    return bool(weights > WEIGHTS_PART * free)
+
+
+def _precision(config: T2IConfig, device: torch.device) -> torch.dtype:
+    """Choose the precision of frozen weights; by default full on a CPU and for the starter, half on a GPU."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device.type == "cpu" or config.model == "starter":
+        return torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _where(dropped_B11: Tensor, empty: Tensor, encoded: Tensor) -> Tensor:
+    """Choose between two tensors per sample; they may have any number of dimensions."""
+    return torch.where(dropped_B11.view(-1, *[1] * (encoded.dim() - 1)), empty, encoded)

@@ -1,0 +1,37 @@
+"""What a client answers: votes and logits, against values computed by hand."""
+
+import pytest
+import torch
+from fedmmkt.client_app.answers import nearest_neighbour_votes, to_payload_logits, vote_features
+
+
+def test_votes_go_to_the_nearest_of_the_same_class():
+    private, labels_M = torch.tensor([[0.0], [0.1], [0.9]]), torch.tensor([0, 0, 1])
+    synthetic, prompted_N = torch.tensor([[0.02], [0.5], [0.95], [0.05]]), torch.tensor([0, 0, 1, 1])
+
+    votes_N = nearest_neighbour_votes(private, labels_M, synthetic, prompted_N, neighbours=1)
+
+    # Both images of class 0 are nearest to sample 0; the one of class 1 to sample 2; sample 3 is of class 1.
+    assert votes_N.tolist() == [2.0, 0.0, 1.0, 0.0]
+
+
+def test_votes_cross_classes_where_prompts_name_none():
+    features = torch.tensor([[0.0], [1.0]])
+    votes_N = nearest_neighbour_votes(features[:1], torch.tensor([1]), features, torch.tensor([-1, -1]), neighbours=1)
+    assert votes_N.tolist() == [1.0, 0.0]
+
+
+def test_vote_features_weigh_pixels_and_encoder_alike():
+    private = torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    first, second = vote_features(torch.nn.Flatten(), private, private[:5])
+    half = first.shape[1] // 2
+    assert torch.equal(first[:5], second)
+    spreads = [(part - part.mean(0)).square().sum(1).mean().item() for part in (first[:, :half], first[:, half:])]
+    assert spreads == pytest.approx([1, 1], abs=1e-4)
+
+
+def test_payload_logits_fit_half_precision():
+    logits_NC = to_payload_logits(torch.tensor([[1e9, -1e9], [1.0, 3.0]]))
+    assert logits_NC.dtype == "float16"
+    assert abs(logits_NC).max() < 65504
+    assert logits_NC[1].tolist() == [1.0, 3.0]

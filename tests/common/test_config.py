@@ -1,0 +1,74 @@
+"""Configuration: the defaults of pyproject.toml, and errors that name key, value and what is allowed."""
+
+import tomllib
+
+import pytest
+from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig, to_flower
+
+from tests import ROOT
+
+
+def flatten(table, prefix=""):
+    flat = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def test_pyproject_holds_every_key_with_its_default():
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert flatten(app["config"]) == to_flower(RunConfig())
+
+
+def test_flat_settings_come_back_as_they_were():
+    config = RunConfig.from_flower({"t2i.guidance": "3, 1.5", "client.models": "cnn", "rounds": 2, "data.alpha": 1})
+    assert config.t2i.guidance == (3.0, 1.5)
+    assert config.client.models == ("cnn",)
+    assert config.data.alpha == 1.0
+    assert RunConfig.from_flower(to_flower(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"roundz": 3}, r"'roundz' is unknown; allowed: strategy, rounds, seed.*; a setting of your own .*'extra'"),
+        ({"t2i.rank": 3}, r"'t2i.rank' is unknown; allowed: model, family, adapter, prompts"),
+        ({"rounds": 0}, r"'rounds' is 0; allowed: Input should be greater than or equal to 1"),
+        ({"rounds": "many"}, r"'rounds' is 'many'"),
+        ({"data.alpha": -0.5}, r"'data.alpha' is -0.5; allowed: Input should be greater than 0"),
+        ({"feedback": "gradients"}, r"'feedback' is 'gradients'; allowed: Input should be 'logits' or 'logits\+votes'"),
+        ({"data.partitioner": "random"}, r"'data.partitioner' is 'random'; allowed: .*'iid', 'dirichlet'"),
+        ({"t2i.guidance": "3,high"}, r"'t2i.guidance' is 'high'"),
+        ({"client.temperature": float("nan")}, r"'client.temperature' is nan"),
+        ({"t2i.prompt-templates": "a picture"}, r"each prompt template needs exactly one \{\}, and 'a picture'"),
+        ({"output-dir": "runs/demo"}, r"output-dir is 'runs/demo'; allowed: an absolute path"),
+    ],
+)
+def test_bad_run_config_is_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_flower(settings)
+
+
+def test_settings_of_ones_own_are_taken_in_the_table_extra_however_they_are_written():
+    config = RunConfig.from_flower({"extra.trim-part": 0.2, "extra.label_name": "x", "extra.on": True})
+
+    assert config.extra["trim_part"] == 0.2
+    assert config.extra.as_dict() == {"trim_part": 0.2, "label_name": "x", "on": True}
+    assert RunConfig.from_flower(to_flower(config)) == config
+    with pytest.raises(KeyError, match="missing"):
+        config.extra["missing"]
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_flower({"roundz": 3, "rounds": 0, "client.batch-size": 0})
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_node_needs_data():
+    assert NodeConfig.from_flower({"partition-id": 0, "num-partitions": 2}).partition_id == 0
+    assert NodeConfig.from_flower({"data-path": "/data"}).data_path == "/data"
+    with pytest.raises(ConfigError, match="a node needs `data-path`, or `partition-id` with `num-partitions`"):
+        NodeConfig.from_flower({"name": "hospital"})
+    with pytest.raises(ConfigError, match="node-config key 'modle' is unknown"):
+        NodeConfig.from_flower({"data-path": "/data", "modle": "cnn"})

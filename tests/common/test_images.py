@@ -1,0 +1,126 @@
+"""Batches of images: what goes through the codec comes back, and what is no image is refused."""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+from fedmmkt.common.images import decode_images, encode_images, resize_images, to_rgb_array
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 64), st.integers(0, 1000))
+def test_small_images_come_back_exactly(count, side, seed):
+    images_NHWC = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    data, offsets = encode_images(images_NHWC)
+    assert len(offsets) == count + 1
+    assert np.array_equal(decode_images(data, offsets), images_NHWC)
+
+
+def test_large_images_come_back_nearly():
+    ramp = np.linspace(0, 255, 128).astype(np.uint8)
+    image_HWC = np.stack([np.tile(ramp, (128, 1))] * 3, axis=-1)
+    data, offsets = encode_images(image_HWC[None])
+    assert len(data) < 10_000
+    assert np.abs(decode_images(data, offsets)[0].astype(int) - image_HWC).mean() < 3
+
+
+def test_images_are_brought_to_the_size_asked_for():
+    images_NHWC = np.full((2, 16, 16, 3), 7, np.uint8)
+    assert np.array_equal(decode_images(*encode_images(images_NHWC), 8), np.full((2, 8, 8, 3), 7, np.uint8))
+    assert resize_images(images_NHWC, 32).shape == (2, 32, 32, 3)
+    assert resize_images(images_NHWC, 16) is images_NHWC or np.array_equal(resize_images(images_NHWC, 16), images_NHWC)
+
+
+def test_bytes_that_are_no_image_are_refused_with_their_index():
+    data, offsets = encode_images(np.zeros((2, 8, 8, 3), np.uint8))
+    broken = data.copy()
+    broken[offsets[1] :] = 7
+    with pytest.raises(ValueError, match="1"):
+        decode_images(broken, offsets)
+    with pytest.raises(ValueError, match="offset"):
+        decode_images(data, offsets[::-1].copy())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 9], "from 0 to 9; allowed: from 0 to"),
+        ([3, -1], "offsets run from 3"),
+        ([], "allowed: N \\+ 1 integers"),
+        ([0.0, 1.0], "allowed: N \\+ 1 integers"),
+        ([0, 5, 2, None], "image 1 has no bytes"),
+        ([0, 0, None], "image 0 has no bytes"),
+    ],
+)
+def test_offsets_that_do_not_divide_the_data_are_refused(offsets, message):
+    data, _ = encode_images(np.zeros((1, 8, 8, 3), np.uint8))
+    wrong = np.array([len(data) if offset is None else offset for offset in offsets])
+    with pytest.raises(ValueError, match=message):
+        decode_images(data, wrong)
+
+
+def test_images_of_several_sizes_need_a_size():
+    (small, _), (large, _) = (encode_images(np.zeros((1, side, side, 3), np.uint8)) for side in (8, 16))
+    data, offsets = np.concatenate([small, large]), np.cumsum([0, len(small), len(large)])
+    with pytest.raises(ValueError, match="image 1 has 16 x 16 pixels; allowed: 8 x 8"):
+        decode_images(data, offsets)
+    assert decode_images(data, offsets, 8).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize(("side", "message"), [(4100, "image 1 has 4100 x 4100 pixels; allowed"), (14_000, "image 1")])
+def test_decompression_bombs_are_refused(side, message):
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    small, _ = encode_images(np.zeros((1, 8, 8, 3), np.uint8))
+    bomb = np.frombuffer(buffer.getvalue(), np.uint8)
+    with pytest.raises(ValueError, match=message):
+        decode_images(np.concatenate([small, bomb]), np.cumsum([0, len(small), len(bomb)]), 8)
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=1, max_size=200), st.integers(0, 150))
+def test_hostile_bytes_raise_nothing_but_value_errors(junk, place):
+    data, offsets = encode_images(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8))
+    broken = data.copy()
+    place = min(place, len(data) - 1)
+    broken[place : place + len(junk)] = np.frombuffer(junk, np.uint8)[: len(data) - place]
+    with contextlib.suppress(ValueError):
+        assert decode_images(broken, offsets, 8).shape == (2, 8, 8, 3)
+
+
+def test_no_images_are_a_batch_too():
+    assert decode_images(*encode_images(np.zeros((0, 8, 8, 3), np.uint8)), 8).shape == (0, 8, 8, 3)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3), np.float32)])
+def test_only_rgb_batches_are_encoded(wrong):
+    with pytest.raises(ValueError, match="allowed: uint8 of shape N x H x W x 3"):
+        encode_images(wrong)
+
+
+def test_the_longer_side_is_cropped_at_both_ends():
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200
+    assert (to_rgb_array(Image.fromarray(wide), 5) == 200).all()
+
+
+def test_sixteen_bits_keep_their_brightness():
+    assert (to_rgb_array(Image.fromarray(np.full((8, 8), 0x8000, np.uint16)), 4) == 128).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "LA", "1", "CMYK", "I;16"])
+def test_any_mode_becomes_rgb_of_the_size(mode):
+    image = Image.new("I;16", (30, 20), 40_000) if mode == "I;16" else Image.new("RGB", (30, 20), "white").convert(mode)
+    array = to_rgb_array(image, 12)
+    assert array.shape == (12, 12, 3)
+    assert array.dtype == np.uint8
+    if mode != "I;16":
+        assert array.min() >= 250
+
+
+def test_transparency_is_shown_on_white():
+    assert to_rgb_array(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), 4).min() == 255

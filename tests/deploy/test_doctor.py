@@ -1,0 +1,334 @@
+"""The doctor on real certificates, listeners, health servers, data and folders: `ok`, or what to do."""
+
+import contextlib
+import datetime
+import socket
+import ssl
+import threading
+from concurrent import futures
+from importlib.metadata import version
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from fedmmkt.common.config import DataConfig
+from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
+from fedmmkt.deploy.connection_checks import read_connection, split_address
+from fedmmkt.deploy.doctor import main
+from fedmmkt.deploy.federation import connect
+from fedmmkt.deploy.host_checks import mismatch
+from fedmmkt.deploy.partition import write_partitions
+from fedmmkt.deploy.processes import free_port
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from packaging.requirements import Requirement
+
+
+@pytest.fixture
+def pki(tmp_path):
+    folder = tmp_path / "pki"
+    make_ca(folder)
+    make_server_certificate(folder, ["superlink.example"], ["10.0.0.7"])
+    return folder
+
+
+@pytest.fixture
+def doctor(capsys):
+    """Return a function that calls the doctor and gives its exit code and its lines but the versions'."""
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        versions, *lines = capsys.readouterr().out.splitlines()
+        assert versions.startswith("ok    versions: fedmmkt ")
+        return code, lines
+
+    return call
+
+
+@contextlib.contextmanager
+def tls_listener(certificate, key, speaks="h2"):
+    """Accept TLS connections on loopback; give its address."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols([speaks])
+    context.load_cert_chain(certificate, key)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection, contextlib.suppress(OSError):
+                    context.wrap_socket(connection, server_side=True).recv(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def self_signed(path, host, days_old, days):
+    """Write a certificate of its own for a host; return it and its key."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
+    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days_old)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, start, start + datetime.timedelta(days=days))
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
+    path.write_bytes(builder.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM))
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.with_suffix(".key").write_bytes(key.private_bytes(*form))
+    return path, path.with_suffix(".key")
+
+
+def test_a_server_with_all_in_order_gets_ok_only(doctor, pki):
+    secret = make_superexec_secret(pki)
+
+    code, lines = doctor(
+        "--ca", pki / "ca.crt", "--certificate", pki / "server.pem", "--certificate-key", pki / "server.key",
+        "--host", "superlink.example", "10.0.0.7", "--key", secret,
+    )  # fmt: skip
+
+    assert code == 0
+    assert all(line.startswith("ok    ") for line in lines)
+    assert len(lines) == 8
+
+
+def test_a_key_that_others_can_read_is_named_with_the_remedy(doctor, pki):
+    (pki / "server.key").chmod(0o640)
+
+    code, lines = doctor("--key", pki / "server.key")
+
+    assert code == 1
+    assert lines == [
+        f"WRONG private: {pki / 'server.key'} has mode 0640, so that others may use it; chmod 600 {pki / 'server.key'}"
+    ]
+
+
+def test_a_host_that_the_certificate_does_not_name(doctor, pki):
+    code, lines = doctor("--certificate", pki / "server.pem", "--host", "10.0.0.8")
+
+    assert code == 1
+    assert "does not name 10.0.0.8, but superlink.example, localhost, 10.0.0.7, 127.0.0.1; add it" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("age", "days", "said"), [(40, 30, "expired on"), (10, 30, "expires on"), (-2, 30, "is valid from")]
+)
+def test_the_dates_of_a_certificate(doctor, tmp_path, age, days, said):
+    path, _ = self_signed(tmp_path / "server.pem", "localhost", age, days)
+
+    code, lines = doctor("--certificate", path)
+
+    assert code == 1
+    assert said in lines[0]
+
+
+def test_files_that_are_no_certificate_or_not_there(doctor, tmp_path, pki):
+    (tmp_path / "garbage.pem").write_text("not PEM")
+
+    code, lines = doctor("--ca", tmp_path / "missing.crt", "--certificate", tmp_path / "garbage.pem")
+
+    assert code == 1
+    assert "missing.crt" in lines[0]
+    assert "garbage.pem is no certificate in PEM" in lines[1]
+
+
+def test_a_certificate_of_another_ca_and_a_key_of_another_certificate(doctor, pki, tmp_path):
+    other, _ = make_ca(tmp_path / "other")
+    _, key = make_server_certificate(tmp_path / "other", ["superlink.example"])
+
+    code, lines = doctor("--ca", other, "--certificate", pki / "server.pem", "--certificate-key", key)
+
+    assert code == 1
+    assert [line[:6] for line in lines] == ["ok    ", "ok    ", "WRONG ", "ok    ", "WRONG "]
+    assert f"is not signed by {other}" in lines[2]
+    assert f"{key} is not the key of" in lines[4]
+
+
+def test_a_listener_of_the_right_ca_and_of_a_wrong_one(doctor, pki, tmp_path):
+    other, _ = make_ca(tmp_path / "other")
+    with tls_listener(pki / "server.pem", pki / "server.key") as address:
+        right = doctor("--ca", pki / "ca.crt", "--superlink", address)
+        wrong = doctor("--ca", other, "--superlink", address)
+
+    assert right[0] == 0
+    assert "has a certificate of this CA (TLSv1.3)" in right[1][-1]
+    assert wrong[0] == 1
+    assert wrong[1][-1].startswith("WRONG TLS: wrong CA: ")
+    assert "copy the ca.crt of the SuperLink's host" in wrong[1][-1]
+
+
+@pytest.mark.parametrize(
+    ("host", "age", "said"), [("localhost", 40, "is out of date"), ("elsewhere.example", 1, "does not name localhost")]
+)
+def test_a_listener_whose_certificate_is_out_of_date_or_of_another_name(doctor, tmp_path, host, age, said):
+    certificate, key = self_signed(tmp_path / "server.pem", host, age, 35)
+
+    with tls_listener(certificate, key) as address:
+        code, lines = doctor("--ca", certificate, "--superlink", f"localhost:{split_address(address)[1]}")
+
+    assert code == 1
+    assert said in lines[-1]
+
+
+def test_a_port_for_submitters_is_none_for_nodes(doctor, pki):
+    with tls_listener(pki / "server.pem", pki / "server.key", speaks="http/1.1") as address:
+        code, lines = doctor("--ca", pki / "ca.crt", "--superlink", address)
+
+    assert code == 1
+    assert "speaks HTTP; nodes need the Fleet API's address" in lines[-1]
+
+
+def test_a_port_without_tls_one_that_nobody_listens_on_and_an_unknown_host(doctor, pki):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer_in_plain_text, args=(server,))
+        thread.start()
+        plain = f"127.0.0.1:{server.getsockname()[1]}"
+        nobody = f"127.0.0.1:{free_port()}"
+        code, lines = doctor("--ca", pki / "ca.crt", "--superlink", plain, nobody, "nowhere.invalid:9092")
+        thread.join()
+
+    assert code == 1
+    assert "speaks no TLS" in lines[2]
+    assert f"nothing listens on {nobody}" in lines[3]
+    assert "nowhere.invalid is not known here" in lines[5]
+
+
+def answer_in_plain_text(server):
+    for _ in range(2):
+        with server.accept()[0] as connection:
+            connection.sendall(b"hello, who is there?")
+
+
+def test_grpc_health(doctor):
+    server, service = grpc.server(futures.ThreadPoolExecutor(1)), health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(service, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        serving = doctor("--health", address)
+        service.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        not_serving = doctor("--health", address)
+    finally:
+        server.stop(None).wait()
+
+    assert serving == (0, [f"ok    health: {address} serves"])
+    assert not_serving[0] == 1
+    assert "does not say that it serves" in not_serving[1][0]
+
+
+def test_a_node_key_of_the_right_kind_and_what_its_refusal_means(doctor, pki):
+    key, _ = make_node_key(pki, "clinic")
+
+    right = doctor("--node-key", key)
+    wrong = doctor("--node-key", pki / "server.key")
+
+    assert right[0] == 0
+    assert "code 2004" in right[1][0]
+    assert "flwr supernode register clinic.key.pub" in right[1][0]
+    assert wrong[0] == 1
+    assert "OpenSSH" in wrong[1][0]
+
+
+@pytest.fixture
+def node_config(tmp_path):
+    """Return a function that writes a node-config for data of ten handwritten digits' classes, with changes."""
+    (folder,) = write_partitions(DataConfig(partitioner="iid"), 1, 0, tmp_path / "data")
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+
+    def make(**changes):
+        values = {"data-path": folder, "model": "text", "state-dir": state}
+        values |= {key.replace("_", "-"): value for key, value in changes.items()}
+        return " ".join(f'{key}="{value}"' for key, value in values.items())
+
+    return make
+
+
+@pytest.mark.parametrize("classes", ["", "clients"])
+def test_a_node_with_all_in_order(doctor, node_config, classes):
+    code, lines = doctor("--node-config", node_config(), "--run-config", f'data.classes="{classes}"')
+
+    assert code == 0
+    assert lines[0] == "ok    model: text reads text, runs on cpu"
+    assert "has 1438 examples to learn (zero 1" in lines[1]  # 1797 digits, a fifth of them held out
+    assert lines[1].endswith("and 359 to test")
+    assert "is writable and for its owner only" in lines[2]
+    assert "GiB free" in lines[3]
+
+
+def test_data_columns_model_and_classes_that_are_not_there(doctor, node_config):
+    asked = [
+        (node_config(data_path="/nowhere"), "data-path' is '/nowhere', which is not there"),
+        (node_config(text_column="words"), "text-column' is 'words'"),
+        (node_config(model="perceptron"), "node-config key 'model' is 'perceptron', but no task model is registered"),
+    ]
+    for config, said in asked:
+        code, lines = doctor("--node-config", config)
+        assert code == 1
+        assert any(line.startswith("WRONG ") and said in line for line in lines), lines
+
+    code, lines = doctor("--node-config", node_config(), "--run-config", 'data.classes="zero,one"')
+    assert code == 1
+    assert lines[1].startswith("WRONG data: ")
+
+
+def test_state_that_others_can_read_a_missing_folder_and_a_full_disk(doctor, node_config, tmp_path):
+    (tmp_path / "state").chmod(0o755)
+
+    code, lines = doctor("--node-config", node_config(), "--folder", tmp_path / "missing", "--free", 1e9)
+
+    assert code == 1
+    assert f"chmod 700 {tmp_path / 'state'}" in lines[2]
+    assert "GiB free, less than 1e+09" in lines[3]
+    assert f"install -d -m 700 {tmp_path / 'missing'}" in lines[4]
+
+
+def test_the_servers_t2i_model(doctor, tmp_path):
+    right = doctor("--t2i")
+    wrong = doctor("--t2i", "--run-config", f't2i.model="{tmp_path}"')
+
+    assert right == (0, ["ok    T2I model: starter is a StableDiffusionPipeline of 32 pixels, runs on cpu"])
+    assert wrong[0] == 1
+    assert "holds no model_index.json" in wrong[1][0]
+
+
+def test_settings_that_cannot_be_read_end_before_any_check(capsys):
+    assert main(["--node-config", "model=3"]) == 2
+    assert main(["--run-config", "rounds=0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--host", "superlink.example"])
+    assert capsys.readouterr().out == ""
+
+
+def test_connections_are_read_as_they_are_written(tmp_path, pki):
+    connect(tmp_path, "clinic", "superlink.example:9091", pki / "ca.crt")
+
+    assert read_connection(tmp_path / "config.toml", "clinic") == ("superlink.example:9091", pki / "ca.crt")
+
+
+def test_a_connection_that_is_not_there(doctor, tmp_path, monkeypatch, pki):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    missing = doctor("--connection", "clinic")
+    connect(tmp_path, "clinic", "127.0.0.1:9091", pki / "ca.crt")
+    other = doctor("--connection", "hospital")
+
+    assert "config.toml cannot be read" in missing[1][0]
+    assert "has no table [superlink.hospital]" in other[1][0]
+
+
+def test_addresses():
+    assert split_address("superlink.example:9092") == ("superlink.example", 9092)
+    assert split_address("[fd00::7]:9092") == ("fd00::7", 9092)
+    for wrong in ("superlink.example", "https://superlink.example:9092", ":9092", "host:0", "host:port"):
+        with pytest.raises(ValueError, match="allowed: host:port"):
+            split_address(wrong)
+
+
+def test_packages_out_of_bounds_are_named():
+    assert mismatch(Requirement("torch>=2,<3")) == []
+    assert mismatch(Requirement("torch>=99")) == [f"torch {version('torch')} is not torch>=99"]
+    assert mismatch(Requirement("no-such-package==1")) == ["no-such-package==1 is missing"]

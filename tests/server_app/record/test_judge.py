@@ -1,0 +1,42 @@
+"""Measures against values computed by hand."""
+
+import numpy as np
+import pytest
+from fedmmkt.server_app.record.judge import Judge, frechet_distance, judge_epochs
+
+
+def test_frechet_distance_of_equal_spreads_is_the_squared_distance_of_means():
+    rng = np.random.default_rng(0)
+    features_NF = rng.normal(size=(500, 3))
+    assert frechet_distance(features_NF, features_NF) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(features_NF, features_NF + np.array([3.0, 4.0, 0.0])) == pytest.approx(25, abs=1e-6)
+
+
+def test_frechet_distance_of_equal_means_compares_spreads():
+    features_NF = np.random.default_rng(0).normal(size=(500, 2))
+    features_NF -= features_NF.mean(0)
+    variances = np.diag(np.cov(features_NF, rowvar=False)).sum()
+    # Covariance S against 4 S: trace of S + 4 S - 2 * 2 S = S.
+    assert frechet_distance(features_NF, 2 * features_NF) == pytest.approx(variances, rel=1e-6)
+
+
+def test_the_judge_recognises_prompted_classes():
+    rng = np.random.default_rng(0)
+    labels_N = np.arange(60) % 2
+    images_NHWC = np.clip(labels_N[:, None, None, None] * 150 + rng.integers(0, 80, (60, 16, 16, 3)), 0, 255).astype(
+        np.uint8
+    )
+    judge = Judge(images_NHWC, labels_N, images_NHWC, labels_N, 2, seed=0)
+
+    assert judge.accuracy == 1.0
+    assert judge.measure(images_NHWC, labels_N).alignment == 1.0
+    assert judge.measure(images_NHWC, 1 - labels_N).alignment == 0.0
+    assert judge.measure(images_NHWC, np.where(labels_N == 0, 0, -1)).alignment == 1.0
+    assert judge.measure(images_NHWC, np.full(60, -1)).alignment is None
+    assert judge.measure(images_NHWC, labels_N).frechet == pytest.approx(0, abs=1e-3)
+    assert judge.measure(255 - images_NHWC, labels_N).frechet > 1
+
+
+@pytest.mark.parametrize(("examples", "epochs"), [(1, 25), (8_000, 25), (40_000, 5), (300_000, 1)])
+def test_the_judge_sees_the_examples_of_a_large_dataset_less_often(examples, epochs):
+    assert judge_epochs(examples) == epochs

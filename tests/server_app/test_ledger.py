@@ -1,0 +1,228 @@
+"""The ledger by itself: what each client lacks, what is kept, and which message is still to be answered."""
+
+import numpy as np
+import pytest
+import torch
+from fedmmkt.common.payloads import ClientReport, SoftTargets, SyntheticBatch
+from fedmmkt.server_app.exchange import Answer, Reply
+from fedmmkt.server_app.ledger import Ledger, TargetsByClient
+from fedmmkt.server_app.t2i.samples import Samples
+
+SOFT, OTHER = (np.array([row], np.float16) for row in ([0.75, 0.25], [0.25, 0.75]))
+
+
+def report(client="ann", modality="image", kept=(), awaiting=()):
+    return ClientReport(
+        client=client, model="mlp", modality=modality, examples=1, accuracy=0, loss=0, kept=kept, awaiting=awaiting
+    )
+
+
+def batch(round_):
+    return SyntheticBatch(batch_id=f"run-{round_}", round=round_, prompts=("a cat",), prompted_N=np.array([0]))
+
+
+def samples(round_):
+    return Samples(("a cat",), torch.tensor([0]), np.full((1, 2, 2, 3), round_, np.uint8), torch.full((1, 4), round_))
+
+
+def targets(round_, probabilities_NC=SOFT):
+    return SoftTargets(batch_id=f"run-{round_}", probabilities_NC=probabilities_NC, weights_N=np.ones(1, np.float32))
+
+
+def for_all(round_):
+    """Make soft targets that are the same for everybody."""
+    return TargetsByClient((targets(round_),), {}, {"image": 0, "text": 0, "image+text": 0})
+
+
+def answered(node_id, told):
+    return Reply("answered", node_id, f"message-{node_id}", answer=Answer(told))
+
+
+@pytest.fixture
+def ledger():
+    return Ledger("run", batches_kept=2, samples_kept=3)
+
+
+def teach(ledger, round_, taught=None):
+    ledger.serve(batch(round_), samples(round_))
+    ledger.teach(round_, taught or for_all(round_), samples(round_).scored(torch.ones(1)))
+
+
+def due(ledger, node_id):
+    """Return what a node is due: the ids of batches, and of soft targets."""
+    return tuple(tuple(one.batch_id for one in part) for part in ledger.due(node_id))
+
+
+# ---------------------------------------------------------------------- what is served and kept
+
+
+def test_a_batch_is_open_from_when_it_is_served_until_it_is_taught(ledger):
+    assert ledger.open_batch() is None
+
+    ledger.serve(batch(1), samples(1))
+
+    assert ledger.open_batch().batch_id == "run-1"
+    assert ledger.served(1)[1].images_NHWC[0, 0, 0, 0] == 1
+    assert due(ledger, 5) == ((), ())
+    ledger.teach(1, for_all(1), samples(1).scored(torch.ones(1)))
+    assert ledger.open_batch() is None
+    with pytest.raises(KeyError):
+        ledger.served(1)
+
+
+def test_a_batch_that_was_never_taught_is_forgotten_with_the_next(ledger):
+    ledger.serve(batch(1), samples(1))
+
+    ledger.serve(batch(2), samples(2))
+
+    assert ledger.open_batch().batch_id == "run-2"
+    with pytest.raises(KeyError):
+        ledger.served(1)
+
+
+def test_the_last_rounds_alone_are_kept(ledger):
+    for round_ in (1, 2, 3, 4):
+        teach(ledger, round_)
+
+    assert [one.batch_id for one, _ in ledger.history] == ["run-3", "run-4"]
+    assert [int(part.latents_NCHW[0, 0]) for part in ledger.pool] == [2, 3, 4]
+
+
+# ---------------------------------------------------------------------- what a client lacks
+
+
+def test_an_unknown_node_is_due_all_that_is_kept(ledger):
+    for round_ in (1, 2, 3):
+        teach(ledger, round_)
+
+    assert due(ledger, 5) == (("run-2", "run-3"), ("run-2", "run-3"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "awaiting", "expected"),
+    [
+        ((), (), (("run-1", "run-2"), ("run-1", "run-2"))),  # It has lost its disk.
+        (("run-1", "run-2"), (), ((), ())),
+        (("run-1", "run-2"), ("run-2",), ((), ("run-2",))),  # As after each round.
+        (("run-1",), (), (("run-2",), ("run-2",))),  # It has missed a round.
+        (("run-1",), ("run-1",), (("run-2",), ("run-1", "run-2"))),
+        (("run-0", "other-7"), ("run-0",), (("run-1", "run-2"), ("run-1", "run-2"))),
+    ],
+)
+def test_a_known_node_is_due_what_its_report_lacks(ledger, kept, awaiting, expected):
+    teach(ledger, 1)
+    teach(ledger, 2)
+    ledger.note(answered(5, report(kept=kept, awaiting=awaiting)), 2)
+
+    assert due(ledger, 5) == expected
+
+
+def test_a_client_without_soft_targets_of_a_batch_is_due_the_batch_alone(ledger):
+    teach(ledger, 1, TargetsByClient((targets(1),), {"ann": None, "bob": 0}, {"image": 0}))
+    ledger.note(answered(5, report("ann")), 1)
+    ledger.note(answered(6, report("bob")), 1)
+
+    assert due(ledger, 5) == (("run-1",), ())
+    assert due(ledger, 6) == (("run-1",), ("run-1",))
+
+
+# ---------------------------------------------------------------------- soft targets by client
+
+
+@pytest.fixture
+def differing():
+    """Make soft targets of which ann gets the first, text clients the second, and bob none."""
+    return TargetsByClient(
+        (targets(1, SOFT), targets(1, OTHER)), {"ann": 0, "bob": None}, {"image": 0, "text": 1, "image+text": None}
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "index"),
+    [
+        (report("ann", "image"), 0),
+        (report("ann", "text"), 0),  # By name first.
+        (report("bob", "text"), None),
+        (report("new", "text"), 1),  # One that was not known, by what it reads.
+        (report("new", "image+text"), None),
+        (None, None),  # Of one that has said nothing yet, it is not known which are its.
+    ],
+)
+def test_a_client_gets_the_soft_targets_of_its_name_or_else_of_its_modality(differing, told, index):
+    assert differing.of(told) is (None if index is None else differing.distinct[index])
+
+
+def test_a_node_that_has_said_nothing_gets_what_all_modalities_get():
+    same = for_all(1)
+    none = TargetsByClient((), {}, {"image": None, "text": None, "image+text": None})
+
+    assert same.of(None) is same.distinct[0]
+    assert none.of(None) is None
+
+
+# ---------------------------------------------------------------------- clients
+
+
+def test_a_node_is_named_by_its_client_once_it_has_answered(ledger):
+    before = ledger.name(5)
+
+    ledger.note(answered(5, report("ann")), 1)
+
+    assert (before, ledger.name(5), ledger.name(6)) == ("node 5", "ann", "node 6")
+
+
+def test_the_newest_report_of_each_client_is_known_by_name(ledger):
+    ledger.note(answered(5, report("bob", kept=("run-1",))), 1)
+    ledger.note(answered(6, report("ann")), 1)
+    ledger.note(answered(5, report("bob", kept=("run-2",))), 2)
+
+    assert [(one.client, one.kept) for one in ledger.known()] == [("ann", ()), ("bob", ("run-2",))]
+
+
+def test_all_nodes_are_sent_images_but_those_that_said_they_read_texts_alone(ledger):
+    for node_id, modality in ((1, "image"), (2, "text"), (3, "image+text")):
+        ledger.note(answered(node_id, report(f"client-{node_id}", modality)), 0)
+
+    assert [ledger.sees_images(node_id) for node_id in (1, 2, 3, 4)] == [True, False, True, True]
+
+
+def test_clients_that_took_part_are_remembered(ledger):
+    ledger.took_part(["ann", "bob"])
+    ledger.took_part(["bob", "cy"])
+
+    assert ledger.clients == {"ann", "bob", "cy"}
+
+
+# ---------------------------------------------------------------------- requests
+
+
+def test_a_message_without_an_answer_is_overdue_until_it_is_late(ledger):
+    sent_in = [ledger.note(Reply("unanswered", node_id, f"message-{node_id}"), node_id) for node_id in (1, 2)]
+
+    assert sent_in == [1, 2]
+    assert ledger.overdue == {"message-1": 1, "message-2": 2}
+    assert ledger.note(Reply("late", 1, "message-1"), 7) == 1
+    assert ledger.overdue == {"message-2": 2}
+
+
+@pytest.mark.parametrize("kind", ["answered", "rejected", "offline"])
+def test_other_messages_are_not_overdue(ledger, kind):
+    assert ledger.note(Reply(kind, 1, "message-1", answer=Answer(report()) if kind == "answered" else None), 4) == 4
+    assert ledger.overdue == {}
+    assert (1 in ledger.reports) == (kind == "answered")
+
+
+# ---------------------------------------------------------------------- going on with a run
+
+
+def test_a_run_that_goes_on_keeps_its_own_key_and_asks_who_is_there(ledger):
+    teach(ledger, 1)
+    later = Ledger("later", batches_kept=2, samples_kept=3)
+
+    later.restore((("run", 1),), ["ann"], ledger.history, ledger.pool)
+
+    assert (later.run_key, later.ancestors, later.clients) == ("later", (("run", 1),), {"ann"})
+    assert due(later, 5) == (("run-1",), ("run-1",))
+    assert len(later.pool) == 1
+    assert later.reports == {}
+    assert later.open_batch() is None

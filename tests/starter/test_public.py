@@ -1,0 +1,172 @@
+"""A T2I of a public part of a dataset, and the benchmark that begins with it, on a tiny dataset made here."""
+
+import json
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+from fedmmkt.common.config import DataConfig, RunConfig, T2IConfig, to_flower
+from fedmmkt.server_app.t2i.generator import Generator
+from fedmmkt.starter import public
+from PIL import Image
+
+from benchmarks import cifar10, curves
+from benchmarks.emoji import ACROSS, WHOLE, WITHIN, PairJudge, measures, paired_tests, run_row, table
+from benchmarks.rows import keep
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    rows = {"image": [], "name": [], "label": [], "row": []}
+    for index in range(90):
+        colour = list(COLOURS)[index % 3]
+        image = np.clip(np.array(COLOURS[colour]) + rng.integers(-40, 40, (20, 20, 3)), 0, 255).astype(np.uint8)
+        for column, value in zip(rows, (image, f"{colour} thing {index}", index % 3, index), strict=True):
+            rows[column].append(value)
+    features = datasets.Features(
+        image=datasets.Image(),
+        name=datasets.Value("string"),
+        label=datasets.ClassLabel(names=list(COLOURS)),
+        row=datasets.Value("int64"),
+    )
+    folder = tmp_path_factory.mktemp("data")
+    datasets.Dataset.from_dict(rows, features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start") / "made"
+    sizes = ["--image-size", "16", "--autoencoder", "8", "16", "--unet", "16", "16"]
+    steps = ["--autoencoder-steps", "3", "--diffusion-steps", "3", "--tokens", "8"]
+    columns = ["--caption-column", "name", "--public", "21"]
+    public.main(["--dataset", str(dataset), "--out", str(folder), *columns, *sizes, *steps])
+    return folder
+
+
+def rows_of(folder):
+    return datasets.load_dataset("parquet", data_files=str(folder), split="train", cache_dir=str(folder.parent / "c"))
+
+
+def test_the_public_part_is_never_in_the_clients_data(start):
+    parts = [rows_of(start / name) for name in ("public/train.parquet", "data/train.parquet", "data/test.parquet")]
+
+    seen = [set(part["row"]) for part in parts]
+    assert [len(rows) for rows in seen] == [21, 51, 18]
+    assert set.union(*seen) == set(range(90))
+    assert np.bincount(parts[0]["label"]).tolist() == [7, 7, 7]
+
+
+def test_what_is_made_is_a_pipeline_with_its_prompts_and_cost(start):
+    pipeline = DiffusionPipeline.from_pretrained(start / "model")
+    prompts = [json.loads(line) for line in (start / "prompts.jsonl").read_text().splitlines()]
+    cost = json.loads((start / "cost.json").read_text())
+
+    assert pipeline("red thing", num_inference_steps=2).images[0].size == (16, 16)
+    assert {prompt["prompt"].split()[0] == prompt["class"] for prompt in prompts} == {True}
+    assert len(prompts) == 21
+    assert (cost["public"], cost["private"]) == (21, 51)
+    assert cost["seconds"] > 0
+    assert (start / "model" / "samples.png").exists()
+
+
+def test_clients_and_test_part_may_get_a_part_of_the_others(dataset):
+    config = DataConfig(dataset=str(dataset))
+
+    part = public.divide(config, 21, 0, private=12, test=6)
+
+    seen = [set(rows["row"][:]) for rows in (part.public, part.private, part.test)]
+    assert [len(rows) for rows in seen] == [21, 12, 6]
+    assert len(set.union(*seen)) == 39
+    assert np.bincount(part.private["label"]).tolist() == [4, 4, 4]
+    assert len(public.divide(config, 21, 0, private=1000).private) == 51
+
+
+@pytest.mark.parametrize("count", ["2", "70", "1000"])
+def test_too_few_or_too_many_public_examples_are_refused(dataset, tmp_path, capsys, count):
+    with pytest.raises(SystemExit):
+        public.main(["--dataset", str(dataset), "--out", str(tmp_path / "out"), "--public", count])
+    assert f"--public is {count}; allowed: 3 (the classes) up to 69" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("row", [WHOLE, WITHIN])
+def test_the_benchmark_of_pairs_runs_a_federation_and_measures_its_t2i(start, tmp_path, row):
+    judge = PairJudge(start)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in judge.prompts))
+    tiny = {"data.min-examples": 2, "data.text-column": "name", "data.image-size": 16, "t2i.inference-steps": 2}
+    tiny |= {"client.distillation-steps": 2, "client.warmup-epochs": 1, "t2i.adaptation-steps": 1}
+
+    lines = run_row(row, 0, 2, 100.0, start, tmp_path, tiny)
+    generator = Generator(T2IConfig(model=str(start / "model"), inference_steps=2), 0)
+    pairs = judge.measure(generator, 1.0)
+
+    assert (lines[-1]["generator"]["loss"] is None) == (row == WITHIN)
+    if sys.platform == "linux":
+        assert all(100 < megabytes < 4000 for megabytes in lines[-1]["memory"].values())
+    assert 0 <= pairs.own <= 1
+    assert pairs.frechet > 0
+    row = measures(lines, pairs)
+    assert table({"one": [row, row]}).splitlines()[2].startswith(f"| one | {row['all clients']:.3f} ± 0.000 |")
+
+
+def test_paired_differences_by_hand():
+    on, off = ([dict.fromkeys(("all clients", "own image"), value) for value in values] for values in ((3, 4), (2, 2)))
+    rows = {ACROSS: on, WITHIN: off}
+
+    cells = paired_tests(rows).splitlines()[2].split(" | ")
+
+    # Differences 1 and 2: mean 1.5, standard error 0.5, t = 3 with one degree of freedom, p = 0.2048.
+    assert cells[1] == "+1.500 (2/2, p = 0.2)"
+
+
+def test_the_centralised_bound_is_of_every_architecture_and_kept(dataset, tmp_path):
+    settings = to_flower(RunConfig()) | {"rounds": 1, "client.warmup-epochs": 4, "client.local-epochs": 1}
+    data = DataConfig(dataset=str(dataset), image_size=16)
+
+    rows = cifar10.centralised(data, settings, 0, tmp_path)
+
+    assert [name for name, _ in rows] == list(cifar10.ARCHITECTURES)
+    assert max(accuracy for _, accuracy in rows) > 0.6  # three colours, one in three by chance
+    assert cifar10.centralised(data, settings, 0, tmp_path) == rows
+
+
+def test_every_profile_and_row_of_the_benchmark_is_a_configuration():
+    for profile in (cifar10.FULL, cifar10.QUICK):
+        for row in cifar10.ROWS.values():
+            config = RunConfig.from_flower(to_flower(RunConfig()) | cifar10.SETTINGS | profile.settings | row)
+            assert config.client.models == cifar10.ARCHITECTURES
+
+
+def test_curves_are_means_over_seeds_with_one_standard_deviation(tmp_path):
+    nothing = {"alignment": None, "frechet": None}
+    lines = [[{"clients": {"accuracy": value}, "generator": nothing} for value in values]
+             for values in ((0.1, 0.5, 0.7), (0.3, 0.9))]  # fmt: skip
+    for seed, kept in enumerate(lines):
+        keep(tmp_path / "a-row" / f"seed-{seed}", kept, 1.0)
+
+    runs = curves.read_runs(tmp_path)
+    mean_R, deviation_R = curves.band([[line["clients"]["accuracy"] for line in seed] for seed in runs["a row"]])
+    curves.draw(runs, tmp_path / "figure.png")
+
+    assert mean_R.tolist() == pytest.approx([0.2, 0.7])
+    assert deviation_R.tolist() == pytest.approx([0.02**0.5, 0.08**0.5])
+    assert Image.open(tmp_path / "figure.png").size[0] > 400
+
+
+def test_curves_have_a_panel_for_what_some_rows_measure(tmp_path):
+    for row, alignment in (("frozen", None), ("adapted", 0.5)):
+        line = {"clients": {"accuracy": 0.1}, "generator": {"alignment": alignment, "frechet": None}}
+        keep(tmp_path / row / "seed-0", [line, line], 1.0)
+
+    runs = curves.read_runs(tmp_path)
+    curves.draw(runs, tmp_path / "figure.png")
+
+    assert curves.values(runs["frozen"], "T2I alignment") == []
+    assert curves.values(runs["adapted"], "T2I alignment") == [[0.5, 0.5]]
+    assert Image.open(tmp_path / "figure.png").size[0] > 2 * 400

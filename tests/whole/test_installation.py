@@ -1,0 +1,100 @@
+"""The package as a user installs it: one name at the top, beside somebody else's `common`; and an app of their own."""
+
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import flwr
+import pytest
+
+from tests import ROOT
+
+PAGE = (ROOT / "docs" / "your-own-app.md").read_text()
+BRIEF = (
+    "rounds=1 judge=false tensorboard=false t2i.samples-per-round=12 t2i.inference-steps=2 t2i.adaptation-steps=1 "
+    'client.models="mlp,text,dual" client.warmup-epochs=1 client.distillation-steps=2'
+)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A fresh environment with our wheel, in which another package has the name `common`.
+
+    What the package depends on is read from the present environment, since to install it again takes minutes; but
+    Flower is installed, since its commands belong to an environment.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    wheels = folder / "wheels"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)]
+    subprocess.run([*pip, *build], check=True)
+    home = folder / "environment"
+    venv.create(home, with_pip=True)
+    packages = next(home.glob("lib/python*/site-packages"))
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    foreign = packages / "common"
+    foreign.mkdir()
+    (foreign / "__init__.py").write_text("OWNER = 'somebody else'\n")
+    (foreign / "config.py").write_text("OWNER = 'somebody else'\n")
+    install = ["-m", "pip", "--quiet", "install", "--no-deps", "--ignore-installed", f"flwr=={flwr.__version__}", "ray"]
+    subprocess.run([home / "bin" / "python", *install, *wheels.glob("*.whl")], check=True)
+    return home
+
+
+def run(environment, *arguments, cwd):
+    command = [environment / "bin" / arguments[0], *arguments[1:]]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def packages_of(environment) -> Path:
+    return next(environment.glob("lib/python*/site-packages"))
+
+
+def write_app(folder: Path) -> Path:
+    """Write the app that the page shows."""
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text(re.search(r"```toml\n(.*?)```", PAGE, re.DOTALL)[1])
+    (folder / "my_method.py").write_text(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1])
+    return folder
+
+
+def test_the_wheel_has_one_name_at_the_top(environment):
+    listed = run(environment, "python", "-m", "pip", "show", "--files", "fedmmkt", cwd=environment).stdout
+    files = [line.strip() for line in listed.partition("Files:")[2].splitlines() if line.strip()]
+    tops = {file.partition("/")[0] for file in files if not file.startswith("../")}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fedmmkt"}
+
+
+def test_the_doctor_finds_the_installation_well(environment, tmp_path):
+    checked = run(environment, "fedmmkt", "doctor", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.stdout.startswith("ok    versions: fedmmkt ")
+
+
+def test_an_app_of_ones_own_runs_as_the_page_shows_it(environment, tmp_path):
+    app = write_app(tmp_path / "my-app")
+    options = ["--nodes", "3", "--out", "runs/mine", "--run-config", f"{BRIEF} extra.trim=0.34"]
+
+    ran = run(environment, "fedmmkt", "demo", "--app", str(app), *options, cwd=tmp_path)
+
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    config = (tmp_path / "runs" / "mine" / "config.json").read_text()
+    assert '"strategy": "my_method:TextAlone"' in config
+    assert '"trim": 0.34' in config
+    assert "Starting TextAlone" in ran.stdout
+    assert (tmp_path / "runs" / "mine" / "report.html").stat().st_size > 10_000
+
+
+def test_the_other_package_is_whole_after_all_of_it(environment):
+    """Last: it removes the package."""
+    foreign = packages_of(environment) / "common"
+    removed = run(environment, "python", "-m", "pip", "uninstall", "--yes", "fedmmkt", cwd=environment)
+    assert removed.returncode == 0
+    assert not (packages_of(environment) / "fedmmkt").exists()
+    assert {file.name: file.read_text() for file in foreign.glob("*.py")} == {
+        "__init__.py": "OWNER = 'somebody else'\n",
+        "config.py": "OWNER = 'somebody else'\n",
+    }
