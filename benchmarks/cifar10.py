@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from benchmarks.rows import ACCURACY, COSTS_AND_T2I, MEMORY, PLAIN, Overrides, run_rows, spread, t2i_before, table
 from fedmmkt.client_app.learning.optimizer import AdamW
 from fedmmkt.client_app.learning.training import AlignedModel, PrivateSet, evaluate, parameter_groups, train
 from fedmmkt.client_app.models.building import build_task_model
@@ -24,8 +26,6 @@ from fedmmkt.client_app.models.task_model import Inputs
 from fedmmkt.common.config import DataConfig, RunConfig
 from fedmmkt.common.datasets import Examples, load_splits, to_examples
 from fedmmkt.starter import public
-
-from benchmarks.rows import ACCURACY, COSTS_AND_T2I, MEMORY, PLAIN, Overrides, run_rows, spread, t2i_before, table
 
 NODES = 20
 ARCHITECTURES = ("cnn", "mlp", "vit", "resnet", "mobilenet")

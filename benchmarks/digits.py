@@ -11,11 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fedmmkt.common.config import RunConfig, T2IConfig
-from fedmmkt.common.datasets import load_splits, to_examples
-from fedmmkt.server_app.record.judge import Judge
-from fedmmkt.server_app.t2i.generator import Generator, as_images
-from fedmmkt.server_app.t2i.samples import Samples
 
 from benchmarks.rows import (
     ACCURACY,
@@ -29,6 +24,11 @@ from benchmarks.rows import (
     t2i_before,
     table,
 )
+from fedmmkt.common.config import RunConfig, T2IConfig
+from fedmmkt.common.datasets import load_splits, to_examples
+from fedmmkt.server_app.record.judge import Judge
+from fedmmkt.server_app.t2i.generator import Generator, as_images
+from fedmmkt.server_app.t2i.samples import Samples
 
 NODES = 6
 

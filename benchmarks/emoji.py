@@ -19,6 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
+from torch.nn import functional as F
+
+from benchmarks.rows import MEMORY, Lines, Overrides, row_folder, run_once, spread
 from fedmmkt.common.config import DataConfig, T2IConfig
 from fedmmkt.common.dataset_files import read_dataset
 from fedmmkt.common.datasets import load_splits, to_examples
@@ -27,10 +31,6 @@ from fedmmkt.server_app.exchange import Answer
 from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.strategy import FedMMKT
 from fedmmkt.server_app.t2i.generator import Generator
-from scipy import stats
-from torch.nn import functional as F
-
-from benchmarks.rows import MEMORY, Lines, Overrides, row_folder, run_once, spread
 
 NODES = 6
 SETTINGS: Overrides = {

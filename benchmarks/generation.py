@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fedmmkt.common.config import T2IConfig
 from fedmmkt.server_app.t2i.generator import Generator, load_pipeline
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
-    config = T2IConfig(model=arguments.model)
+    config = T2IConfig(model=arguments.model, generation_batch_size=100)
     prompts = [f"the digit {name}" for name in ("one", "two", "three", "four")] * (arguments.images // 4)
     seeds = list(range(len(prompts)))
     ours = Generator(config, seed=0)

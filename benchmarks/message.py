@@ -42,7 +42,8 @@ def answer(folder: Path, started: float) -> dict[str, float]:
     seconds["torch"] = stage()
     app: Any = importlib.import_module("fedmmkt.client_app.app")
     seconds["the app"] = stage()
-    load, reading = app.load_own_data, [0.0]
+    client_module: Any = importlib.import_module("fedmmkt.client_app.client")
+    load, reading = client_module.load_own_data, [0.0]
 
     def timed(*arguments: Any) -> Any:
         start = time.time()
@@ -50,10 +51,10 @@ def answer(folder: Path, started: float) -> dict[str, float]:
         reading[0] = time.time() - start
         return data
 
-    app.load_own_data = timed
+    client_module.load_own_data = timed
     context = Context(1, 1, node_config, RecordDict(), run_config)
     request = app.Request.from_content(content)
-    client = app.Client(context, request.instructions)
+    client = client_module.Client(context, request.instructions)
     seconds["model and memory"] = stage() - reading[0]
     seconds["data"] = reading[0]
     client.receive(request)
@@ -78,6 +79,7 @@ def measure(repeats: int, folder: Path) -> tuple[dict[str, float], dict[str, flo
 def write_message(model: str, data: Path, folder: Path) -> None:
     """Write the message of a round and the client's configurations, for `answer` to read."""
     import numpy as np
+
     from fedmmkt.common.config import RunConfig, to_flower
     from fedmmkt.common.datasets import load_splits
     from fedmmkt.common.images import encode_images

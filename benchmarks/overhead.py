@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.relay import Relay, relay
 from fedmmkt.common.config import RunConfig, Setting
 from fedmmkt.deploy.federation import Federation, local_federation
 from fedmmkt.deploy.partition import write_partitions
 from fedmmkt.deploy.submission import COMPLETED
-
-from benchmarks.relay import Relay, relay
 
 ROOT = Path(__file__).parent.parent
 NOTHING_TRAINED: dict[str, Setting] = {

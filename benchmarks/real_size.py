@@ -29,14 +29,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
 from fedmmkt.common.config import T2IConfig
 from fedmmkt.common.devices import pick_device
 from fedmmkt.server_app.t2i.families import family_of
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples
-from peft import LoraConfig
-from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENIZER = Path(__file__).parent.parent / "starter" / "model" / "tokenizer"
 # From diffusers' own configurations; the sizes of a text encoder are width, layers and heads.

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from fedmmkt.common.config import RunConfig, to_flower
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.app import build_strategy

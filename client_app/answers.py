@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from fedmmkt.client_app.models.task_model import to_float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fedmmkt.client_app.models.task_model import to_float
 
 NEIGHBOURS = 3
 VOTE_PIXELS = 16

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
 from fedmmkt.client_app.client import Client
 from fedmmkt.client_app.data.private_data import held_classes
 from fedmmkt.common.config import NodeConfig, RunConfig
 from fedmmkt.common.payloads import ClassReport, PayloadError, Request
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 
 app = ClientApp()
 
@@ -49,7 +50,7 @@ def evaluate_model(message: Message, context: Context) -> Message:
 
 
 @app.query("classes")
-def name_classes(message: Message, context: Context) -> Message:
+def report_classes(message: Message, context: Context) -> Message:
     """Return the classes of which this client holds examples."""
     config, node = RunConfig.from_flower(context.run_config), NodeConfig.from_flower(context.node_config)
     report = ClassReport(classes=held_classes(config, node))

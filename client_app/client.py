@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from flwr.app import Context
+from torch import Tensor
+from torch.nn import functional as F
+
 from fedmmkt.client_app.answers import nearest_neighbour_votes, to_payload_logits, vote_features
 from fedmmkt.client_app.data.decoded_copy import load_own_data
 from fedmmkt.client_app.data.private_data import load_private_data
@@ -36,9 +40,6 @@ from fedmmkt.common.payloads import (
     Request,
     SyntheticBatch,
 )
-from flwr.app import Context
-from torch import Tensor
-from torch.nn import functional as F
 
 
 class Client:

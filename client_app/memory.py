@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+
 from fedmmkt.client_app.learning.training import AlignedModel
 from fedmmkt.common.files import replaced_folder
 from fedmmkt.common.payloads import PayloadError, SoftTargets, SyntheticBatch
-from safetensors.torch import load_file, save_file
 
 DEFAULT_FOLDER = Path("~/.fedmmkt/clients")
 

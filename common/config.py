@@ -9,7 +9,8 @@ dictionaries with dotted kebab-case keys. Error texts use these keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -390,12 +391,47 @@ def _explain(cls: type[BaseModel], item: Any, source: str) -> str:
     location = [str(part) for part in item["loc"] if not isinstance(part, int)]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        section: Any = cls
-        for part in location[:-1]:
-            section = section.model_fields[part].annotation
-        allowed = ", ".join(_kebab(name) for name in section.model_fields)
+        known = [_kebab(name) for name in _section_of(cls, location).model_fields]
+        close = get_close_matches(location[-1], known, n=1)
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
         own = "; a setting of your own belongs in the table 'extra'" if cls is RunConfig else ""
-        return f"{source} key {key!r} is unknown; allowed: {allowed}{own}"
-    if not location:
-        return f"{source}: {item['msg'].removeprefix('Value error, ')}"
-    return f"{source} key {key!r} is {item['input']!r}; allowed: {item['msg'].removeprefix('Value error, ')}"
+        return f"{source} key {key!r} is unknown{meant}; allowed: {', '.join(known)}{own}"
+    if item["type"] == "value_error":  # Our own words already.
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{source} key {key!r} is {item['input']!r}; allowed: {message}" if location else f"{source}: {message}"
+    return f"{source} key {key!r} is {item['input']!r}; allowed: {_allowed(_field_of(cls, location), item)}"
+
+
+def _section_of(cls: type[BaseModel], location: list[str]) -> Any:
+    section: Any = cls
+    for part in location[:-1]:
+        section = section.model_fields[part.replace("-", "_")].annotation
+    return section
+
+
+def _field_of(cls: type[BaseModel], location: list[str]) -> Any:
+    return _section_of(cls, location).model_fields.get(location[-1].replace("-", "_")) if location else None
+
+
+def _allowed(field: Any, item: Any) -> str:
+    """Say what a field may be, from the kind of the error and the bounds of the field."""
+    kind, context = str(item["type"]), item.get("ctx", {})
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind.startswith("bool"):
+        return "true or false"
+    if kind == "string_type":
+        return 'a text, in quotes: key="value"'
+    if kind in ("too_short", "string_too_short"):
+        return "at least one" if kind == "too_short" else "a text that is not empty"
+    named = {"int": "a whole number", "float": "a number", "finite": "a finite number"}
+    noun = next((words for start, words in named.items() if kind.startswith(start)), "")
+    bounds = ", ".join(_bounds(field))
+    return " ".join(filter(None, [noun, bounds])) or str(item["msg"])
+
+
+def _bounds(field: Any) -> Iterator[str]:
+    for attribute, words in (("ge", "from {}"), ("gt", "above {}"), ("le", "up to {}"), ("lt", "below {}")):
+        for part in field.metadata if field else ():
+            if (value := getattr(part, attribute, None)) is not None:
+                yield words.format(int(value) if value == int(value) else value)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from fedmmkt.common.config import ConfigError, DataConfig, OwnDataConfig
 
 if TYPE_CHECKING:

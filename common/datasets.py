@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from fedmmkt.common.config import ConfigError, DataConfig, OwnDataConfig
 from fedmmkt.common.dataset_files import read_dataset
 from fedmmkt.common.images import to_rgb_array
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import datasets

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ Images = NDArray[np.uint8]
 
 LARGEST_LOSSLESS_SIDE = 64
 MAX_PIXELS = 4096 * 4096  # 48 MiB as RGB: more than any image of this project, and little enough for a client
+DEPTHS = (8, 10, 12, 14, 16, 32)  # bits of a grey value; no file says how many of its 16 or 32 are used
 
 # Bytes and milliseconds per encoded image on one core. They are why small images are lossless WebP, method 2.
 #                            digits 32x32     photos 32x32 (CIFAR-10)   emoji 64x64
@@ -90,32 +93,100 @@ def decode_images(data: Images, offsets: NDArray[np.integer[Any]], size: int | N
     return np.stack(images) if images else np.zeros((0, size or 0, size or 0, 3), dtype=np.uint8)
 
 
-def to_rgb_array(image: Image.Image, size: int) -> Images:
+class GreyError(ValueError):
+    """The pixels of an image are no grey values: negative, not a number, or floats beyond 255."""
+
+
+@dataclass(frozen=True)
+class Square:
+    """A square part of an image, whose white may not be known yet.
+
+    Attributes
+    ----------
+    pixels : uint8 array (side, side, 3) or float32 array (side, side)
+        RGB, or grey values with more than eight bits or as floats.
+    kind : str
+        Format and mode of the image of such grey values. Images of one kind share their white.
+    largest : float
+        The largest grey value of the whole image.
+    """
+
+    pixels: NDArray[Any]
+    kind: str = ""
+    largest: float = 0
+
+
+def to_rgb_array(image: Image.Image, size: int | None) -> Images:
     """Convert an image of any mode and size to a square RGB array.
 
     Transparent parts become white. The longer side is cropped equally at both ends. The remaining square is resized,
-    with antialiasing if it shrinks.
+    with antialiasing if it shrinks. Of more than eight bits, white is decided by the image's own largest value.
 
     Parameters
     ----------
     image : PIL.Image.Image
         The image. Its EXIF orientation is applied.
-    size : int
-        Side of the result, in pixels.
+    size : int, optional
+        Side of the result, in pixels. Without it, the image is neither cropped nor resized.
 
     Returns
     -------
     uint8 array (size, size, 3)
         The image in RGB.
+
+    Raises
+    ------
+    GreyError
+        If the pixels are no grey values.
     """
-    image = _to_rgb(ImageOps.exif_transpose(image))
+    return to_rgb_arrays([to_square(image, size)])[0]
+
+
+def to_square(image: Image.Image, size: int | None) -> Square:
+    """Crop and resize an image as `to_rgb_array` does, but leave grey values with more than eight bits as they are."""
+    kind = f"{image.format} {image.mode}"
+    is_deep = image.mode.startswith(("I", "F"))
+    image = ImageOps.exif_transpose(image)
+    image = _to_grey(image) if is_deep else _to_rgb(image)
+    largest = float(np.max(image)) if is_deep else 0
+    if kind == "PPM I":  # PIL brings these to 16 bits by the white that the file names.
+        largest = 2**16 - 1
+    if size is not None:
+        image = _resized(image, size)
+    return Square(np.asarray(image), kind, largest) if is_deep else Square(np.asarray(image))
+
+
+def to_rgb_arrays(squares: Iterable[Square]) -> list[Images]:
+    """Bring squares to RGB of eight bits.
+
+    The white of grey values is the smallest of 1 and 255 for floats, or of 8, 10, 12, 14, 16 and 32 bits for integers,
+    that no image of the same kind exceeds.
+    """
+    squares = list(squares)
+    largest: dict[str, float] = {}
+    for square in squares:
+        largest[square.kind] = max(square.largest, largest.get(square.kind, 0))
+    return [
+        _in_eight_bits(square.pixels, _white(square.kind, largest[square.kind])) if square.kind else square.pixels
+        for square in squares
+    ]
+
+
+def _white(kind: str, largest: float) -> float:
+    whites = (1, 255) if kind.endswith("F") else tuple(2**bits - 1 for bits in DEPTHS)
+    return next(white for white in whites if largest <= white)
+
+
+def _in_eight_bits(grey_HW: NDArray[np.float32], white: float) -> Images:
+    return np.repeat((grey_HW * np.float32(255 / white)).round().astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _resized(image: Image.Image, size: int) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     if image.width != image.height:  # not `resize(box=...)`: it blends in pixels outside the box
         image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return image if side == size else image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def resize_images(images_NHWC: Images, size: int) -> Images:
@@ -159,7 +230,7 @@ def _decode(encoded: bytes, index: int, size: int | None) -> Images:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower than PIL's
             image = Image.open(io.BytesIO(encoded), formats=("WEBP", "PNG", "JPEG"))
         if image.width * image.height <= MAX_PIXELS:
-            return np.asarray(_to_rgb(image)) if size is None else to_rgb_array(image, size)
+            return to_rgb_array(image, size)
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {index} is too large ({error}); allowed: {MAX_PIXELS} pixels") from error
     except Exception as error:  # decoders raise many kinds of errors on broken bytes
@@ -167,14 +238,20 @@ def _decode(encoded: bytes, index: int, size: int | None) -> Images:
     raise ValueError(f"image {index} has {image.width} x {image.height} pixels; allowed: {MAX_PIXELS} in all")
 
 
+def _to_grey(image: Image.Image) -> Image.Image:
+    """Return grey values of more than eight bits, or floats, as an image of floats; PIL would clip them to 255."""
+    grey_HW = np.asarray(image).astype(np.float32)
+    least, most = float(grey_HW.min()), float(grey_HW.max())  # NaN if any value is.
+    if not (least >= 0 and most <= (255 if image.mode == "F" else 2**32)):
+        allowed = "0 to 1 or 0 to 255, without NaN" if image.mode == "F" else "from 0 on"
+        raise GreyError(f"its values go from {least:g} to {most:g}; allowed: {allowed}")
+    return Image.fromarray(grey_HW)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # PIL would clip 16-bit values to 255, which gives a white image
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode in ("I", "F"):
-        image = image.convert("L")
     return image.convert("RGB")
 
 

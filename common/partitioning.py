@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
 from fedmmkt.common.config import ConfigError, DataConfig
 from fedmmkt.common.datasets import labels_of, load_splits
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from fedmmkt.common.config import ConfigError, RunConfig, Setting, to_flower
-from flwr.cli.build import build_fab_from_files
-from flwr.cli.utils import collect_files
+from flwr.cli.build import build_fab_from_files, get_filtered_fab_paths
+from flwr.cli.utils import collect_files, filter_paths_for_publish
 from flwr.common.config import flatten_dict, unflatten_dict
+
+from fedmmkt.common.config import ConfigError, RunConfig, Setting, to_flower
 
 PROJECT = "pyproject.toml"
 BUILT_IN: dict[str, Any] = {
@@ -74,16 +75,12 @@ def runs_fedmmkt(project: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def found_app(app: Path | None) -> Iterator[Path]:
+def app_folder(app: Path | None) -> Iterator[Path]:
     """Yield the folder of an app: ``app`` if given, else the current folder if it is an app, else the package's app."""
     if app is not None:
         yield app
         return
-    try:
-        read_app(Path())
-    except ConfigError:
-        pass
-    else:  # Not in the `try`, so that errors of the run are not caught.
+    if _holds_app(Path()):
         yield Path()
         return
     with tempfile.TemporaryDirectory(prefix="fedmmkt-") as folder:
@@ -94,8 +91,26 @@ def found_app(app: Path | None) -> Iterator[Path]:
         yield built_in
 
 
+def bundled_files(app: Path) -> set[str]:
+    """Return the files that Flower puts into an app's bundle, as paths relative to the app."""
+    files = filter_paths_for_publish(collect_files(app.resolve()))
+    return set(get_filtered_fab_paths(files, read_app(app)))
+
+
+def _holds_app(folder: Path) -> bool:
+    """Tell whether a folder's ``pyproject.toml`` is that of a Flower app; a broken one is refused."""
+    path = folder / PROJECT
+    if not path.exists():
+        return False
+    try:
+        project = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path.absolute()} cannot be read ({error}); mend it, or name an app with --app") from None
+    return "app" in project.get("tool", {}).get("flwr", {})
+
+
 @contextlib.contextmanager
-def submitted(app: Path, config: Mapping[str, Setting]) -> Iterator[Path]:
+def folder_to_submit(app: Path, config: Mapping[str, Setting]) -> Iterator[Path]:
     """Yield the folder to submit: the app itself if it has all keys, else a copy that has them.
 
     Raises

@@ -11,9 +11,9 @@ from types import FrameType
 from typing import NoReturn
 
 from fedmmkt.common.config import ConfigError, Setting
-from fedmmkt.deploy.bundle import found_app
+from fedmmkt.deploy.bundle import app_folder
 from fedmmkt.deploy.processes import StartError
-from fedmmkt.deploy.submission import COMPLETED, check, effective_config, parse_run_config
+from fedmmkt.deploy.submission import COMPLETED, check_run, effective_config, parse_run_config
 
 Runner = Callable[[Path, int, Path | None, Mapping[str, Setting]], str]
 
@@ -55,8 +55,8 @@ def run_command(
     try:
         # `make` passes an empty string if no run-config was given.
         run_config = parse_run_config([text for text in options.run_config if text.strip()])
-        with found_app(options.app) as app:
-            check(app, options.nodes, effective_config(app, options.nodes, options.out, run_config))
+        with app_folder(options.app) as app:
+            check_run(app, options.nodes, effective_config(app, options.nodes, options.out, run_config))
             return 0 if runner(app, options.nodes, options.out, run_config) == COMPLETED else 1
     except ConfigError as error:
         print(error, file=sys.stderr)

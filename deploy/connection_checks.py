@@ -21,9 +21,10 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from fedmmkt.common.config import ConfigError
 from fedmmkt.deploy.processes import script
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 TIMEOUT = 10.0  # seconds, for a connection and for an answer
 EXPIRES_SOON = datetime.timedelta(days=30)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
 
 if TYPE_CHECKING:
     from fedmmkt.client_app.models.task_model import TaskModel

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import TextIO
 
 import click
+from flwr.common.config import parse_config_args
+
 from fedmmkt.client_app.models.building import check_task_model
 from fedmmkt.common.config import ConfigError, RunConfig, Setting
 from fedmmkt.common.registry import importable
-from fedmmkt.deploy.bundle import default_config, read_app, runs_fedmmkt, submitted
+from fedmmkt.deploy.bundle import PROJECT, bundled_files, default_config, folder_to_submit, read_app, runs_fedmmkt
 from fedmmkt.deploy.processes import script
 from fedmmkt.server_app.rules.checks import check_rules
-from flwr.common.config import parse_config_args
 
 COMPLETED = "finished:completed"
 RETRY_SECONDS = 2.0
@@ -73,11 +75,17 @@ def parse_run_config(texts: list[str]) -> dict[str, Setting]:
         dropped = _PAIR.sub("", text).strip()
         if dropped and not text.endswith(".toml"):
             raise ConfigError(f"run-config: {dropped!r} is not of the form key=value (no spaces around '=')")
+        keys = [key for key, _ in _PAIR.findall(text)]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ConfigError(f"run-config key {twice[0]!r} is given twice in {text!r}; allowed: each key once")
     try:
         return parse_config_args(texts)
     except click.ClickException as error:
-        strings = 'strings need quotes: key="value"'
-        raise ConfigError(f"run-config {' '.join(texts)!r} cannot be read; {strings}") from error
+        written = " ".join(texts)
+        hint = 'strings need quotes: key="value"'
+        if "\\" in written:
+            hint = f"a backslash in a string is written twice, {chr(92) * 2}"
+        raise ConfigError(f"run-config {written} cannot be read; {hint}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"run-config: {error}") from error
 
@@ -94,7 +102,7 @@ def effective_config(app: Path, nodes: int, out: Path | None, run_config: Mappin
     return {key: value for key, value in ours.items() if key in defaults} | dict(run_config)
 
 
-def check(app: Path, nodes: int, config: Mapping[str, Setting]) -> None:
+def check_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> None:
     """Check the settings of a run before anything is started.
 
     Raises
@@ -140,6 +148,24 @@ def check_names(app: Path, config: RunConfig) -> None:
             from fedmmkt.server_app.t2i.families import families
 
             families.get(config.t2i.family, extra)
+    names = [*config.client.models, config.t2i.aggregation, config.t2i.scores, config.t2i.update]
+    _check_bundled(app, [*names, config.strategy, config.t2i.family])
+
+
+def _check_bundled(app: Path, names: Sequence[str]) -> None:
+    """Check that modules which lie in the app's folder travel with it."""
+    bundled = None
+    for module in {name.partition(":")[0] for name in names if ":" in name and not name.startswith("transformers:")}:
+        file = Path(getattr(sys.modules.get(module), "__file__", None) or "/")
+        if not file.is_relative_to(app.resolve()):
+            continue
+        bundled = bundled_files(app) if bundled is None else bundled
+        if (own := file.relative_to(app.resolve()).as_posix()) not in bundled:
+            raise ConfigError(
+                f"{own} lies in the app {str(app.resolve())!r}, but is no part of its bundle (fab-include in its "
+                f"{PROJECT}), so that the run would not find {module!r}; put it into an app of your own, and name "
+                "that with --app"
+            )
 
 
 class Submitter:
@@ -180,7 +206,7 @@ class Submitter:
         options : sequence of str
             Further options of ``flwr run``.
         """
-        with submitted(app, config) as folder:
+        with folder_to_submit(app, config) as folder:
             command = [script("flwr"), "run", str(folder.resolve()), *connection, "--stream", *options]
             run_id = self._follow([*command, "--run-config", format_run_config(config)], output)
         if not run_id:

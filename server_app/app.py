@@ -8,13 +8,17 @@ from logging import ERROR, INFO
 from pathlib import Path
 
 import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore import log
+
 from fedmmkt.common.config import ConfigError, RunConfig
 from fedmmkt.common.datasets import Splits, load_splits, read_class_names, to_examples
 from fedmmkt.server_app.class_space import FROM_CLIENTS, classes_of_clients
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.loop import RunError
 from fedmmkt.server_app.prompts import build_prompt_source
-from fedmmkt.server_app.record.checkpoint import check_continues, drop_later, find_state
+from fedmmkt.server_app.record.checkpoint import check_resumable, find_state, remove_later_checkpoints
 from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.recorder import Recorder
@@ -22,9 +26,6 @@ from fedmmkt.server_app.rules.checks import check_rules
 from fedmmkt.server_app.strategy import FedMMKT, strategies
 from fedmmkt.server_app.t2i.families import families
 from fedmmkt.server_app.t2i.generator import Generator
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
-from flwr.supercore import log
 
 app = ServerApp()
 
@@ -69,11 +70,11 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     state = find_state(earlier) if config.resume_from else None
     classes, splits = _classes_and_splits(config, classes or (state.classes if state else ()))
     if state:
-        check_continues(state, config, classes)
+        check_resumable(state, config, classes)
     path = Path(config.output_dir or config.resume_from or f"~/.fedmmkt/runs/{run_id}").expanduser()
     if state:
         run_folder = RunFolder.resume(path, config.tensorboard, earlier, state.metrics)
-        drop_later(run_folder.checkpoints, state.round)
+        remove_later_checkpoints(run_folder.checkpoints, state.round)
     else:
         run_folder = RunFolder.create(path, config.tensorboard)
     log(INFO, "Run folder: %s", run_folder.path)

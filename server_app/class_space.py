@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from logging import INFO, WARNING
 
-from fedmmkt.common.config import ConfigError, RunConfig
-from fedmmkt.common.natural_order import natural_key
-from fedmmkt.common.payloads import ClassReport, PayloadError
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
+
+from fedmmkt.common.config import ConfigError, RunConfig
+from fedmmkt.common.natural_order import natural_key
+from fedmmkt.common.payloads import ClassReport, PayloadError
 
 FROM_CLIENTS = ("clients",)
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fedmmkt.common.payloads import ClientReport, DistillationPayload, PayloadError, record_bytes
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+
+from fedmmkt.common.payloads import ClientReport, DistillationPayload, PayloadError, record_bytes
 
 POLL_SECONDS = 0.1
 NOT_TAKEN = "Flower did not take the message to the node"

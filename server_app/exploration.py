@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from fedmmkt.server_app.prompts import Prompt
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples
-from torch import Tensor
 
 
 def draw_parents(scored: Samples, prompts: Sequence[Prompt], seed: int) -> dict[int, Tensor]:

@@ -35,7 +35,7 @@ class TargetsByClient:
     of_client: Mapping[str, int | None]
     of_modality: Mapping[Modality, int | None]
 
-    def of(self, report: ClientReport | None) -> SoftTargets | None:
+    def for_client(self, report: ClientReport | None) -> SoftTargets | None:
         """Return the soft targets of a client; None if it gets none.
 
         A client without a report gets soft targets only if they are the same for all modalities.
@@ -119,13 +119,13 @@ class Ledger:
         self.history = [*self.history, (batch, targets)][-self.batches_kept :]
         self.pool = [*self.pool, scored][-self.samples_kept :]
 
-    def due(self, node_id: int) -> tuple[tuple[SyntheticBatch, ...], tuple[SoftTargets, ...]]:
+    def missing_for(self, node_id: int) -> tuple[tuple[SyntheticBatch, ...], tuple[SoftTargets, ...]]:
         """Return the batches with soft targets that a node does not hold, and the soft targets that it lacks."""
         report = self.reports.get(node_id)
         kept, awaiting = (set(report.kept), set(report.awaiting)) if report else (set(), set())
         absent = tuple(batch for batch, _ in self.history if batch.batch_id not in kept)
         wanted = awaiting | {batch.batch_id for batch in absent}
-        lacking = (targets.of(report) for batch, targets in self.history if batch.batch_id in wanted)
+        lacking = (targets.for_client(report) for batch, targets in self.history if batch.batch_id in wanted)
         return absent, tuple(targets for targets in lacking if targets is not None)
 
     # ------------------------------------------------------------------ clients
@@ -134,15 +134,17 @@ class Ledger:
         """Return the name of a node for logs: the name of its client if it has answered, else its id."""
         return self.reports[node_id].client if node_id in self.reports else f"node {node_id}"
 
-    def known(self) -> list[ClientReport]:
+    def known_clients(self) -> list[ClientReport]:
         """Return the newest report of each client, sorted by name."""
-        return sorted(self.reports.values(), key=lambda report: report.client)
+        # A client that came back under another node id is still one client.
+        newest = {report.client: report for report in self.reports.values()}
+        return [newest[client] for client in sorted(newest)]
 
     def sees_images(self, node_id: int) -> bool:
         """Return whether a node gets images: every node does, unless its report says that it reads only texts."""
         return node_id not in self.reports or self.reports[node_id].modality != "text"
 
-    def took_part(self, clients: Iterable[str]) -> None:
+    def add_participants(self, clients: Iterable[str]) -> None:
         """Record the clients that took part in a round."""
         self.clients |= set(clients)
 
@@ -153,7 +155,7 @@ class Ledger:
         """The unanswered messages of closed exchanges, with their nodes."""
         return {message_id: node_id for message_id, (node_id, _) in self._overdue.items()}
 
-    def note(self, reply: Reply, server_round: int) -> int:
+    def record_reply(self, reply: Reply, server_round: int) -> int:
         """Record a reply; return the round in which its message was sent."""
         if reply.answer is not None:
             self.reports[reply.node_id] = reply.answer.report

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Protocol
 
-from fedmmkt.server_app.class_space import wait_for_nodes
-from fedmmkt.server_app.exchange import Answer, exchange
-from fedmmkt.server_app.ledger import Ledger
-from fedmmkt.server_app.recorder import Recorder
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.supercore import log
+
+from fedmmkt.server_app.class_space import wait_for_nodes
+from fedmmkt.server_app.exchange import Answer, exchange
+from fedmmkt.server_app.ledger import Ledger
+from fedmmkt.server_app.recorder import Recorder
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 Read = Callable[[Message], Answer]
@@ -28,7 +29,7 @@ class RunError(RuntimeError):
     """The run cannot continue; the text says why."""
 
 
-class Rounds(Protocol):
+class RoundSteps(Protocol):
     """The methods that the loop calls on a strategy; `FedMMKT` documents each of them."""
 
     def summary(self) -> None:
@@ -74,7 +75,7 @@ class Loop:
 
     Attributes
     ----------
-    strategy : Rounds
+    strategy : RoundSteps
         Defines the steps of a round.
     grid : Grid
         Flower's connection to the nodes.
@@ -92,7 +93,7 @@ class Loop:
         Called with the round and the adapter's arrays, before the first round and after each round.
     """
 
-    strategy: Rounds
+    strategy: RoundSteps
     grid: Grid
     ledger: Ledger
     recorder: Recorder
@@ -136,7 +137,7 @@ class Loop:
         log(INFO, "[BEFORE] measuring clients before any training")
         with self.recorder.round(0, self.ledger):
             self._evaluate(0, result)
-            self.ledger.took_part(self.recorder.answered())
+            self.ledger.add_participants(self.recorder.answered_clients())
         self._evaluate_on_server(0, result)
 
     def _resume(self, last_round: int, result: Result) -> None:
@@ -145,9 +146,9 @@ class Loop:
         This exchange counts for no round, because the interrupted run did not have it.
         """
         log(INFO, "[RESUME] after round %s: asking clients which batches they hold", last_round)
-        with self.recorder.uncounted(last_round):
+        with self.recorder.unrecorded(last_round):
             self._evaluate(last_round, result)
-        for report in self.ledger.known():
+        for report in self.ledger.known_clients():
             if self.ledger.history and report.client in self.ledger.clients and not report.kept:
                 log(WARNING, "  clients   %s holds nothing of the earlier run, and begins anew", report.client)
 
@@ -166,7 +167,7 @@ class Loop:
             if server_round == self.rounds:
                 messages = strategy.configure_distill(server_round, self.grid)
                 self._collect(server_round, messages, result)
-            self.ledger.took_part(self.recorder.answered())
+            self.ledger.add_participants(self.recorder.answered_clients())
         self._evaluate_on_server(server_round, result)
 
     def _evaluate(self, server_round: int, result: Result) -> None:
@@ -188,14 +189,14 @@ class Loop:
         quorum = self.recorder.config.quorum
         with self.recorder.exchange(outgoing):
             for reply in exchange(self.grid, outgoing, read, self.round_deadline, quorum, self.ledger.overdue):
-                sent_in = self.ledger.note(reply, server_round)
+                sent_in = self.ledger.record_reply(reply, server_round)
                 name = self.ledger.name(reply.node_id)
-                self.recorder.note(reply, name, sent_in)
+                self.recorder.record_reply(reply, name, sent_in)
                 if reply.answer is not None and reply.message is not None:
                     valid[reply.answer.report.client] = reply.message
                 elif reply.kind != "late":
                     problems[name] = reply.reason
-        self.recorder.asked({self.ledger.name(message.metadata.dst_node_id) for message in outgoing})
+        self.recorder.record_asked({self.ledger.name(message.metadata.dst_node_id) for message in outgoing})
         if not valid:
             nodes = {reason: [node for node in problems if problems[node] == reason] for reason in problems.values()}
             reasons = "; ".join(f"{', '.join(named)}: {reason}" for reason, named in nodes.items()) or "none was asked"

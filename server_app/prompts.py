@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
 from fedmmkt.common.config import ConfigError, T2IConfig
 
 

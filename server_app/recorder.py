@@ -6,11 +6,17 @@ It does not depend on the strategy. It reads the ledger when it writes a checkpo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import INFO, WARNING
 
 import numpy as np
+import torch
+from flwr.app import Message
+from flwr.supercore import log
+from PIL import Image
+from torch import Tensor
+
 from fedmmkt.common.config import RunConfig
 from fedmmkt.common.images import resize_images
 from fedmmkt.common.payloads import record_bytes
@@ -24,9 +30,6 @@ from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.report.page import write_report
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import sample_seeds
-from flwr.app import Message
-from flwr.supercore import log
-from PIL import Image
 
 GRID_ROWS, GRID_COLUMNS = 10, 6
 PROGRESS_SECONDS = 5.0
@@ -74,13 +77,15 @@ class Recorder:
         self.last_round: int | None = None
         self._record = RoundRecord(0)
         self._measured: tuple[float | None, float | None] = (None, None)
+        self._measured_adapter: dict[str, Tensor] = {}
         self._pictures: list[Image.Image] = []
         self._expected, self._answered, self._began = 0, 0, 0.0
 
     def restore(self, state: ServerState) -> None:
         """Continue after the round of a checkpoint."""
         self.last_round = state.round
-        self._measured, self._pictures = state.measured, state.pictures
+        self._measured, self._measured_adapter = state.measured, state.adapter
+        self._pictures = state.pictures
         self.generator.adapter.save(self.run_folder.lora)
 
     @contextmanager
@@ -118,7 +123,7 @@ class Recorder:
         self._log_round()
 
     @contextmanager
-    def uncounted(self, server_round: int) -> Iterator[None]:
+    def unrecorded(self, server_round: int) -> Iterator[None]:
         """Run the block without recording it."""
         self._record = RoundRecord(server_round)
         yield
@@ -143,9 +148,9 @@ class Recorder:
         if closed_without := [name for name in record.missing if name not in missing]:
             log(WARNING, "  clients   the round closed without %s", ", ".join(closed_without))
 
-    def note(self, reply: Reply, name: str, sent_in: int) -> None:
+    def record_reply(self, reply: Reply, name: str, sent_in: int) -> None:
         """Record and show the result of a message; ``name`` is the node's name, ``sent_in`` the message's round."""
-        self._record.note(reply, name)
+        self._record.record_reply(reply, name)
         if reply.answer is not None:
             self._answered += 1
             seconds, accuracy = time.perf_counter() - self._began, reply.answer.report.accuracy
@@ -156,19 +161,19 @@ class Recorder:
         elif reply.kind == "late" and reply.bytes:
             log(WARNING, "  clients   %s answered round %s too late; the reply is not counted", name, sent_in)
 
-    def asked(self, clients: set[str]) -> None:
+    def record_asked(self, clients: set[str]) -> None:
         """Record which clients were asked."""
         self._record.asked |= clients
 
-    def answered(self) -> list[str]:
+    def answered_clients(self) -> list[str]:
         """Return the clients that gave a valid reply in this round."""
         return [report.client for report in self._record.reports]
 
-    def generated(self, count: int, guidance: float, seconds: float) -> None:
+    def log_generation(self, count: int, guidance: float, seconds: float) -> None:
         """Show that a batch was generated."""
         log(INFO, "  generate  %s images, guidance %g  (%.1f s)", count, guidance, seconds)
 
-    def adapted(self, loss: float | None) -> None:
+    def record_update(self, loss: float | None) -> None:
         """Record the mean loss of the T2I's update; None if there was none."""
         self._record.generator_loss = loss
         if loss is not None:
@@ -195,7 +200,8 @@ class Recorder:
         If the T2I has not learned in this round, it would generate the same images. The last measures are then reused.
         """
         record = self._record
-        if record.round > 0 and record.generator_loss is None:
+        adapter = {name: tensor.clone() for name, tensor in self.generator.adapter.state().items()}
+        if self._pictures and _equal(adapter, self._measured_adapter):
             record.alignment, record.frechet = self._measured
             self.run_folder.write_images(record.round, self._pictures, GRID_COLUMNS)
             return
@@ -211,7 +217,7 @@ class Recorder:
                 record.alignment, record.frechet = measures.alignment, measures.frechet
             shown = _pictured([prompt.class_index for prompt in prompts])
             self._pictures = [Image.fromarray(made.images_NHWC[index]) for index in shown]
-            self._measured = record.alignment, record.frechet
+            self._measured, self._measured_adapter = (record.alignment, record.frechet), adapter
             self.run_folder.write_images(record.round, self._pictures, GRID_COLUMNS)
 
     def _state(self, server_round: int, ledger: Ledger) -> ServerState:
@@ -275,6 +281,10 @@ class Recorder:
             log(INFO, "%-28s %8s %8s", name, _figure(before), _figure(values["accuracy"]))
         log(INFO, "")
         log(INFO, "Report: %s", self.run_folder.report)
+
+
+def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
 
 
 def _pictured(class_indices: list[int]) -> list[int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from flwr.app import Message, RecordDict
+
 from fedmmkt.common.payloads import Instructions, Request, SyntheticBatch
 from fedmmkt.server_app.ledger import Ledger
-from flwr.app import Message, RecordDict
 
 
 def make_requests(
@@ -37,7 +38,7 @@ def make_requests(
     """
     contents: dict[tuple[Any, ...], RecordDict] = {}
     for node_id in sorted(node_ids):
-        batches, targets = ledger.due(node_id)
+        batches, targets = ledger.missing_for(node_id)
         sent = (*batches, batch) if batch else batches
         sees_images, is_known = ledger.sees_images(node_id), node_id in ledger.reports
         key = (sees_images, is_known, tuple(one.batch_id for one in sent), tuple(map(id, targets)))

@@ -14,6 +14,12 @@ from typing import get_args
 
 import numpy as np
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore import log
+from torch import Tensor
+
 from fedmmkt.common.config import RunConfig
 from fedmmkt.common.images import encode_images, resize_images
 from fedmmkt.common.payloads import (
@@ -30,20 +36,16 @@ from fedmmkt.common.registry import Registry
 from fedmmkt.server_app.exchange import Answer
 from fedmmkt.server_app.exploration import draw_parents, generate_or_vary
 from fedmmkt.server_app.ledger import Ledger, TargetsByClient
-from fedmmkt.server_app.loop import Loop
+from fedmmkt.server_app.loop import Loop, RunError
 from fedmmkt.server_app.prompts import Prompt, PromptSource
 from fedmmkt.server_app.recorder import Recorder
 from fedmmkt.server_app.requests import make_requests
 from fedmmkt.server_app.rules.aggregation import aggregations, normalised
+from fedmmkt.server_app.rules.checks import check_result
 from fedmmkt.server_app.rules.scores import Feedback, scores
 from fedmmkt.server_app.rules.updates import updates
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
-from flwr.supercore import log
-from torch import Tensor
 
 LEAST_WEIGHT = 0.02  # Smallest weight of a sample in distillation, however little the clients agree on it.
 FEEDBACK_WITH_VOTES = "logits+votes"
@@ -182,14 +184,16 @@ class FedMMKT(Strategy):
         payloads = [answer.required_payload for answer in answers]
         logits_KNC = torch.stack([torch.from_numpy(payload.logits_NC).float() for payload in payloads])
         counts_KC = torch.stack([torch.from_numpy(payload.class_counts_C) for payload in payloads])
-        return normalised(self.aggregation(logits_KNC, counts_KC, prompted_N))
+        mass_NC = self.aggregation(logits_KNC, counts_KC, prompted_N)
+        shape, name = tuple(logits_KNC.shape[1:]), self.config.t2i.aggregation
+        return normalised(check_result(mass_NC, shape, aggregations.key, name))
 
     def make_targets(self, batch: SyntheticBatch, answers: list[Answer]) -> SoftTargets:
         """Make the soft targets of a batch from answers; samples are weighted by the agreement of these clients."""
         prompted_N = torch.from_numpy(batch.prompted_N)
         probabilities_NC = self.aggregate_logits(answers, prompted_N)
-        read_NC = self._read_in_prompts(answers, prompted_N)
-        agreement_N = Feedback(probabilities_NC, prompted_N, None, read_NC).agreement_N()
+        text_consensus_NC = self._read_in_prompts(answers, prompted_N)
+        agreement_N = Feedback(probabilities_NC, prompted_N, None, text_consensus_NC).agreement_N()
         return SoftTargets(
             batch_id=batch.batch_id,
             probabilities_NC=probabilities_NC.clamp(0, 1).numpy().astype(np.float16),
@@ -204,14 +208,16 @@ class FedMMKT(Strategy):
         """
         judges = [answer for answer in answers if answer.report.modality == "image"] or answers
         consensus_NC = self.aggregate_logits(judges, prompted_N)
-        unjudged_N = (prompted_N >= 0) & ~held_C(judges)[prompted_N]
+        unjudged_N = (prompted_N >= 0) & ~covered_classes_C(judges)[prompted_N]
         pairs = [answer for answer in answers if answer.report.modality == "image+text"]
         if pairs and bool(unjudged_N.any()):
             consensus_NC = torch.where(unjudged_N[:, None], self.aggregate_logits(pairs, prompted_N), consensus_NC)
         payload_votes = [answer.required_payload.votes_N for answer in answers]
         votes = [torch.from_numpy(votes_N) for votes_N in payload_votes if votes_N is not None]
-        read_NC = self._read_in_prompts(answers, prompted_N)
-        return self.score(Feedback(consensus_NC, prompted_N, torch.stack(votes).sum(0) if votes else None, read_NC))
+        text_consensus_NC = self._read_in_prompts(answers, prompted_N)
+        votes_N = torch.stack(votes).sum(0) if votes else None
+        scores_N = self.score(Feedback(consensus_NC, prompted_N, votes_N, text_consensus_NC))
+        return check_result(scores_N, (len(prompted_N),), scores.key, self.config.t2i.scores)
 
     def adapt_generator(self, server_round: int, pool: Sequence[Samples]) -> float | None:
         """Fine-tune the T2I on the scored samples of the last rounds.
@@ -240,7 +246,7 @@ class FedMMKT(Strategy):
         with self.recorder.timed("generate"):
             start = time.perf_counter()
             samples = self.generate(server_round, self.make_prompts(server_round), self.ledger.pool)
-            self.recorder.generated(len(samples), self.guidance(server_round), time.perf_counter() - start)
+            self.recorder.log_generation(len(samples), self.guidance(server_round), time.perf_counter() - start)
             batch = self.make_batch(server_round, samples)
         self.ledger.serve(batch, samples)
         instructions = partial(self._instructions, server_round)
@@ -282,7 +288,7 @@ class FedMMKT(Strategy):
             self.ledger.teach(server_round, targets, samples.scored(scores_N))
         with self.recorder.timed("adapt"):
             loss = self.adapt_generator(server_round, self.ledger.pool)
-        self.recorder.adapted(loss)
+        self.recorder.record_update(loss)
         accuracy = float(np.mean([answer.report.accuracy for answer in answers]))
         return self.arrays(), MetricRecord({"accuracy": accuracy, "replies": len(answers)})
 
@@ -340,6 +346,7 @@ class FedMMKT(Strategy):
         """Log the main settings."""
         config, t2i, client = self.config, self.config.t2i, self.config.client
         parameters = sum(tensor.numel() for tensor in self.generator.adapter.state().values())
+        log(INFO, "\t├──> Strategy: %s%s", config.strategy, self._overrides())
         log(INFO, "\t├──> Classes: %s", ", ".join(self.classes))
         log(INFO, "\t├──> T2I: %s, LoRA rank %s, %s parameters", t2i.model, t2i.lora_rank, parameters)
         log(INFO, "\t├──> Per round: %s images, guidance %s", t2i.samples_per_round, ", ".join(map(str, t2i.guidance)))
@@ -411,6 +418,12 @@ class FedMMKT(Strategy):
 
     # ------------------------------------------------------------------ parts of the steps
 
+    def _overrides(self) -> str:
+        """Name the methods that a subclass overrides, so that a misspelt one shows in the log."""
+        public = [name for name, part in vars(FedMMKT).items() if callable(part) and not name.startswith("_")]
+        changed = [name for name in public if getattr(type(self), name) is not getattr(FedMMKT, name)]
+        return "" if type(self) is FedMMKT else f", overrides {', '.join(changed) or 'nothing'}"
+
     def _instructions(self, server_round: int, is_known: bool) -> Instructions:
         ancestors = () if is_known else self.ledger.ancestors
         return Instructions(
@@ -434,6 +447,8 @@ class FedMMKT(Strategy):
 
         def index_of(client: ClientReport) -> int | None:
             chosen = self.teachers(client, answers)
+            if not isinstance(chosen, list):
+                raise RunError(f"teachers of {type(self).__name__} returned {chosen!r}; allowed: a list of answers")
             key = tuple(map(id, chosen))
             if chosen and key not in index_by_teachers:
                 index_by_teachers[key] = len(distinct)
@@ -441,8 +456,8 @@ class FedMMKT(Strategy):
                 kept.append(chosen)
             return index_by_teachers.get(key)
 
-        of_client = {report.client: index_of(report) for report in self.ledger.known()}
-        of_modality = {modality: index_of(anybody(modality)) for modality in get_args(Modality)}
+        of_client = {report.client: index_of(report) for report in self.ledger.known_clients()}
+        of_modality = {modality: index_of(placeholder_report(modality)) for modality in get_args(Modality)}
         return TargetsByClient(tuple(distinct), of_client, of_modality)
 
     def _read_in_prompts(self, answers: list[Answer], prompted_N: Tensor) -> Tensor | None:
@@ -456,15 +471,20 @@ class FedMMKT(Strategy):
         return self.aggregate_logits(readers, prompted_N)
 
 
-strategies: Registry[type[FedMMKT]] = Registry("strategy", "strategy", base=FedMMKT)
+strategies: Registry[type[FedMMKT]] = Registry(
+    "strategy",
+    "strategy",
+    ("config", "classes", "generator", "prompts", "ledger", "recorder"),
+    base=FedMMKT,
+)
 strategies.register("fedmmkt")(FedMMKT)
 
 
-def held_C(answers: list[Answer]) -> Tensor:
+def covered_classes_C(answers: list[Answer]) -> Tensor:
     """Return for each class whether these clients have examples of it (bool, classes)."""
     return torch.from_numpy(np.sum([answer.required_payload.class_counts_C for answer in answers], axis=0) > 0)
 
 
-def anybody(modality: Modality) -> ClientReport:
+def placeholder_report(modality: Modality) -> ClientReport:
     """Return a placeholder report for an unknown client of a modality."""
     return ClientReport(client="*", model="*", modality=modality, examples=1, accuracy=0.0, loss=0.0)

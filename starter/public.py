@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
 from fedmmkt.common.config import ConfigError, DataConfig
 from fedmmkt.common.datasets import labels_of, load_splits, to_examples
 from fedmmkt.common.files import replaced_folder

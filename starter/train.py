@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from fedmmkt.common.dataset_files import DIGIT_NAMES
-from fedmmkt.starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 from tqdm import tqdm
+
+from fedmmkt.common.dataset_files import DIGIT_NAMES
+from fedmmkt.starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
 
 FONT_PACKAGES = (
     "font_amatic_sc",

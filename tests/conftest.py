@@ -10,6 +10,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 from contextlib import contextmanager
 
 import pytest
+
 from fedmmkt.common.config import RunConfig, to_flower
 from fedmmkt.deploy.in_process import InProcessGrid
 

@@ -3,9 +3,10 @@
 import os
 
 import numpy as np
+from flwr.app import Array
+
 from fedmmkt.client_app.models.building import build_task_model
 from fedmmkt.common.payloads import DistillationPayload
-from flwr.app import Array
 
 honest_records = DistillationPayload.to_records
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from fedmmkt.common.config import DataConfig, RunConfig, to_flower
 from fedmmkt.deploy.federation import local_federation
 from fedmmkt.deploy.partition import write_partitions
-
 from tests import ROOT
 from tests.conftest import TINY
 from tests.network import SERVER_ADDRESS, inside, node_address

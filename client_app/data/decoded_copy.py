@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from fedmmkt.client_app.data.private_data import PrivateData, load_private_data
 from fedmmkt.client_app.memory import plain_name
 from fedmmkt.common.config import NodeConfig, RunConfig

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from fedmmkt.common.config import ConfigError, DataConfig, NodeConfig, RunConfig
 from fedmmkt.common.datasets import Examples, Splits, labels_of, load_splits, relabel, to_examples
 from fedmmkt.common.partitioning import partition_rows

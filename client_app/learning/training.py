@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from fedmmkt.client_app.learning.losses import alignment_loss, balanced_softmax_loss, distillation_loss, prompt_loss
 from fedmmkt.client_app.models.task_model import Inputs, TaskModel
 from fedmmkt.common.augmentation import augment
 from fedmmkt.common.config import ClientConfig
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True)

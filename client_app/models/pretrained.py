@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from fedmmkt.client_app.models.task_model import PADDING, TaskModel
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.files import write_text
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 LONGEST_TEXT = 512
 BILINEAR, BICUBIC = 2, 3  # PIL's codes, as in the configurations of image processors

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fedmmkt.client_app.models.task_model import TEXT_BUCKETS, TaskModel, task_models
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fedmmkt.client_app.models.task_model import TEXT_BUCKETS, TaskModel, task_models
 
 
 class ResidualBlock(nn.Module):

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from torch import Tensor, nn
+
 from fedmmkt.common.payloads import Modality
 from fedmmkt.common.registry import Registry
-from torch import Tensor, nn
 
 TEXT_BUCKETS = 4096
 TEXT_LENGTH = 96
@@ -140,7 +141,7 @@ class TaskModel(nn.Module):
 # Called with the number of classes and the side of the images in pixels.
 TaskModelFactory = Callable[[int, int], TaskModel]
 task_models: Registry[TaskModelFactory] = Registry(
-    "task model", "client.models", also="transformers: with a folder or hub id"
+    "task model", "client.models", ("classes", "image_size"), also="transformers: with a folder or hub id"
 )
 
 

@@ -13,23 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from fedmmkt.common.config import ConfigError, RunConfig
-from fedmmkt.common.files import replaced_folder
-from fedmmkt.common.payloads import MAX_ANCESTORS, SoftTargets, SyntheticBatch
-from fedmmkt.server_app.ledger import Ancestor, TargetsByClient
-from fedmmkt.server_app.record.run_folder import RunFolder
-from fedmmkt.server_app.t2i.samples import Samples
 from flwr.supercore import log
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedmmkt.common.config import ConfigError, RunConfig
+from fedmmkt.common.files import replaced_folder
+from fedmmkt.common.payloads import MAX_ANCESTORS, SoftTargets, SyntheticBatch
+from fedmmkt.server_app.ledger import Ancestor, TargetsByClient
+from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.t2i.samples import Samples
+
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 
 # Settings that may change when a run is resumed: its length, its output, the nodes it waits for, and how it computes.
 # If any other setting changed, it would be a different run.
-MAY_CHANGE = {
+CHANGEABLE_ON_RESUME = {
     *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tensorboard"),
     *("min-nodes", "node-timeout", "round-deadline", "quorum", "client.threads"),
     *("t2i.device", "t2i.offload", "t2i.gradient-checkpointing", "t2i.attention-slicing", "t2i.vae-tiling"),
@@ -166,30 +167,30 @@ def find_state(run: RunFolder) -> ServerState:
     )
 
 
-def check_continues(state: ServerState, config: RunConfig, classes: tuple[str, ...]) -> None:
+def check_resumable(state: ServerState, config: RunConfig, classes: tuple[str, ...]) -> None:
     """Check that a configuration can resume a run.
 
     Raises
     ------
     ConfigError
-        If a setting outside `MAY_CHANGE` has changed; the text names all such settings.
+        If a setting outside `CHANGEABLE_ON_RESUME` has changed; the text names all such settings.
     """
     earlier, present = _flat(state.config), _flat(config.model_dump(mode="json", by_alias=True))
     changed = [
         f"{key!r} was {earlier[key]!r} and is {value!r}"
         for key, value in present.items()
-        if key not in MAY_CHANGE and earlier.get(key, value) != value  # The earlier run may lack a key.
+        if key not in CHANGEABLE_ON_RESUME and earlier.get(key, value) != value  # The earlier run may lack a key.
     ]
     if state.classes != classes:
         changed.append(f"the classes were {', '.join(state.classes)} and are {', '.join(classes)}")
     if changed:
         raise ConfigError(
             f"run-config key 'resume-from' is {config.resume_from!r}, a run of another configuration: "
-            f"{'; '.join(changed)}; allowed: the values that it had, but for {', '.join(sorted(MAY_CHANGE))}"
+            f"{'; '.join(changed)}; allowed: the values that it had, but for {', '.join(sorted(CHANGEABLE_ON_RESUME))}"
         )
 
 
-def drop_later(folder: Path, round: int) -> None:
+def remove_later_checkpoints(folder: Path, round: int) -> None:
     """Remove checkpoints of rounds after ``round``, and incomplete ones; a resumed run writes them again."""
     later = [path for path in checkpoints(folder) if int(path.name.removeprefix("round-")) > round]
     for path in [*later, *folder.glob(".round-*")]:

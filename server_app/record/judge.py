@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fedmmkt.common.augmentation import augment
 from scipy import linalg
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fedmmkt.common.augmentation import augment
 
 FEATURES = 64
 JUDGE_EPOCHS = 25

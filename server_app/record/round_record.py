@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from fedmmkt.common.payloads import ClientReport
 from fedmmkt.server_app.exchange import Reply
 
@@ -56,7 +57,7 @@ class RoundRecord:
         finally:
             self.seconds[stage] += time.perf_counter() - start
 
-    def note(self, reply: Reply, name: str) -> None:
+    def record_reply(self, reply: Reply, name: str) -> None:
         """Add the result of a message; a newer report of a client replaces the older one."""
         self.bytes_up += reply.bytes
         if reply.answer is not None:

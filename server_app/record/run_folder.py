@@ -16,9 +16,10 @@ from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image, ImageOps
+
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.files import write_atomically, write_text
-from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

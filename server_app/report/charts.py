@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
 from fedmmkt.server_app.report.measures import (
     Line,
     accuracy_of_client,
@@ -16,9 +20,6 @@ from fedmmkt.server_app.report.measures import (
     of_generator,
     points_of,
 )
-from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish. The page has its own shades for dark mode.
 COLOURS = {"blue": "#0072b2", "orange": "#d55e00", "green": "#009e73", "pink": "#cc79a7", "yellow": "#e69f00"}

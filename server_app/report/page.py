@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
+
 from fedmmkt.common.files import write_text
 from fedmmkt.common.installed import installed
 from fedmmkt.server_app.record.run_folder import RunFolder
@@ -15,7 +17,6 @@ from fedmmkt.server_app.report.charts import COLOURS, charts_of
 from fedmmkt.server_app.report.measures import Line, client_rows, headlines_of
 from fedmmkt.server_app.report.numbers import counted, flat, number, percent, seconds, size
 from fedmmkt.server_app.report.pictures import Picture, pictures_of
-from jinja2 import Environment, FileSystemLoader
 
 
 def write_report(folder: Path) -> Path:

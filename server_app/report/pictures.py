@@ -7,8 +7,9 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmmkt.server_app.record.run_folder import RunFolder
 from PIL import Image
+
+from fedmmkt.server_app.record.run_folder import RunFolder
 
 MOST_PICTURES = 13  # with more rounds, the page shows only some pictures, to stay small
 MOST_PICTURE_BYTES = 1_500_000

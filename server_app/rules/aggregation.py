@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from fedmmkt.common.registry import Registry
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedmmkt.common.registry import Registry
+
 AggregationRule = Callable[[Tensor, Tensor, Tensor], Tensor]
 # A rule is called as (logits_KNC, class_counts_KC, prompted_N), and returns probabilities_NC.
-aggregations: Registry[AggregationRule] = Registry("aggregation rule", "t2i.aggregation")
+aggregations: Registry[AggregationRule] = Registry(
+    "aggregation rule", "t2i.aggregation", ("logits_KNC", "class_counts_KC", "prompted_N")
+)
 
 ERA_TEMPERATURE = 0.1
 

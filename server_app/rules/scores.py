@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from fedmmkt.common.registry import Registry
 from torch import Tensor
+
+from fedmmkt.common.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Feedback:
         int64 class that each prompt names, -1 for none.
     votes_N : torch.Tensor, optional
         Sum of the clients' nearest-neighbour votes, if the run uses them.
-    read_NC : torch.Tensor, optional
+    text_consensus_NC : torch.Tensor, optional
         Aggregated probabilities of text clients, which read only the prompts. Used for prompts that name no class.
     """
 
     consensus_NC: Tensor
     prompted_N: Tensor
     votes_N: Tensor | None
-    read_NC: Tensor | None = None
+    text_consensus_NC: Tensor | None = None
 
     def agreement_N(self) -> Tensor:
         """Return the probability that each image shows what its prompt says, according to the clients (N,).
@@ -39,16 +40,16 @@ class Feedback:
         detects pairs that do not match. Without text clients, it is the probability of the likeliest class.
         """
         named_N = self.consensus_NC.gather(1, self.prompted_N.clamp_min(0)[:, None])[:, 0]
-        if self.read_NC is None:
+        if self.text_consensus_NC is None:
             unnamed_N = self.consensus_NC.max(1).values
         else:
-            unnamed_N = (self.consensus_NC * self.read_NC).sum(1)
+            unnamed_N = (self.consensus_NC * self.text_consensus_NC).sum(1)
         return torch.where(self.prompted_N >= 0, named_N, unnamed_N)
 
 
 ScoreRule = Callable[[Feedback], Tensor]
 # A rule takes the clients' feedback and returns one weight per sample, not negative.
-scores: Registry[ScoreRule] = Registry("score rule", "t2i.scores")
+scores: Registry[ScoreRule] = Registry("score rule", "t2i.scores", ("feedback",))
 
 
 @scores.register("votes")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from fedmmkt.common.registry import Registry
 from torch import Tensor
+
+from fedmmkt.common.registry import Registry
 
 
 class UpdateRule(ABC):
@@ -38,7 +39,7 @@ class UpdateRule(ABC):
         """
 
 
-updates: Registry[type[UpdateRule]] = Registry("update rule", "t2i.update", base=UpdateRule)
+updates: Registry[type[UpdateRule]] = Registry("update rule", "t2i.update", (), base=UpdateRule)
 
 
 @updates.register("supervised")

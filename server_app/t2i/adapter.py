@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
-from fedmmkt.common.config import ConfigError, T2IConfig
-from fedmmkt.common.files import replaced_folder
-from fedmmkt.server_app.t2i.families import LORA_GROUPS, Family
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor
+
+from fedmmkt.common.config import ConfigError, T2IConfig
+from fedmmkt.common.files import replaced_folder
+from fedmmkt.server_app.t2i.families import LORA_GROUPS, Family
 
 
 class Adapter:

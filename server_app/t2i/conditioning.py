@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from fedmmkt.server_app.t2i.families import Conditioning, Family
 from torch import Tensor
 from torch.nn import functional as F
+
+from fedmmkt.server_app.t2i.families import Conditioning, Family
 
 PROMPTS_AT_ONCE = 256
 

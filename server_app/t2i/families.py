@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from torch import Tensor
+
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.registry import Registry
-from torch import Tensor
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 LATENT_CHANNELS = 4  # diffusers' image-to-image for Stable Diffusion takes inputs with 4 channels as latents.
@@ -152,7 +153,9 @@ class Family(ABC):
         return DDPMScheduler.from_config(self.pipeline.scheduler.config)
 
 
-families: Registry[type[Family]] = Registry("T2I family", "t2i.family", base=Family, also="auto")
+families: Registry[type[Family]] = Registry(
+    "T2I family", "t2i.family", ("pipeline", "device"), base=Family, also="auto"
+)
 
 
 @families.register("stable-diffusion")

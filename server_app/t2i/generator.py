@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
+
 from fedmmkt.common.config import ConfigError, T2IConfig
 from fedmmkt.common.devices import pick_devices
 from fedmmkt.common.installed import installed
@@ -22,7 +24,6 @@ from fedmmkt.server_app.t2i.adapter import Adapter
 from fedmmkt.server_app.t2i.conditioning import PromptEncoder
 from fedmmkt.server_app.t2i.families import Conditioning, Family, family_of
 from fedmmkt.server_app.t2i.samples import NO_CLASS, Samples
-from torch import Tensor
 
 logger = logging.getLogger("flwr")
 

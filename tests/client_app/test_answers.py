@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fedmmkt.client_app.answers import nearest_neighbour_votes, to_payload_logits, vote_features
 
 

@@ -6,13 +6,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
 from fedmmkt.client_app.learning.training import AlignedModel
 from fedmmkt.client_app.memory import ClientMemory
 from fedmmkt.client_app.models.building import build_task_model
 from fedmmkt.common.payloads import PayloadError, SoftTargets, SyntheticBatch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 
 def batch(number):

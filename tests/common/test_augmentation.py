@@ -1,6 +1,7 @@
 """Augmentation of training images."""
 
 import torch
+
 from fedmmkt.common.augmentation import augment
 
 

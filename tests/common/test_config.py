@@ -3,8 +3,8 @@
 import tomllib
 
 import pytest
-from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig, to_flower
 
+from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig, to_flower
 from tests import ROOT
 
 
@@ -31,12 +31,19 @@ def test_flat_settings_come_back_as_they_were():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"roundz": 3}, r"'roundz' is unknown; allowed: strategy, rounds, seed.*; a setting of your own .*'extra'"),
-        ({"t2i.rank": 3}, r"'t2i.rank' is unknown; allowed: model, family, adapter, prompts"),
-        ({"rounds": 0}, r"'rounds' is 0; allowed: Input should be greater than or equal to 1"),
-        ({"rounds": "many"}, r"'rounds' is 'many'"),
-        ({"data.alpha": -0.5}, r"'data.alpha' is -0.5; allowed: Input should be greater than 0"),
-        ({"feedback": "gradients"}, r"'feedback' is 'gradients'; allowed: Input should be 'logits' or 'logits\+votes'"),
+        (
+            {"roundz": 3},
+            r"'roundz' is unknown \(did you mean 'rounds'\?\); allowed: strategy, .*; a setting of your own",
+        ),
+        ({"t2i.rank": 3}, r"'t2i.rank' is unknown \(did you mean 'lora-rank'\?\); allowed: model, family, adapter"),
+        ({"rounds": 0}, r"'rounds' is 0; allowed: from 1, up to 100000"),
+        ({"rounds": "many"}, r"'rounds' is 'many'; allowed: a whole number from 1, up to 100000"),
+        ({"judge": "maybe"}, r"'judge' is 'maybe'; allowed: true or false"),
+        ({"data.dataset": 3}, r"'data.dataset' is 3; allowed: a text, in quotes"),
+        ({"t2i.model": ""}, r"'t2i.model' is ''; allowed: a text that is not empty"),
+        ({"client.models": ""}, r"'client.models' is \[\]; allowed: at least one"),
+        ({"data.alpha": -0.5}, r"'data.alpha' is -0.5; allowed: above 0, up to 1000000"),
+        ({"feedback": "gradients"}, r"'feedback' is 'gradients'; allowed: 'logits' or 'logits\+votes'"),
         ({"data.partitioner": "random"}, r"'data.partitioner' is 'random'; allowed: .*'iid', 'dirichlet'"),
         ({"t2i.guidance": "3,high"}, r"'t2i.guidance' is 'high'"),
         ({"client.temperature": float("nan")}, r"'client.temperature' is nan"),

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fedmmkt.common.config import ConfigError, DataConfig, NodeConfig
-from fedmmkt.common.datasets import Examples, load_splits, read_class_names, relabel, to_examples
-from fedmmkt.common.partitioning import partition_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fedmmkt.common.config import ConfigError, DataConfig, NodeConfig
+from fedmmkt.common.datasets import Examples, load_splits, read_class_names, relabel, to_examples
+from fedmmkt.common.partitioning import partition_rows
 from tests import ROOT
 
 SHARED = Path(os.environ.get("FEDMMKT_DATA", ROOT.parent / "shared" / "data"))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fedmmkt.common.config import ConfigError, RunConfig
 from fedmmkt.common.devices import pick_devices
 

@@ -5,10 +5,11 @@ import io
 
 import numpy as np
 import pytest
-from fedmmkt.common.images import decode_images, encode_images, resize_images, to_rgb_array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from fedmmkt.common.images import decode_images, encode_images, resize_images, to_rgb_array
 
 
 @settings(deadline=None)

@@ -2,6 +2,10 @@
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fedmmkt.common.payloads import (
     ClientReport,
     DistillationPayload,
@@ -12,9 +16,6 @@ from fedmmkt.common.payloads import (
     SyntheticBatch,
     record_bytes,
 )
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def make_batch(count=3, batch_id="run-1"):

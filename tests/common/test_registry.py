@@ -1,8 +1,10 @@
 """Parts by name: registered ones, the user's own, and what is said of a name that leads to none."""
 
 import sys
+from abc import ABC, abstractmethod
 
 import pytest
+
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.registry import Registry, importable
 
@@ -173,17 +175,19 @@ def test_an_attribute_that_is_not_there_is_named_with_what_it_may_have_meant(fun
 def test_what_is_of_another_kind_is_refused(functions, shapes, modules):
     modules("mine", OWN)
 
-    assert "'mine:VERSION', but that is a int, and not a function; allowed:" in error(functions, "mine:VERSION")
-    assert "'mine:double', but that is no subclass of Shape; allowed: square, auto," in error(shapes, "mine:double")
-    assert "'mine:Tools', but that is no subclass of Shape" in error(shapes, "mine:Tools")
+    assert "'mine:VERSION', but that is an int, and not a function; allowed:" in error(functions, "mine:VERSION")
+    assert "'mine:double', but that is a function, and no subclass of Shape; allowed: square, auto," in error(
+        shapes, "mine:double"
+    )
+    assert "'mine:Tools', but that is Tools, and no subclass of Shape" in error(shapes, "mine:Tools")
 
 
 def test_what_is_of_another_kind_cannot_be_registered(functions, shapes):
-    with pytest.raises(ConfigError, match="reducing rule 'three', but that is a int, and not a function"):
+    with pytest.raises(ConfigError, match="reducing rule 'three', but that is an int, and not a function"):
         functions.register("three")(3)
-    with pytest.raises(ConfigError, match="shape 'sum', but that is no subclass of Shape"):
+    with pytest.raises(ConfigError, match="shape 'sum', but that is a function, and no subclass of Shape"):
         shapes.register("sum")(sum)
-    with pytest.raises(ConfigError, match="shape 'one', but that is no subclass of Shape"):
+    with pytest.raises(ConfigError, match="shape 'one', but that is a Square, and no subclass of Shape"):
         shapes.register("one")(Square(1))
     assert list(functions.names()) == ["largest", "total"]
     assert list(shapes.names()) == ["square"]
@@ -219,7 +223,7 @@ def test_a_part_without_settings_is_given_as_it_is(functions):
 
     functions.register("first")(first)
 
-    assert functions.get("first", {"n": 5, "values": 3}) is first
+    assert functions.get("first", {"number": 5, "values": 3}) is first
 
 
 def test_an_integer_serves_for_a_float(trimmed):
@@ -235,11 +239,17 @@ def test_a_class_takes_settings_too(shapes):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({}, "run-config key 'extra.trim' is missing; 'trimmed' needs it"),
-        ({"trim": 0, "scale": "big"}, "run-config key 'extra.scale' is 'big'; allowed: a float, for 'trimmed'"),
-        ({"trim": 0, "scale": True}, "run-config key 'extra.scale' is True; allowed: a float, for 'trimmed'"),
-        ({"trim": 0, "name": 3}, "run-config key 'extra.name' is 3; allowed: a str, for 'trimmed'"),
-        ({"trim": 0, "signed": 1}, "run-config key 'extra.signed' is 1; allowed: a bool, for 'trimmed'"),
+        ({}, "run-config key 'extra.trim' is missing; t2i.reduce 'trimmed' needs it"),
+        (
+            {"trim": 0, "scale": "big"},
+            "run-config key 'extra.scale' is 'big'; allowed: a float, for t2i.reduce 'trimmed'",
+        ),
+        (
+            {"trim": 0, "scale": True},
+            "run-config key 'extra.scale' is True; allowed: a float, for t2i.reduce 'trimmed'",
+        ),
+        ({"trim": 0, "name": 3}, "run-config key 'extra.name' is 3; allowed: a str, for t2i.reduce 'trimmed'"),
+        ({"trim": 0, "signed": 1}, "run-config key 'extra.signed' is 1; allowed: a bool, for t2i.reduce 'trimmed'"),
     ],
 )
 def test_settings_that_do_not_suit_a_part_are_named(trimmed, extra, message):
@@ -249,4 +259,61 @@ def test_settings_that_do_not_suit_a_part_are_named(trimmed, extra, message):
 def test_settings_are_named_as_they_are_written(functions):
     functions.register("cut")(lambda values, *, cut_off: values[cut_off:])
 
-    assert error(functions, "cut") == "run-config key 'extra.cut-off' is missing; 'cut' needs it"
+    assert error(functions, "cut") == "run-config key 'extra.cut-off' is missing; t2i.reduce 'cut' needs it"
+
+
+def test_a_function_without_a_signature_takes_no_settings():
+    rules = Registry("rule", "t2i.rule")
+    assert rules.get("builtins:max", {"key": 1}) is max
+
+
+def test_a_module_that_ends_the_program_on_import_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="importing the module 'leaves' failed: SystemExit: 3"):
+        Registry("rule", "t2i.rule").get("leaves:rule")
+
+
+def test_a_part_must_take_what_it_is_called_with():
+    rules = Registry("rule", "t2i.rule", ("logits", "counts"))
+    rules.register("fits")(lambda logits, counts, *, trim=0.1: logits)
+
+    with pytest.raises(
+        ConfigError, match=r"rule 'short', but that takes \(logits\), and is called with \(logits, counts\)"
+    ):
+        rules.register("short")(lambda logits: logits)
+
+
+def test_a_class_that_lacks_a_method_is_refused(shapes):
+    class Unfinished(Shape, ABC):
+        @abstractmethod
+        def area(self): ...
+
+    with pytest.raises(ConfigError, match="shape 'unfinished', but that class lacks the method area"):
+        shapes.register("unfinished")(Unfinished)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("mine.total", "a name of your own has a colon"), ("mine:", "needs both parts"), (":total", "needs both parts")],
+)
+def test_half_a_name_of_ones_own_is_told(functions, name, message):
+    assert message in error(functions, name)
+
+
+def test_a_setting_for_a_parameter_that_is_not_keyword_only_is_refused():
+    rules = Registry("rule", "t2i.rule")
+    rules.register("own")(lambda logits, trim=0.1: logits)
+    with pytest.raises(
+        ConfigError, match=r"'extra.trim' cannot reach t2i.rule 'own': write its parameter after a star"
+    ):
+        rules.get("own", {"trim": 0.2})
+
+
+def test_a_setting_that_was_perhaps_meant_for_a_part_is_told(caplog):
+    rules = Registry("rule", "t2i.rule")
+    rules.register("own")(lambda logits, *, trim=0.1: logits)
+    rules.get("own", {"trimm": 0.2, "other": 1})
+    assert [record.message for record in caplog.records] == [
+        "run-config key 'extra.trimm' is no parameter of t2i.rule 'own'; did you mean 'trim'?"
+    ]

@@ -16,9 +16,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
 from fedmmkt.common.config import ConfigError
 from fedmmkt.deploy.certificates import main, make_ca, make_node_key, make_server_certificate, make_superexec_secret
-
 from tests import ROOT
 
 

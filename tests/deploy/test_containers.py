@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+
 from fedmmkt.common.config import DataConfig, NodeConfig
 from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from fedmmkt.deploy.connection_checks import is_healthy
@@ -20,8 +22,6 @@ from fedmmkt.deploy.federation import connect
 from fedmmkt.deploy.partition import write_partitions
 from fedmmkt.deploy.processes import FlowerProcesses, flower_environment, free_port, stop_together
 from fedmmkt.deploy.submission import Submitter, parse_run_config
-from packaging.requirements import Requirement
-
 from tests import ROOT
 from tests.services import PARSERS
 

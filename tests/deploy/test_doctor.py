@@ -13,6 +13,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from packaging.requirements import Requirement
+
 from fedmmkt.common.config import DataConfig
 from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from fedmmkt.deploy.connection_checks import read_connection, split_address
@@ -21,8 +24,6 @@ from fedmmkt.deploy.federation import connect
 from fedmmkt.deploy.host_checks import mismatch
 from fedmmkt.deploy.partition import write_partitions
 from fedmmkt.deploy.processes import free_port
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from packaging.requirements import Requirement
 
 
 @pytest.fixture

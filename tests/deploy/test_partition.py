@@ -4,6 +4,7 @@ import stat
 
 import numpy as np
 import pytest
+
 from fedmmkt.client_app.data.private_data import load_private_data
 from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
 from fedmmkt.common.datasets import load_splits

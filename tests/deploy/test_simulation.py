@@ -13,13 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fedmmkt.common.config import ConfigError
-from fedmmkt.deploy import simulation, submission
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.config import parse_config_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmmkt.common.config import ConfigError
+from fedmmkt.deploy import simulation, submission
 from tests import ROOT
 
 PYPROJECT = """
@@ -215,6 +215,8 @@ def test_keys_that_an_app_lacks_are_not_set(toy):
     [
         (["rounds = 2"], "'rounds = 2' is not of the form key=value"),
         (["rounds=2 oops"], "'oops' is not of the form key=value"),
+        (["rounds=1 rounds=2"], "key 'rounds' is given twice"),
+        (['data.dataset="C:\\data"'], "a backslash in a string is written twice"),
         (["data.dataset=digits"], "strings need quotes"),
         (["nowhere.toml"], "nowhere.toml"),
     ],

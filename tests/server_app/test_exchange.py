@@ -3,16 +3,17 @@
 from dataclasses import dataclass
 
 import pytest
-from fedmmkt.common.payloads import ClientReport, record_bytes
-from fedmmkt.deploy.in_process import InProcessGrid
-from fedmmkt.server_app import exchange as module
-from fedmmkt.server_app.exchange import Answer, exchange
-from fedmmkt.server_app.ledger import Ledger
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fedmmkt.common.payloads import ClientReport, record_bytes
+from fedmmkt.deploy.in_process import InProcessGrid
+from fedmmkt.server_app import exchange as module
+from fedmmkt.server_app.exchange import Answer, exchange
+from fedmmkt.server_app.ledger import Ledger
 
 NEVER = 1_000
 app = ClientApp()
@@ -79,7 +80,7 @@ def ask(grid, fates, quorum, ledger, round_):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "POLL_SECONDS", 0)
         replies = list(exchange(grid, grid.send_as(fates), read, 0, quorum, ledger.overdue))
-    return replies, [ledger.note(reply, round_) for reply in replies]
+    return replies, [ledger.record_reply(reply, round_) for reply in replies]
 
 
 @settings(max_examples=60, deadline=None)

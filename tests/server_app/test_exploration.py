@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from fedmmkt.server_app.exploration import draw_parents, generate_or_vary
 from fedmmkt.server_app.prompts import Prompt
 from fedmmkt.server_app.t2i.samples import Samples

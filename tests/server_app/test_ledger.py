@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from fedmmkt.common.payloads import ClientReport, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.exchange import Answer, Reply
 from fedmmkt.server_app.ledger import Ledger, TargetsByClient
@@ -48,9 +49,9 @@ def teach(ledger, round_, taught=None):
     ledger.teach(round_, taught or for_all(round_), samples(round_).scored(torch.ones(1)))
 
 
-def due(ledger, node_id):
+def lacking(ledger, node_id):
     """Return what a node is due: the ids of batches, and of soft targets."""
-    return tuple(tuple(one.batch_id for one in part) for part in ledger.due(node_id))
+    return tuple(tuple(one.batch_id for one in part) for part in ledger.missing_for(node_id))
 
 
 # ---------------------------------------------------------------------- what is served and kept
@@ -63,7 +64,7 @@ def test_a_batch_is_open_from_when_it_is_served_until_it_is_taught(ledger):
 
     assert ledger.open_batch().batch_id == "run-1"
     assert ledger.served(1)[1].images_NHWC[0, 0, 0, 0] == 1
-    assert due(ledger, 5) == ((), ())
+    assert lacking(ledger, 5) == ((), ())
     ledger.teach(1, for_all(1), samples(1).scored(torch.ones(1)))
     assert ledger.open_batch() is None
     with pytest.raises(KeyError):
@@ -95,7 +96,7 @@ def test_an_unknown_node_is_due_all_that_is_kept(ledger):
     for round_ in (1, 2, 3):
         teach(ledger, round_)
 
-    assert due(ledger, 5) == (("run-2", "run-3"), ("run-2", "run-3"))
+    assert lacking(ledger, 5) == (("run-2", "run-3"), ("run-2", "run-3"))
 
 
 @pytest.mark.parametrize(
@@ -112,18 +113,18 @@ def test_an_unknown_node_is_due_all_that_is_kept(ledger):
 def test_a_known_node_is_due_what_its_report_lacks(ledger, kept, awaiting, expected):
     teach(ledger, 1)
     teach(ledger, 2)
-    ledger.note(answered(5, report(kept=kept, awaiting=awaiting)), 2)
+    ledger.record_reply(answered(5, report(kept=kept, awaiting=awaiting)), 2)
 
-    assert due(ledger, 5) == expected
+    assert lacking(ledger, 5) == expected
 
 
 def test_a_client_without_soft_targets_of_a_batch_is_due_the_batch_alone(ledger):
     teach(ledger, 1, TargetsByClient((targets(1),), {"ann": None, "bob": 0}, {"image": 0}))
-    ledger.note(answered(5, report("ann")), 1)
-    ledger.note(answered(6, report("bob")), 1)
+    ledger.record_reply(answered(5, report("ann")), 1)
+    ledger.record_reply(answered(6, report("bob")), 1)
 
-    assert due(ledger, 5) == (("run-1",), ())
-    assert due(ledger, 6) == (("run-1",), ("run-1",))
+    assert lacking(ledger, 5) == (("run-1",), ())
+    assert lacking(ledger, 6) == (("run-1",), ("run-1",))
 
 
 # ---------------------------------------------------------------------- soft targets by client
@@ -149,15 +150,15 @@ def differing():
     ],
 )
 def test_a_client_gets_the_soft_targets_of_its_name_or_else_of_its_modality(differing, told, index):
-    assert differing.of(told) is (None if index is None else differing.distinct[index])
+    assert differing.for_client(told) is (None if index is None else differing.distinct[index])
 
 
 def test_a_node_that_has_said_nothing_gets_what_all_modalities_get():
     same = for_all(1)
     none = TargetsByClient((), {}, {"image": None, "text": None, "image+text": None})
 
-    assert same.of(None) is same.distinct[0]
-    assert none.of(None) is None
+    assert same.for_client(None) is same.distinct[0]
+    assert none.for_client(None) is None
 
 
 # ---------------------------------------------------------------------- clients
@@ -166,29 +167,29 @@ def test_a_node_that_has_said_nothing_gets_what_all_modalities_get():
 def test_a_node_is_named_by_its_client_once_it_has_answered(ledger):
     before = ledger.name(5)
 
-    ledger.note(answered(5, report("ann")), 1)
+    ledger.record_reply(answered(5, report("ann")), 1)
 
     assert (before, ledger.name(5), ledger.name(6)) == ("node 5", "ann", "node 6")
 
 
 def test_the_newest_report_of_each_client_is_known_by_name(ledger):
-    ledger.note(answered(5, report("bob", kept=("run-1",))), 1)
-    ledger.note(answered(6, report("ann")), 1)
-    ledger.note(answered(5, report("bob", kept=("run-2",))), 2)
+    ledger.record_reply(answered(5, report("bob", kept=("run-1",))), 1)
+    ledger.record_reply(answered(6, report("ann")), 1)
+    ledger.record_reply(answered(5, report("bob", kept=("run-2",))), 2)
 
-    assert [(one.client, one.kept) for one in ledger.known()] == [("ann", ()), ("bob", ("run-2",))]
+    assert [(one.client, one.kept) for one in ledger.known_clients()] == [("ann", ()), ("bob", ("run-2",))]
 
 
 def test_all_nodes_are_sent_images_but_those_that_said_they_read_texts_alone(ledger):
     for node_id, modality in ((1, "image"), (2, "text"), (3, "image+text")):
-        ledger.note(answered(node_id, report(f"client-{node_id}", modality)), 0)
+        ledger.record_reply(answered(node_id, report(f"client-{node_id}", modality)), 0)
 
     assert [ledger.sees_images(node_id) for node_id in (1, 2, 3, 4)] == [True, False, True, True]
 
 
 def test_clients_that_took_part_are_remembered(ledger):
-    ledger.took_part(["ann", "bob"])
-    ledger.took_part(["bob", "cy"])
+    ledger.add_participants(["ann", "bob"])
+    ledger.add_participants(["bob", "cy"])
 
     assert ledger.clients == {"ann", "bob", "cy"}
 
@@ -197,17 +198,20 @@ def test_clients_that_took_part_are_remembered(ledger):
 
 
 def test_a_message_without_an_answer_is_overdue_until_it_is_late(ledger):
-    sent_in = [ledger.note(Reply("unanswered", node_id, f"message-{node_id}"), node_id) for node_id in (1, 2)]
+    sent_in = [ledger.record_reply(Reply("unanswered", node_id, f"message-{node_id}"), node_id) for node_id in (1, 2)]
 
     assert sent_in == [1, 2]
     assert ledger.overdue == {"message-1": 1, "message-2": 2}
-    assert ledger.note(Reply("late", 1, "message-1"), 7) == 1
+    assert ledger.record_reply(Reply("late", 1, "message-1"), 7) == 1
     assert ledger.overdue == {"message-2": 2}
 
 
 @pytest.mark.parametrize("kind", ["answered", "rejected", "offline"])
 def test_other_messages_are_not_overdue(ledger, kind):
-    assert ledger.note(Reply(kind, 1, "message-1", answer=Answer(report()) if kind == "answered" else None), 4) == 4
+    assert (
+        ledger.record_reply(Reply(kind, 1, "message-1", answer=Answer(report()) if kind == "answered" else None), 4)
+        == 4
+    )
     assert ledger.overdue == {}
     assert (1 in ledger.reports) == (kind == "answered")
 
@@ -222,7 +226,14 @@ def test_a_run_that_goes_on_keeps_its_own_key_and_asks_who_is_there(ledger):
     later.restore((("run", 1),), ["ann"], ledger.history, ledger.pool)
 
     assert (later.run_key, later.ancestors, later.clients) == ("later", (("run", 1),), {"ann"})
-    assert due(later, 5) == (("run-1",), ("run-1",))
+    assert lacking(later, 5) == (("run-1",), ("run-1",))
     assert len(later.pool) == 1
     assert later.reports == {}
     assert later.open_batch() is None
+
+
+def test_a_client_that_comes_back_under_another_node_id_is_one_client(ledger):
+    ledger.record_reply(answered(1, report("ann", kept=("run-1",))), 1)
+    ledger.record_reply(answered(7, report("ann")), 2)
+
+    assert [(known.client, known.kept) for known in ledger.known_clients()] == [("ann", ())]

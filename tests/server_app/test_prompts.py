@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from fedmmkt.common.config import ConfigError, T2IConfig
 from fedmmkt.server_app.prompts import Prompt, build_prompt_source
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from fedmmkt.common.payloads import ClientReport, Instructions, Request, SoftTargets, SyntheticBatch
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.exchange import Answer, Reply
@@ -43,7 +44,7 @@ def ledger_after_round_1():
             client=f"client-{node_id}", model="any", modality=modality, examples=1, accuracy=0, loss=0,
             kept=("run-1",), awaiting=("run-1",),
         )  # fmt: skip
-        ledger.note(Reply("answered", node_id, f"message-{node_id}", answer=Answer(told)), 1)
+        ledger.record_reply(Reply("answered", node_id, f"message-{node_id}", answer=Answer(told)), 1)
     return ledger
 
 

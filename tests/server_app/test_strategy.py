@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array, Message, RecordDict
+from flwr.clientapp import ClientApp
+
 from fedmmkt.client_app import app as honest
 from fedmmkt.client_app.memory import ClientMemory
 from fedmmkt.client_app.models.small import mlp
@@ -20,9 +23,6 @@ from fedmmkt.server_app.prompts import Prompt
 from fedmmkt.server_app.rules.aggregation import aggregations
 from fedmmkt.server_app.strategy import FedMMKT, strategies
 from fedmmkt.server_app.t2i.samples import Samples
-from flwr.app import Array, Message, RecordDict
-from flwr.clientapp import ClientApp
-
 from tests.conftest import registered
 
 

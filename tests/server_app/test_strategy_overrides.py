@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import Result
+
 from fedmmkt.common.config import ConfigError, RunConfig, to_flower
 from fedmmkt.common.images import decode_images
 from fedmmkt.common.payloads import PayloadError
@@ -16,9 +19,6 @@ from fedmmkt.server_app.prompts import Prompt
 from fedmmkt.server_app.strategy import FedMMKT, strategies
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import sample_seeds
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
-from flwr.serverapp.strategy import Result
-
 from tests.conftest import TINY, registered
 
 PUBLIC = [name for name, part in vars(FedMMKT).items() if callable(part) and not name.startswith("_")]
@@ -46,7 +46,7 @@ class Run:
     def history(self):
         """The batches, and the soft targets of all clients, by name."""
         return [
-            (batch, {report.client: targets.of(report) for report in self.strategy.ledger.known()})
+            (batch, {report.client: targets.for_client(report) for report in self.strategy.ledger.known_clients()})
             for batch, targets in self.strategy.ledger.history
         ]
 
@@ -394,6 +394,24 @@ def test_without_an_update_of_the_t2i_samples_are_varied_all_the_same(tmp_path, 
     assert 0 < len(prompts) <= 10
     assert all(score_of[latent.numpy().tobytes()] > 0 for latent in parents_NCHW)
     assert set(prompts) <= set(second.prompts)
+
+
+def test_an_adapter_that_changes_without_an_update_is_measured_anew(tmp_path):
+    class Replaced(FedMMKT):
+        def adapt_generator(self, server_round, pool):
+            return None
+
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            shapes = {name: array.shape for name, array in arrays.items()}
+            return ArrayRecord(
+                {name: Array(np.full(shape, 0.3, np.float32)) for name, shape in shapes.items()}
+            ), metrics
+
+    before, after = run_with(Replaced, tmp_path / "run", judge=True).lines
+
+    assert after["generator"]["loss"] is None
+    assert after["generator"]["frechet"] != before["generator"]["frechet"]
 
 
 def test_teachers_may_be_answers_that_a_strategy_makes_anew(tmp_path):

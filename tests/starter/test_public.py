@@ -7,14 +7,14 @@ import datasets
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
-from fedmmkt.common.config import DataConfig, RunConfig, T2IConfig, to_flower
-from fedmmkt.server_app.t2i.generator import Generator
-from fedmmkt.starter import public
 from PIL import Image
 
 from benchmarks import cifar10, curves
 from benchmarks.emoji import ACROSS, WHOLE, WITHIN, PairJudge, measures, paired_tests, run_row, table
 from benchmarks.rows import keep
+from fedmmkt.common.config import DataConfig, RunConfig, T2IConfig, to_flower
+from fedmmkt.server_app.t2i.generator import Generator
+from fedmmkt.starter import public
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
 

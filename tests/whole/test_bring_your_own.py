@@ -6,6 +6,10 @@ from pathlib import Path
 
 import datasets
 import pytest
+from flwr.app import Context, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fedmmkt.client_app.models.building import TRANSFORMERS
 from fedmmkt.client_app.models.task_model import task_models
 from fedmmkt.common.config import ConfigError, DataConfig, RunConfig
@@ -14,10 +18,6 @@ from fedmmkt.common.natural_order import natural_key
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.app import build_strategy, main
 from fedmmkt.server_app.class_space import classes_of_clients
-from flwr.app import Context, RecordDict
-from hypothesis import given
-from hypothesis import strategies as st
-
 from tests import ROOT, tiny_transformers
 from tests.conftest import registered
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from fedmmkt.common.config import DataConfig, RunConfig, to_flower
 from fedmmkt.deploy.certificates import make_ca
 from fedmmkt.deploy.connection_checks import is_healthy
@@ -19,8 +21,6 @@ from fedmmkt.deploy.federation import CONNECTION, connect, local_federation
 from fedmmkt.deploy.federation import main as federation_command
 from fedmmkt.deploy.partition import write_partitions
 from fedmmkt.server_app.t2i.families import WEIGHT_NAME
-from safetensors.torch import load_file
-
 from tests import ROOT
 from tests.conftest import TINY
 

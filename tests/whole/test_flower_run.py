@@ -8,12 +8,12 @@ import zipfile
 
 import pytest
 import torch
+from flwr.cli.build import build_fab_from_disk
+
 from fedmmkt.common.config import RunConfig
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.deploy.simulation import simulate
 from fedmmkt.server_app.app import build_strategy
-from flwr.cli.build import build_fab_from_disk
-
 from tests import ROOT
 
 

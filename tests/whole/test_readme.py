@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from fedmmkt.common.config import RunConfig, to_flower
 from fedmmkt.deploy.submission import parse_run_config
 from fedmmkt.server_app.app import build_strategy
-from PIL import Image
-
 from tests import ROOT, tiny_pipelines, tiny_transformers
 
 README = (ROOT / "README.md").read_text()

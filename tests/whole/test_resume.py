@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fedmmkt.common.config import ConfigError, RunConfig, to_flower
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.record.checkpoint import checkpoints, read_checkpoint
 from fedmmkt.server_app.strategy import FedMMKT, strategies
-
 from tests.conftest import TINY, registered
 
 

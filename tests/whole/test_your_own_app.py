@@ -3,9 +3,9 @@
 import re
 
 import pytest
+
 from fedmmkt.common.config import RunConfig
 from fedmmkt.server_app.app import build_strategy
-
 from tests import ROOT
 
 PAGE = (ROOT / "docs" / "your-own-app.md").read_text()

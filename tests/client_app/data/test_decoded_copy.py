@@ -6,12 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+
 from fedmmkt.client_app.data import decoded_copy
 from fedmmkt.client_app.data.decoded_copy import load_own_data
 from fedmmkt.common.config import DataConfig, NodeConfig, RunConfig
 from fedmmkt.common.dataset_files import DIGIT_NAMES
 from fedmmkt.deploy.partition import write_partitions
-
 from tests import ROOT
 
 

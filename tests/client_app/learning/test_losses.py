@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fedmmkt.client_app.learning.losses import (
     alignment_loss,
     balanced_softmax_loss,

@@ -1,6 +1,7 @@
 """The clients' optimizer is torch's, but for what starts slowly."""
 
 import torch
+
 from fedmmkt.client_app.learning.optimizer import AdamW
 
 

@@ -4,12 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fedmmkt.client_app.learning.training import AlignedModel, PrivateSet, SyntheticSet, evaluate, train
 from fedmmkt.client_app.models.building import build_task_model
 from fedmmkt.client_app.models.task_model import Inputs, tokenize
 from fedmmkt.common.config import ClientConfig
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 class Spy(Inputs):

@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
 from fedmmkt.client_app.learning.training import (
     AlignedModel,
     PrivateSet,
@@ -19,11 +24,6 @@ from fedmmkt.client_app.models.building import build_task_model, model_label
 from fedmmkt.client_app.models.pretrained import ImagePreparation
 from fedmmkt.client_app.models.task_model import PADDING, Inputs, TaskModel
 from fedmmkt.common.config import ClientConfig, ConfigError
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
-from torch import nn
-
 from tests import tiny_transformers as tiny
 
 LABELS = ("cat", "dog")

@@ -1,6 +1,7 @@
 """What all task models share."""
 
 import torch
+
 from fedmmkt.client_app.models.task_model import tokenize
 
 

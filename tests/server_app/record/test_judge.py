@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from fedmmkt.server_app.record.judge import Judge, frechet_distance, judge_epochs
 
 

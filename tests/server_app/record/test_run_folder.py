@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from fedmmkt.common.config import ConfigError
-from fedmmkt.server_app.record.run_folder import RunFolder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fedmmkt.common.config import ConfigError
+from fedmmkt.server_app.record.run_folder import RunFolder
 from tests import ROOT
 
 

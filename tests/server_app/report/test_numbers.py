@@ -1,6 +1,7 @@
 """Numbers as people read them."""
 
 import pytest
+
 from fedmmkt.server_app.report.numbers import counted, flat, number, percent, seconds, size
 
 

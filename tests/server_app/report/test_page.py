@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
 from fedmmkt.common.config import RunConfig
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.report.page import main, write_report
 from fedmmkt.server_app.report.pictures import MOST_PICTURES
-from PIL import Image
-
 from tests import ROOT
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from fedmmkt.common.config import ConfigError
-from fedmmkt.server_app.rules.aggregation import aggregations
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fedmmkt.common.config import ConfigError
+from fedmmkt.server_app.rules.aggregation import aggregations
 
 
 def logits(*clients):

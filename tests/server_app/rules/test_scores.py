@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fedmmkt.common.config import ConfigError
 from fedmmkt.server_app.rules.scores import Feedback, scores
 
@@ -17,9 +18,9 @@ def test_agreement_is_on_the_prompted_class_or_the_likeliest():
 
 def test_agreement_across_modalities_is_the_chance_that_both_see_one_class():
     consensus_NC = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
-    read_NC = torch.tensor([[0.5, 0.5], [0.3, 0.7], [1.0, 0.0]])
+    text_consensus_NC = torch.tensor([[0.5, 0.5], [0.3, 0.7], [1.0, 0.0]])
 
-    agreement_N = Feedback(consensus_NC, torch.tensor([0, -1, -1]), None, read_NC).agreement_N()
+    agreement_N = Feedback(consensus_NC, torch.tensor([0, -1, -1]), None, text_consensus_NC).agreement_N()
 
     assert agreement_N.tolist() == pytest.approx([0.9, 0.2 * 0.3 + 0.8 * 0.7, 0.2])
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fedmmkt.common.config import ConfigError
 from fedmmkt.server_app.rules.updates import UpdateRule, rewards, updates
 
@@ -58,7 +59,7 @@ def test_a_rule_of_the_users_own_is_found_and_what_is_none_is_refused():
         updates.unregister("absolute")
 
     assert loss_B.tolist() == [2.0]
-    with pytest.raises(ConfigError, match=r"update rule 'mean', but that is no subclass of UpdateRule"):
+    with pytest.raises(ConfigError, match=r"update rule 'mean', but that is a function, and no subclass of UpdateRule"):
         updates.register("mean")(torch.mean)
 
 

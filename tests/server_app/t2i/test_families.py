@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import PeftModel
+
 from fedmmkt.common.config import RunConfig, T2IConfig
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.t2i.generator import Generator, would_fill
 from fedmmkt.server_app.t2i.samples import Samples
-from peft import PeftModel
-
 from tests import tiny_pipelines
 
 PROMPTS = ["the digit three", "the digit seven", "the digit three"]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
 from fedmmkt.common.config import ConfigError, T2IConfig
 from fedmmkt.server_app.rules.updates import updates
 from fedmmkt.server_app.t2i.families import LORA_GROUPS, WEIGHT_NAME
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
 from tests import ROOT, tiny_pipelines
 
 STARTER = ROOT / "starter" / "model"

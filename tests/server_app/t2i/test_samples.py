@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
 
 
