@@ -148,7 +148,7 @@ def to_square(image: Image.Image, size: int | None) -> Square:
     is_deep = image.mode.startswith(("I", "F"))
     image = ImageOps.exif_transpose(image)
     image = _to_grey(image) if is_deep else _to_rgb(image)
-    largest = float(np.max(image)) if is_deep else 0
+    largest = float(np.asarray(image).max()) if is_deep else 0
     if kind == "PPM I":  # PIL brings these to 16 bits by the white that the file names.
         largest = 2**16 - 1
     if size is not None:
