@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fedmmkt.server_app.rules.scores import Feedback, scores
     from fedmmkt.server_app.rules.updates import UpdateRule, updates
     from fedmmkt.server_app.strategy import FedMMKT, strategies
-    from fedmmkt.server_app.t2i.families import Family, families
+    from fedmmkt.server_app.t2i.families import Family, FlowFamily, MaskedFamily, families
     from fedmmkt.server_app.t2i.samples import Samples
 
 _PUBLIC = {
@@ -46,7 +46,7 @@ _PUBLIC = {
     "server_app.rules.aggregation": ("aggregations",),
     "server_app.rules.scores": ("Feedback", "scores"),
     "server_app.rules.updates": ("UpdateRule", "updates"),
-    "server_app.t2i.families": ("Family", "families"),
+    "server_app.t2i.families": ("Family", "FlowFamily", "MaskedFamily", "families"),
     "server_app.t2i.samples": ("Samples",),
     "client_app.models.task_model": ("Inputs", "TaskModel", "task_models"),
     "common.registry": ("Registry",),
@@ -73,8 +73,10 @@ __all__ = [
     "Family",
     "FedMMKT",
     "Feedback",
+    "FlowFamily",
     "Inputs",
     "Instructions",
+    "MaskedFamily",
     "NodeConfig",
     "PayloadError",
     "Prompt",
