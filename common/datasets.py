@@ -7,19 +7,35 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmmkt.common.config import ConfigError, DataConfig, OwnDataConfig
-from fedmmkt.common.dataset_files import read_dataset
-from fedmmkt.common.images import to_rgb_array
+from fedmmkt.common.dataset_files import read_tables
+from fedmmkt.common.images import GreyError, Square, to_rgb_arrays, to_square
+from fedmmkt.common.labels import Labels, classes_of, indices_of, matched, named, read_labels, typed
+from fedmmkt.common.natural_order import natural_key, normal_form
+from fedmmkt.common.table_files import LFS_POINTER
+from fedmmkt.common.tables import (
+    COLUMN_FIELDS,
+    ORIGIN,
+    Table,
+    has_column,
+    is_text,
+    joined,
+    origins_of,
+    some,
+    with_column,
+)
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger("flwr")
+
+FROM_CLIENTS = ("clients",)  # The run's classes come from its clients.
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,9 @@ class Splits:
 def load_splits(config: DataConfig, seed: int) -> Splits:
     """Load a dataset, map labels to class indices, and hold out a stratified test part if it has none.
 
+    The test part is the split ``test`` if it has labels, else ``validation``. Rows and splits without a label are left
+    out, and the log names them.
+
     Parameters
     ----------
     config : DataConfig
@@ -67,53 +86,55 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     Raises
     ------
     ConfigError
-        If the dataset cannot be read, or a column is missing or unusable. The text names the key and the columns.
+        If the dataset cannot be read, or a column is missing or unusable. The text names key, row and value.
     """
-    parts = read_dataset(config)
+    parts = read_tables(config)
     _check_columns(parts["train"], config)
-    parts = {name: _with_images(part, config.image_column) for name, part in parts.items()}
-    classes = _classes(list(parts.values()), config)
-    indexed = {name: _indexed(part, config, classes) for name, part in parts.items()}
-    if "test" not in indexed:
-        indexed |= _split(indexed["train"], config, seed)
-    return Splits(indexed["train"], indexed["test"], classes)
+    labels = _choose_labels(parts, config)
+    classes = classes_of(list(labels.values()))
+    # One node may hold examples of a single class. A run needs at least two classes.
+    if len(classes) < 2 and not isinstance(config, OwnDataConfig):
+        raise ConfigError(
+            f"{config.key('label_column')} is {config.label_column!r}, which has {len(classes)} class(es); "
+            "allowed: two or more"
+        )
+    indexed = {split: _indexed(parts[split], found, classes, config) for split, found in labels.items()}
+    train, test = indexed.values() if len(indexed) > 1 else _split(indexed["train"], config, seed)
+    return Splits(train, test, classes)
 
 
 def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, texts: bool) -> Examples:
     """Load examples into memory: images as RGB squares with sides of ``image_size`` pixels, texts unchanged.
 
-    Rows without a requested image or text are left out; the log shows how many.
+    Rows without a requested image or text, or with an image that does not decode, are left out; the log names them.
 
     Raises
     ------
     ConfigError
-        If a column is missing, an image cannot be decoded, or no row is left.
+        If a column is missing, an image file is missing or holds no grey values, or no row is left.
     """
-    for wanted, key, column in (
-        (images, config.key("image_column"), config.image_column),
-        (texts, config.key("text_column"), config.text_column),
-    ):
-        if wanted and column not in dataset.column_names:
-            raise _no_column(key, column, dataset)
-    labels = labels_of(dataset, config)
-    pixels = _read_images(dataset, config) if images else None
-    words = _read_texts(dataset, config) if texts else None
+    for wanted, field in ((images, "image_column"), (texts, "text_column")):
+        if wanted and getattr(config, field) not in dataset.column_names:
+            raise _no_column(field, dataset, config)
+    labels_N = labels_of(dataset, config)
+    squares, broken = _read_images(dataset, config) if images else ([], {})
+    words = [text or "" for text in _read_texts(dataset, config)] if texts else []
     complete = [
-        row
-        for row in range(len(labels))
-        if (pixels is None or pixels[row] is not None) and (words is None or words[row])
+        row for row in range(len(labels_N)) if (not images or squares[row] is not None) and (not texts or words[row])
     ]
-    if len(complete) < len(labels):
-        logger.warning("%s: %s of %s rows have no image or text and are left out",
-                       config.dataset, len(labels) - len(complete), len(labels))  # fmt: skip
-    if not complete:
-        raise ConfigError(f"{config.key('dataset')} is {config.dataset!r}: no row is complete")
+    if len(complete) < len(labels_N):
+        origins = origins_of(dataset)
+        lines = [
+            f"{origins[row]} ({broken[row]})" if row in broken else origins[row]
+            for row in sorted(set(range(len(labels_N))).difference(complete), key=lambda row: natural_key(origins[row]))
+        ]
+        if not complete:
+            raise ConfigError(f"{config.key('dataset')} is {config.dataset!r}: no row is complete: {some(lines, 2)}")
+        logger.warning("%s: %s of %s rows have no image or text that can be read, and are left out: %s",
+                       config.dataset, len(lines), len(labels_N), some(lines))  # fmt: skip
+    pixels = to_rgb_arrays([square for square in (squares[row] for row in complete if images) if square is not None])
     return Examples(
-        labels[complete],
-        None
-        if pixels is None
-        else np.stack([image for image in (pixels[row] for row in complete) if image is not None]),
-        None if words is None else [words[row] for row in complete],
+        labels_N[complete], np.stack(pixels) if images else None, [words[row] for row in complete] if texts else None
     )
 
 
@@ -125,6 +146,7 @@ def relabel(examples: Examples, own_classes: tuple[str, ...], class_space: tuple
     ConfigError
         If the node has examples of a class outside the class space.
     """
+    own_classes, class_space = (tuple(map(normal_form, names)) for names in (own_classes, class_space))
     if own_classes == class_space:
         return examples
     held = {own_classes[label] for label in np.unique(examples.labels_N)}
@@ -134,17 +156,6 @@ def relabel(examples: Examples, own_classes: tuple[str, ...], class_space: tuple
         )
     index_C = np.array([class_space.index(name) if name in class_space else -1 for name in own_classes])
     return Examples(index_C[examples.labels_N], examples.images_NHWC, examples.texts)
-
-
-def _with_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Mark a column of encoded image bytes as images; other tools write parquet files without this mark."""
-    import datasets
-
-    feature = dataset.features.get(column)
-    encoded = getattr(feature, "dtype", "").endswith("binary") or (
-        isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-    )
-    return dataset.cast_column(column, datasets.Image()) if encoded else dataset
 
 
 def read_class_names(config: DataConfig) -> tuple[str, ...]:
@@ -158,10 +169,11 @@ def read_class_names(config: DataConfig) -> tuple[str, ...]:
     names = config.classes
     if len(names) == 1 and names[0].endswith(".txt"):
         try:
-            lines = Path(names[0]).expanduser().read_text(encoding="utf-8").splitlines()
+            lines = Path(names[0]).expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{config.key('classes')} is {names[0]!r}, which cannot be read: {error}") from None
         names = tuple(line.strip() for line in lines if line.strip())
+    names = tuple(map(normal_form, names))
     if names and (len(names) < 2 or len(set(names)) < len(names)):
         raise ConfigError(f"{config.key('classes')} gives {', '.join(names)!r}; allowed: two or more, each once")
     return names
@@ -172,64 +184,68 @@ def labels_of(dataset: datasets.Dataset, config: DataConfig) -> NDArray[np.int64
     return np.array(dataset[config.label_column][:], dtype=np.int64)
 
 
-def _check_columns(dataset: datasets.Dataset, config: DataConfig) -> None:
-    if config.label_column not in dataset.column_names:
-        raise _no_column(config.key("label_column"), config.label_column, dataset)
-    if not {config.image_column, config.text_column} & set(dataset.column_names):
-        raise _no_column(config.key("image_column"), config.image_column, dataset)
+def _check_columns(tables: list[Table], config: DataConfig) -> None:
+    having = {field: has_column(tables, field, config) for field in COLUMN_FIELDS}
+    if not having["label_column"]:
+        raise _no_column("label_column", tables[0].rows, config, tables[0].name)
+    if not having["image_column"] and not having["text_column"]:
+        raise _no_column("image_column", tables[0].rows, config, tables[0].name)
 
 
-def _no_column(key: str, column: str, dataset: datasets.Dataset) -> ConfigError:
+def _no_column(field: str, dataset: datasets.Dataset, config: DataConfig, file: str = "") -> ConfigError:
+    allowed = ", ".join(name for name in dataset.column_names if name != ORIGIN)
     return ConfigError(
-        f"{key} is {column!r}, and the dataset has no such column; allowed: {', '.join(dataset.column_names)}"
+        f"{config.key(field)} is {getattr(config, field)!r}, and the dataset has no such column; allowed: {allowed}"
+        + (f" (the columns of {file})" if file else "")
     )
 
 
-def _classes(parts: list[datasets.Dataset], config: DataConfig) -> tuple[str, ...]:
-    feature = parts[0].features[config.label_column]
-    if hasattr(feature, "names"):
-        classes = tuple(feature.names)
-    else:
-        if str(getattr(feature, "dtype", "")).startswith(("float", "double")) or not hasattr(feature, "dtype"):
-            raise ConfigError(
-                f"{config.key('label_column')} is {config.label_column!r}, which holds {feature}; "
-                "allowed: a column of class labels, strings or integers"
-            )
-        values = {value for part in parts for value in part.unique(config.label_column) if value is not None}
-        classes = tuple(str(value) for value in sorted(values))
-    # One node may hold examples of a single class. A run needs at least two classes.
-    if len(classes) < 2 and not isinstance(config, OwnDataConfig):
-        raise ConfigError(
-            f"{config.key('label_column')} is {config.label_column!r}, which has {len(classes)} class(es); "
-            "allowed: two or more"
-        )
-    return classes
+def _choose_labels(parts: dict[str, list[Table]], config: DataConfig) -> dict[str, Labels]:
+    """Return the labels of the training part, and of the split that is the test part, if one has labels."""
+    train = typed(read_labels(parts["train"], config), config)
+    labels = {"train": train}
+    for split in ("test", "validation"):
+        if not (tables := parts.get(split)):
+            continue
+        part = f"the {split} part ({sum(len(table.rows) for table in tables)} rows)"
+        if len(labels) > 1:
+            logger.warning("%s: %s is not used, since there is a test part", config.dataset, part)
+            continue
+        found = matched(read_labels(tables, config), train, config)
+        if found.has_any:
+            labels[split] = found
+            _name_new_classes(train, found, config)
+        else:
+            logger.warning("%s: %s has no labels and is left out", config.dataset, part)
+    if len(labels) == 1 and len(parts) > 1:
+        logger.warning("%s: a part of the training data is held out as the test part", config.dataset)
+    names = () if config.classes == FROM_CLIENTS else read_class_names(config)
+    return dict(zip(labels, named(list(labels.values()), names, config), strict=True))
 
 
-def _indexed(dataset: datasets.Dataset, config: DataConfig, classes: tuple[str, ...]) -> datasets.Dataset:
-    """Turn the label column into indices into ``classes``, and leave out rows without a label."""
+def _name_new_classes(train: Labels, test: Labels, config: DataConfig) -> None:
+    if new := sorted({str(value) for value, _ in test.held()}.difference(classes_of([train]))):
+        logger.warning("%s: the training part has no class %s of the test part", config.dataset, some(new))
+
+
+def _indexed(tables: list[Table], labels: Labels, classes: tuple[str, ...], config: DataConfig) -> datasets.Dataset:
+    """Join tables, with indices into ``classes`` as labels, and leave out rows without a label."""
     import datasets
 
-    column = config.label_column
-    feature = dataset.features[column]
-    values = dataset[column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        labels_N = np.array([-1 if value is None else value for value in values], dtype=np.int64)
-    else:
-        index = {name: position for position, name in enumerate(classes)}
-        labels_N = np.array([-1 if value is None else index[str(value)] for value in values], dtype=np.int64)
-        feature = datasets.ClassLabel(names=list(classes))
-        dataset = dataset.remove_columns(column).add_column(column, labels_N, feature=feature)
-    labelled = np.flatnonzero((labels_N >= 0) & (labels_N < len(classes)))
-    if not len(labelled):
-        raise ConfigError(f"{config.key('label_column')} is {column!r}, in which no row has a label")
-    if len(labelled) == len(dataset):
-        return dataset
-    logger.warning("%s: %s rows have no label and are left out", config.dataset, len(dataset) - len(labelled))
-    return dataset.select(labelled)
+    rows, column = joined(tables, config), config.label_column
+    feature, indices_N = datasets.ClassLabel(names=list(classes)), indices_of(labels, classes)
+    if rows.features.get(column) != feature:
+        rows = with_column(rows, column, indices_N, feature)
+    labelled = np.flatnonzero(indices_N >= 0)
+    if len(labelled) == len(rows):
+        return rows
+    missing = [labels.origins[row] for row in np.flatnonzero(indices_N < 0)]
+    logger.warning("%s: %s of %s rows have no label and are left out: %s",
+                   config.dataset, len(missing), len(rows), some(missing))  # fmt: skip
+    return rows.select(labelled)
 
 
-def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> dict[str, datasets.Dataset]:
+def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     from sklearn.model_selection import train_test_split
 
     labels = labels_of(dataset, config)
@@ -247,12 +263,12 @@ def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> dict[str
         )
     rows = np.arange(len(labels))
     train, test = train_test_split(rows, test_size=held, stratify=stratify, random_state=seed)
-    return {"train": dataset.select(train), "test": dataset.select(test)}
+    return dataset.select(train), dataset.select(test)
 
 
-def _read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[Any]:
+def _read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[str | None]:
     feature = dataset.features[config.text_column]
-    if not getattr(feature, "dtype", "").endswith("string"):
+    if not is_text(feature):
         raise ConfigError(
             f"{config.key('text_column')} is {config.text_column!r}, which holds {feature}; "
             "allowed: a column of strings"
@@ -260,10 +276,9 @@ def _read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[Any]:
     return list(dataset[config.text_column][:])
 
 
-def _read_images(dataset: datasets.Dataset, config: DataConfig) -> list[NDArray[np.uint8] | None]:
-    """Decode a column of images one by one, so that an error can name the row."""
+def _read_images(dataset: datasets.Dataset, config: DataConfig) -> tuple[list[Square | None], dict[int, str]]:
+    """Decode a column of images one by one; return them, and for rows whose image does not decode, the reason."""
     import datasets
-    from PIL import Image
 
     column = config.image_column
     if not isinstance(dataset.features[column], datasets.Image):
@@ -272,22 +287,40 @@ def _read_images(dataset: datasets.Dataset, config: DataConfig) -> list[NDArray[
             "allowed: a column of images"
         )
     encoded = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    images: list[NDArray[np.uint8] | None] = []
+    squares: list[Square | None] = [None] * len(dataset)
+    broken: dict[int, str] = {}
     for row, item in enumerate(encoded[column]):
         if item is None or (item["bytes"] is None and item["path"] is None):
-            images.append(None)
             continue
         try:
-            source: Any = io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]
-            with Image.open(source) as image:
-                images.append(to_rgb_array(image, config.image_size))
-        except FileNotFoundError:
+            squares[row] = _read_image(item["bytes"], item["path"], config.image_size)
+        except _RefusedImageError as error:
             raise ConfigError(
-                f"{config.key('image_column')} is {column!r}, and in row {row} it names {item['path']!r}, which is not "
-                "there; allowed: a column of images, or of the names of image files beside the table"
+                f"{config.key('image_column')} is {column!r}, and in {origins_of(dataset)[row]} it {error}"
             ) from None
         except Exception as error:  # Decoders raise many kinds of errors on broken bytes.
-            raise ConfigError(
-                f"{config.key('dataset')} is {config.dataset!r}: the image of row {row} does not decode ({error})"
-            ) from None
-    return images
+            broken[row] = f"its image does not decode: {error}"
+    return squares, broken
+
+
+class _RefusedImageError(Exception):
+    """An image that is not left out, because others are likely to be the same."""
+
+
+def _read_image(content: bytes | None, path: str, size: int) -> Square:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        content = Path(path).read_bytes() if content is None else content
+        with Image.open(io.BytesIO(content)) as image:
+            return to_square(image, size)
+    except FileNotFoundError:
+        raise _RefusedImageError(
+            f"names {path!r:.200}, which is not there; allowed: images, or the names of image files beside the table"
+        ) from None
+    except GreyError as error:
+        raise _RefusedImageError(f"holds an image that cannot be shown: {error}") from None
+    except UnidentifiedImageError:
+        if content and content.startswith(LFS_POINTER):
+            raise _RefusedImageError("holds a git-lfs pointer; allowed: the image that `git lfs pull` brings") from None
+        raise ValueError("it is of no known format") from None

@@ -1,8 +1,9 @@
-"""Natural sort order of names: ``cnn-2`` before ``cnn-10``."""
+"""Names: their natural sort order, ``cnn-2`` before ``cnn-10``, and the one form in which they are compared."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -12,3 +13,8 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     """
     # Text and numbers alternate, so a number is always compared with a number.
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+
+
+def normal_form(name: str) -> str:
+    """Return a name with composed letters (NFC); a Mac's file names come with decomposed ones."""
+    return unicodedata.normalize("NFC", name)

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from fedmmkt.common.config import ConfigError, DataConfig
-from fedmmkt.common.datasets import labels_of, load_splits, to_examples
+from fedmmkt.common.datasets import Examples, labels_of, load_splits, to_examples
 from fedmmkt.common.files import replaced_folder
+from fedmmkt.common.tables import without_origins
 from fedmmkt.starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
 
 if TYPE_CHECKING:
@@ -93,19 +94,17 @@ def _drawn(
     return rows.select(np.sort(drawn)), rows.select(np.sort(others))
 
 
-def captions_of(part: PublicPart, config: DataConfig, column: str, seed: int) -> list[str]:
-    """Return captions of the public examples: from a text column, or from templates with the class name."""
-    if column:
-        return [str(text) for text in part.public[column][:]]
+def captions_of(examples: Examples, classes: tuple[str, ...], seed: int) -> list[str]:
+    """Return captions of the public examples: their texts, or from templates with the class name."""
+    if examples.texts is not None:
+        return examples.texts
     rng = np.random.default_rng(seed)
-    names = [part.classes[label] for label in labels_of(part.public, config)]
-    return [TEMPLATES[rng.integers(len(TEMPLATES))].format(name) for name in names]
+    return [TEMPLATES[rng.integers(len(TEMPLATES))].format(classes[label]) for label in examples.labels_N]
 
 
-def write_prompts(path: Path, part: PublicPart, config: DataConfig, captions: list[str]) -> None:
+def write_prompts(path: Path, examples: Examples, classes: tuple[str, ...], captions: list[str]) -> None:
     """Write the distinct captions with their classes, in the format of ``t2i.prompts``."""
-    classes = [part.classes[label] for label in labels_of(part.public, config)]
-    lines = dict(zip(captions, classes, strict=True))
+    lines = dict(zip(captions, (classes[label] for label in examples.labels_N), strict=True))
     path.write_text("".join(json.dumps({"prompt": text, "class": name}) + "\n" for text, name in lines.items()))
 
 
@@ -148,19 +147,18 @@ def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         image_column=arguments.image_column,
         label_column=arguments.label_column,
         image_size=arguments.image_size,
+        text_column=arguments.caption_column or DataConfig().text_column,
     )
     part = divide(config, arguments.public, arguments.seed, arguments.private, arguments.test)
-    captions = captions_of(part, config, arguments.caption_column, arguments.seed)
-    (folder / "data").mkdir()
-    (folder / "public").mkdir()
-    part.public.to_parquet(folder / "public" / "train.parquet")
-    part.private.to_parquet(folder / "data" / "train.parquet")
-    part.test.to_parquet(folder / "data" / "test.parquet")
+    examples = to_examples(part.public, config, images=True, texts=bool(arguments.caption_column))
+    captions = captions_of(examples, part.classes, arguments.seed)
+    for name, rows in (("public/train", part.public), ("data/train", part.private), ("data/test", part.test)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        without_origins(rows).to_parquet(folder / f"{name}.parquet")
     if arguments.caption_column:
-        write_prompts(folder / "prompts.jsonl", part, config, captions)
-    images_NHWC = to_examples(part.public, config, images=True, texts=False).images_NHWC
-    assert images_NHWC is not None
-    images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+        write_prompts(folder / "prompts.jsonl", examples, part.classes, captions)
+    assert examples.images_NHWC is not None
+    images_NCHW = torch.from_numpy(examples.images_NHWC).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
     start = time.perf_counter()
     torch.manual_seed(arguments.seed)
     pipeline = pretrain(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedmmkt.common.config import ConfigError, DataConfig, NodeConfig, RunConfig
-from fedmmkt.common.datasets import Examples, Splits, labels_of, load_splits, relabel, to_examples
+from fedmmkt.common.datasets import FROM_CLIENTS, Examples, Splits, labels_of, load_splits, relabel, to_examples
 from fedmmkt.common.partitioning import partition_rows
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def load_private_data(
     ConfigError
         If the data cannot be read or has classes outside the class space.
     """
-    data, splits, train = _own_part(config, node)
+    data, splits, train = _own_part(config, node, class_space)
     examples = to_examples(train, data, images=images, texts=texts), _test_part(data, config.seed, images, texts)
     return PrivateData(*(relabel(part, splits.classes, class_space) for part in examples))
 
@@ -64,10 +64,14 @@ def held_classes(config: RunConfig, node: NodeConfig) -> tuple[str, ...]:
     return tuple(splits.classes[label] for label in np.unique(labels_of(train, data)))
 
 
-def _own_part(config: RunConfig, node: NodeConfig) -> tuple[DataConfig, Splits, datasets.Dataset]:
+def _own_part(
+    config: RunConfig, node: NodeConfig, class_space: tuple[str, ...] = ()
+) -> tuple[DataConfig, Splits, datasets.Dataset]:
     """Return data settings, splits and training rows of a node: of its own dataset, or of its partition."""
     if node.data_path:
         data: DataConfig = node.own_data(config.data)
+        if data.classes and data.classes != FROM_CLIENTS:  # The file that lists them may be at the server alone.
+            data = data.model_copy(update={"classes": class_space})
         splits = load_splits(data, config.seed)
         return data, splits, splits.train
     if node.partition_id is None or node.num_partitions is None or node.partition_id >= node.num_partitions:

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedmmkt.common.images import decode_images, encode_images, resize_images, to_rgb_array
+from fedmmkt.common.images import (
+    GreyError,
+    decode_images,
+    encode_images,
+    resize_images,
+    to_rgb_array,
+    to_rgb_arrays,
+    to_square,
+)
 
 
 @settings(deadline=None)
@@ -113,14 +121,69 @@ def test_sixteen_bits_keep_their_brightness():
     assert (to_rgb_array(Image.fromarray(np.full((8, 8), 0x8000, np.uint16)), 4) == 128).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "LA", "1", "CMYK", "I;16"])
+def grey(value, dtype):
+    return Image.fromarray(np.full((8, 8), value, dtype))
+
+
+@pytest.mark.parametrize(
+    ("image", "value"),
+    [
+        (grey(0.5, np.float32), 128),
+        (grey(1, np.float32), 255),
+        (grey(127.6, np.float32), 128),
+        (grey(77, np.uint16), 77),  # eight bits suffice
+        (grey(512, np.uint16), 128),
+        (grey(2048, np.uint16), 128),
+        (grey(8192, np.uint16), 128),
+        (grey(0x8000, np.int32), 128),
+        (grey(2**31 - 1, np.int32), 128),
+        (grey(0, np.int32), 0),
+        (Image.frombytes("I;16B", (8, 8), np.full((8, 8), 2048, ">u2").tobytes()), 128),
+        (Image.open(io.BytesIO(b"P5\n2 2\n4095\n" + np.full(4, 1024, ">u2").tobytes())), 64),  # the file names white
+        (Image.open(io.BytesIO(b"P5\n2 2\n65535\n" + np.full(4, 1024, ">u2").tobytes())), 4),
+    ],
+)
+def test_grey_values_of_any_depth_keep_their_brightness(image, value):
+    assert (to_rgb_array(image, 4) == value).all()
+
+
+def test_images_of_one_kind_have_one_white():
+    images = [grey(value, np.uint16) for value in (512, 1023, 4095)] + [grey(0.5, np.float32), grey(99, np.uint8)]
+    assert [int(rgb[0, 0, 0]) for rgb in to_rgb_arrays(to_square(image, 4) for image in images)] == [
+        32,
+        64,
+        255,
+        128,
+        99,
+    ]
+
+
+@pytest.mark.parametrize("values", [[0, np.nan], [-0.1, 1], [0, 256], [0, np.inf]])
+def test_floats_that_are_no_grey_values_are_refused(values):
+    with pytest.raises(GreyError, match=r"its values go from .*; allowed: 0 to 1 or 0 to 255, without NaN"):
+        to_rgb_array(Image.fromarray(np.array([values, values], np.float32)), 2)
+
+
+def test_negative_integers_are_refused():
+    with pytest.raises(GreyError, match="its values go from -1000 to -1000; allowed: from 0 on"):
+        to_rgb_array(grey(-1000, np.int32), 4)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "PA", "RGB", "RGBA", "LA", "1", "CMYK", "YCbCr", "I;16", "I", "F"])
 def test_any_mode_becomes_rgb_of_the_size(mode):
-    image = Image.new("I;16", (30, 20), 40_000) if mode == "I;16" else Image.new("RGB", (30, 20), "white").convert(mode)
+    white = {"I;16": 0xFFFF, "I": 0xFFFF, "F": 1}
+    image = Image.new(mode, (30, 20), white[mode]) if mode in white else Image.new("L", (30, 20), 255)
+    image = image if mode in white else image.convert("RGB" if mode in ("CMYK", "YCbCr") else "L").convert(mode)
     array = to_rgb_array(image, 12)
     assert array.shape == (12, 12, 3)
     assert array.dtype == np.uint8
-    if mode != "I;16":
-        assert array.min() >= 250
+    assert array.min() >= 250
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "PA", "CMYK"])
+def test_half_grey_of_eight_bits_is_exact_in_any_mode(mode):
+    image = Image.new("L", (8, 8), 128).convert("RGB" if mode == "CMYK" else mode).convert(mode)
+    assert (to_rgb_array(image, 4) == 128).all()
 
 
 def test_transparency_is_shown_on_white():
