@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedmmkt.client_app.learning.batches import call_on_rows
 from fedmmkt.client_app.models.task_model import to_float
 
 NEIGHBOURS = 3
@@ -73,14 +76,16 @@ def vote_features(encoder: nn.Module, private_MCHW: Tensor, synthetic_NCHW: Tens
     encoder.eval()
     features = []
     for extract in (_pixels, encoder):
-        private, synthetic = (
-            torch.cat([extract(to_float(chunk)) for chunk in images.split(CHUNK)])
-            for images in (private_MCHW, synthetic_NCHW)
-        )
+        private, synthetic = (_extracted(extract, images) for images in (private_MCHW, synthetic_NCHW))
         spread = (private - private.mean(0)).square().sum(1).mean().sqrt().clamp_min(1e-6)
         features.append((private / spread, synthetic / spread))
     privates, synthetics = zip(*features, strict=True)
     return torch.cat(privates, 1), torch.cat(synthetics, 1)
+
+
+def _extracted(extract: Callable[[Tensor], Tensor], images_NCHW: Tensor) -> Tensor:
+    chunks = torch.arange(len(images_NCHW)).split(CHUNK)
+    return torch.cat([call_on_rows(lambda index: extract(to_float(images_NCHW[index])), chunk) for chunk in chunks])
 
 
 def _pixels(images_NCHW: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from logging import getLogger
 from pathlib import Path
 
 import numpy as np
 import torch
 from flwr.app import Context
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedmmkt.client_app.answers import nearest_neighbour_votes, to_payload_logits, vote_features
 from fedmmkt.client_app.data.decoded_copy import load_own_data
@@ -27,7 +27,7 @@ from fedmmkt.client_app.learning.training import (
 )
 from fedmmkt.client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch
 from fedmmkt.client_app.models.building import build_task_model, model_label
-from fedmmkt.client_app.models.task_model import PADDING, Inputs
+from fedmmkt.client_app.models.task_model import Inputs, compact
 from fedmmkt.common.config import NodeConfig, RunConfig
 from fedmmkt.common.datasets import Examples
 from fedmmkt.common.devices import pick_device
@@ -38,8 +38,11 @@ from fedmmkt.common.payloads import (
     Instructions,
     PayloadError,
     Request,
+    SoftTargets,
     SyntheticBatch,
 )
+
+logger = getLogger("flwr")
 
 
 class Client:
@@ -102,8 +105,11 @@ class Client:
     def learn(self) -> None:
         """Train on private samples and kept synthetic samples, then save the model and the batches."""
         settings = self.config.client
+        if self.is_new:
+            self._warn_of_cut("training texts", self.data.train)
+            self._warn_of_cut("test texts", self.data.test)
         epochs = settings.warmup_epochs if self.is_new else settings.local_epochs
-        train(self.model, self.optimizer, self._private_set(), self._synthetic_set(), settings, epochs, self.generator)
+        train(self.model, self.optimizer, self._private_set, self._synthetic_set(), settings, epochs, self.generator)
         description = {
             "client": self.name,
             "model": self.model_name,
@@ -125,8 +131,9 @@ class Client:
 
     def answer(self, batch: SyntheticBatch) -> DistillationPayload:
         """Return logits for a batch, and votes if the run uses them and the model reads images."""
-        inputs = self._synthetic_inputs(batch)
-        private = self._private_set()
+        inputs = self._synthetic_inputs([batch])
+        self._warn_of_cut(f"prompts of round {batch.round}", Examples(batch.prompted_N, None, list(batch.prompts)))
+        private = self._private_set
         votes_N: np.ndarray | None = None
         encoder = self.model.task_model.image_encoder
         if (
@@ -161,6 +168,15 @@ class Client:
             awaiting=tuple(item.batch.batch_id for item in kept if item.targets is None),
         )
 
+    def _warn_of_cut(self, named: str, examples: Examples) -> None:
+        """Warn of texts that are longer than what the model reads."""
+        if not self.reads_texts or examples.texts is None:
+            return
+        lengths = self.model.task_model.text_lengths(examples.texts)
+        if lengths and (cut := lengths.describe_cut()):
+            logger.warning("%s (%s): of the %s, %s", self.name, self.model_name, named, cut)
+
+    @cached_property
     def _private_set(self) -> PrivateSet:
         return PrivateSet(self._inputs(self.data.train), self._to_tensor(self.data.train.labels_N))
 
@@ -168,38 +184,45 @@ class Client:
         """Join the kept batches that have soft targets; each is sampled half as often as the next newer one."""
         kept = [item for item in self.memory.batches() if item.targets is not None]
         kept = kept[-self.config.client.pool_rounds :]
-        parts = [self._synthetic_part(item, 0.5 ** (len(kept) - 1 - age)) for age, item in enumerate(kept)]
-        return _join(parts) if parts else None
-
-    def _synthetic_part(self, kept: KeptBatch, recency: float) -> SyntheticSet:
-        batch, targets = kept.batch, kept.targets
-        if targets is None or len(targets.weights_N) != len(batch):
-            raise PayloadError(f"soft targets do not match batch {batch.batch_id!r}")
-        anchors_ND = None
-        if batch.anchors_UD is not None and batch.anchor_index_N is not None:
-            anchors_ND = self._to_tensor(batch.anchors_UD[batch.anchor_index_N]).float()
+        if not kept:
+            return None
+        batches, targets = [item.batch for item in kept], [_targets_of(item) for item in kept]
+        weights = [torch.from_numpy(soft.weights_N) * 0.5**age for age, soft in zip(_ages(kept), targets, strict=True)]
         return SyntheticSet(
-            self._synthetic_inputs(batch),
-            self._to_tensor(targets.probabilities_NC).float(),
-            self._to_tensor(batch.prompted_N),
-            torch.from_numpy(targets.weights_N) * recency,
-            anchors_ND,
+            self._synthetic_inputs(batches),
+            self._to_tensor(np.concatenate([soft.probabilities_NC for soft in targets])).float(),
+            self._to_tensor(np.concatenate([batch.prompted_N for batch in batches])),
+            torch.cat(weights),
+            self._anchors(batches),
         )
 
-    def _synthetic_inputs(self, batch: SyntheticBatch) -> Inputs:
-        images_NHWC = None
-        if self.reads_images:
-            if batch.images is None or batch.offsets is None:
-                raise PayloadError(f"batch {batch.batch_id!r} came without images, which {self.model_name} reads")
-            images_NHWC = decode_images(batch.images, batch.offsets, self.config.data.image_size)
-        return self._inputs(Examples(batch.prompted_N, images_NHWC, list(batch.prompts)))
+    def _anchors(self, batches: list[SyntheticBatch]) -> Tensor | None:
+        """Return the text embedding of each prompt; None unless all batches have them."""
+        anchors = [
+            batch.anchors_UD[batch.anchor_index_N]
+            for batch in batches
+            if batch.anchors_UD is not None and batch.anchor_index_N is not None
+        ]
+        return self._to_tensor(np.concatenate(anchors)).float() if len(anchors) == len(batches) else None
+
+    def _synthetic_inputs(self, batches: list[SyntheticBatch]) -> Inputs:
+        """Decode images and tokenize prompts, all together, so that prompts are padded alike."""
+        prompts = [prompt for batch in batches for prompt in batch.prompts]
+        images = [self._decoded(batch) for batch in batches] if self.reads_images else []
+        prompted_N = np.concatenate([batch.prompted_N for batch in batches])
+        return self._inputs(Examples(prompted_N, np.concatenate(images) if images else None, prompts))
+
+    def _decoded(self, batch: SyntheticBatch) -> np.ndarray:
+        if batch.images is None or batch.offsets is None:
+            raise PayloadError(f"batch {batch.batch_id!r} came without images, which {self.model_name} reads")
+        return decode_images(batch.images, batch.offsets, self.config.data.image_size)
 
     def _inputs(self, examples: Examples) -> Inputs:
         images_BCHW = tokens_BL = None
         if self.reads_images and examples.images_NHWC is not None:
             images_BCHW = torch.from_numpy(examples.images_NHWC).permute(0, 3, 1, 2).to(self.device)
         if self.reads_texts and examples.texts is not None:
-            tokens_BL = self.model.task_model.tokenize(examples.texts).to(self.device)
+            tokens_BL = compact(self.model.task_model.tokenize(examples.texts)).to(self.device)
         return Inputs(images_BCHW, tokens_BL)
 
     def _to_tensor(self, array: np.ndarray) -> Tensor:
@@ -221,21 +244,12 @@ def _state_folders(config: RunConfig, node: NodeConfig) -> list[Path]:
     return [*(Path(folder) / "clients" for folder in runs), DEFAULT_FOLDER]
 
 
-def _join(parts: list[SyntheticSet]) -> SyntheticSet:
-    """Concatenate synthetic sets; anchors are kept only if all sets have them."""
-    images = [part.inputs.images_BCHW for part in parts if part.inputs.images_BCHW is not None]
-    tokens = [part.inputs.tokens_BL for part in parts if part.inputs.tokens_BL is not None]
-    anchors = [part.anchors_ND for part in parts if part.anchors_ND is not None]
-    return SyntheticSet(
-        Inputs(torch.cat(images) if images else None, _join_tokens(tokens) if tokens else None),
-        torch.cat([part.probabilities_NC for part in parts]),
-        torch.cat([part.prompted_N for part in parts]),
-        torch.cat([part.weights_N for part in parts]),
-        torch.cat(anchors) if len(anchors) == len(parts) else None,
-    )
+def _targets_of(kept: KeptBatch) -> SoftTargets:
+    if kept.targets is None or len(kept.targets.weights_N) != len(kept.batch):
+        raise PayloadError(f"soft targets do not match batch {kept.batch.batch_id!r}")
+    return kept.targets
 
 
-def _join_tokens(parts: list[Tensor]) -> Tensor:
-    """Concatenate token batches, padded to the longest one."""
-    longest = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=PADDING) for part in parts])
+def _ages(kept: list[KeptBatch]) -> range:
+    """Return how many newer batches there are, for each batch."""
+    return range(len(kept) - 1, -1, -1)

@@ -58,12 +58,15 @@ def mismatch(requirement: Requirement) -> list[str]:
 
 
 def check_model(config: RunConfig, node: NodeConfig) -> str:
-    """Check that a node's task model can be built on its device."""
+    """Check that a node's task model can be built, that its parts fit each other, and that it runs on its device."""
+    from fedmmkt.client_app.models.dry_run import check_dry_run
     from fedmmkt.common.devices import pick_device
 
-    device = pick_device(node.device)
-    model = _build_model(config, node, _named_classes(config) or ("one class", "another")).to(device)
-    return f"{_model_name(config, node)} reads {model.modality}, runs on {device}"
+    device, name = pick_device(node.device), _model_name(config, node)
+    classes = _named_classes(config) or ("one class", "another")
+    model = _build_model(config, node, classes).to(device)
+    check_dry_run(model, len(classes), config.data.image_size, name)
+    return f"{name} reads {model.modality}, runs on {device}"
 
 
 def check_data(config: RunConfig, node: NodeConfig) -> str:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedmmkt.client_app.learning.batches import call_on_rows, epoch_batches, has_lone_sample, learns_from_one
 from fedmmkt.client_app.learning.losses import alignment_loss, balanced_softmax_loss, distillation_loss, prompt_loss
 from fedmmkt.client_app.models.task_model import Inputs, TaskModel
 from fedmmkt.common.augmentation import augment
 from fedmmkt.common.config import ClientConfig
+
+logger = getLogger("flwr")
+
+WIDEST_BATCH = 256 * 96  # tokens that are read at once without gradients, since memory grows with them
 
 
 @dataclass(frozen=True)
@@ -89,17 +95,18 @@ def train(
     """Train for ``epochs`` private epochs and for ``distillation_steps`` steps on synthetic samples.
 
     The shorter of the two is spread evenly over the longer. So a client with few private examples trains on as many
-    synthetic samples as the others, and every client sees its private data equally often.
+    synthetic samples as the others, and every client sees its private data equally often. A model that cannot learn
+    from one sample alone, such as one with batch norm, gets no batch of one sample.
 
     Returns
     -------
     float
         Mean loss over the steps; 0 if there were no steps.
     """
-    private_batches = list(_epoch_batches(len(private.inputs), config.batch_size, epochs, generator))
-    synthetic_batches = _drawn_batches(synthetic, config, generator)
+    private_batches = _private_batches(model.task_model, private, config, epochs, generator)
+    synthetic_batches = _drawn_batches(model.task_model, synthetic, config, generator)
     steps = max(len(private_batches), len(synthetic_batches))
-    counts_C = private.class_counts(model.task_model.head.out_features).float()
+    counts_C = private.class_counts(model.task_model.class_count).float()
     # A class without examples gets a tiny prior instead of zero, so that its logit stays bounded.
     log_prior_C = ((counts_C + 0.05) / counts_C.sum()).log() if config.balanced_softmax else torch.zeros_like(counts_C)
     log_prior_C = log_prior_C.to(private.labels_N.device)
@@ -147,18 +154,33 @@ def _augmented(inputs: Inputs, config: ClientConfig, generator: torch.Generator)
     return Inputs(augment(inputs.images_BCHW, generator), inputs.tokens_BL)
 
 
-def _epoch_batches(count: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    for _ in range(epochs):
-        yield from torch.randperm(count, generator=generator).split(size)
+def _private_batches(
+    model: TaskModel, private: PrivateSet, config: ClientConfig, epochs: int, generator: torch.Generator
+) -> list[Tensor]:
+    count = len(private.inputs)
+    least = _smallest_batch(model, private.inputs, count, config.batch_size) if epochs else 1
+    batches = list(epoch_batches(count, config.batch_size, epochs, generator, least))
+    if epochs and not batches:
+        logger.warning("The only private example is left out: the model cannot learn from one sample alone")
+    return batches
 
 
-def _drawn_batches(synthetic: SyntheticSet | None, config: ClientConfig, generator: torch.Generator) -> list[Tensor]:
+def _smallest_batch(model: TaskModel, inputs: Inputs, count: int, size: int) -> int:
+    """Return 2 if batches would hold one sample and the model cannot learn from it alone, else 1."""
+    return 2 if has_lone_sample(count, size) and not learns_from_one(model, inputs) else 1
+
+
+def _drawn_batches(
+    model: TaskModel, synthetic: SyntheticSet | None, config: ClientConfig, generator: torch.Generator
+) -> list[Tensor]:
     wanted = config.distillation_weight or config.prompt_weight or config.alignment_weight
-    count = config.distillation_steps * config.synthetic_batch_size
-    if synthetic is None or not wanted or not count:
+    if synthetic is None or not wanted or not config.distillation_steps:
         return []
+    size = config.synthetic_batch_size
+    size = max(size, _smallest_batch(model, synthetic.inputs, size, size))
+    count = config.distillation_steps * size
     drawn = torch.multinomial(synthetic.weights_N.cpu().double(), count, replacement=True, generator=generator)
-    return list(drawn.split(config.synthetic_batch_size))
+    return list(drawn.split(size))
 
 
 def _spread(batches: list[Tensor], steps: int) -> Iterator[Tensor | None]:
@@ -172,8 +194,10 @@ def _spread(batches: list[Tensor], steps: int) -> Iterator[Tensor | None]:
 def predict(model: TaskModel, inputs: Inputs, batch_size: int = 256) -> Tensor:
     """Return logits (N, C), in evaluation mode and without gradients."""
     model.eval()
+    width = inputs.tokens_BL.shape[1] if inputs.tokens_BL is not None and inputs.tokens_BL.dim() > 1 else 1
+    batch_size = max(1, min(batch_size, WIDEST_BATCH // width))
     indices = torch.arange(len(inputs)).split(batch_size)
-    return torch.cat([model(inputs[index]) for index in indices])
+    return torch.cat([call_on_rows(lambda index: model(inputs[index]), index) for index in indices])
 
 
 def evaluate(model: TaskModel, inputs: Inputs, labels_N: Tensor) -> tuple[float, float]:

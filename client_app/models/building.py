@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 import fedmmkt.client_app.models.small  # noqa: F401  Registers the built-in models.
+from fedmmkt.client_app.models.dry_run import check_dry_run, one_line
 from fedmmkt.client_app.models.task_model import TaskModel, TaskModelFactory, task_models
 from fedmmkt.common.config import ConfigError, Setting
 
@@ -17,10 +19,10 @@ def check_task_model(name: str, extra: Mapping[str, Setting] | None = None, wher
     Raises
     ------
     ConfigError
-        If the name is not registered and does not lead to a function.
+        If the name is not registered and does not lead to a function of the number of classes and the image size.
     """
     if not name.startswith(TRANSFORMERS):
-        task_models.get(name, extra, where)
+        _find_factory(name, extra, where)
 
 
 def build_task_model(
@@ -32,6 +34,8 @@ def build_task_model(
     where: str = "",
 ) -> TaskModel:
     """Build a task model by registered name, by ``transformers:SOURCE``, or by ``module:function``.
+
+    Models of functions are tried on examples, so that one whose parts do not fit is refused before it learns.
 
     Parameters
     ----------
@@ -51,19 +55,53 @@ def build_task_model(
     Raises
     ------
     ConfigError
-        If the name has none of these forms, the model cannot be loaded, or the result is not a `TaskModel`.
+        If the name has none of these forms, the model cannot be loaded, or the result is not a `TaskModel` for these
+        classes and this image size.
     """
     if name.startswith(TRANSFORMERS):
         from fedmmkt.client_app.models.pretrained import build_transformers_model  # Slow to import.
 
         labels = labels or tuple(map(str, range(classes)))
         return build_transformers_model(name.removeprefix(TRANSFORMERS), labels, image_size)
-    factory: TaskModelFactory = task_models.get(name, extra, where)
-    model = factory(classes, image_size)
+    factory = _find_factory(name, extra, where)
+    model = _called(factory, classes, image_size, name)
     if not isinstance(model, TaskModel):
-        where = where or f"run-config key {task_models.key!r}"
-        raise ConfigError(f"{where} is {name!r}, which built a {type(model).__name__}; allowed: a TaskModel")
+        found = "nothing" if model is None else f"a {type(model).__name__}"
+        raise ConfigError(f"client model {name!r} returned {found}; allowed: a function that returns a TaskModel")
+    check_dry_run(model, classes, image_size, name)
     return model
+
+
+def _find_factory(name: str, extra: Mapping[str, Setting] | None, where: str) -> TaskModelFactory:
+    """Return the function of a name; what is wrong with it is told in one line, since it may come from a node's log."""
+    try:
+        factory: TaskModelFactory = task_models.get(name, extra, where)
+    except ConfigError as error:
+        raise ConfigError(" ".join(str(error).split())) from error.__cause__
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # Functions written in C may have none.
+        return factory
+    try:
+        signature.bind(0, 0)
+    except TypeError:
+        raise ConfigError(
+            f"client model {name!r} takes {signature}; allowed: a function of the number of classes and the image size"
+        ) from None
+    return factory
+
+
+def _called(factory: TaskModelFactory, classes: int, image_size: int, name: str) -> object:
+    """Call a function that builds a model; any error of it is told in one line."""
+    try:
+        return factory(classes, image_size)
+    except ConfigError:
+        raise
+    except Exception as error:  # The user's function may raise anything.
+        raise ConfigError(
+            f"client model {name!r} cannot be built for {classes} classes and images of {image_size} x {image_size} "
+            f"pixels ({one_line(error)}); allowed: a function that returns a TaskModel for them"
+        ) from error
 
 
 def model_label(name: str) -> str:

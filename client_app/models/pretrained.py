@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedmmkt.client_app.models.task_model import PADDING, TaskModel
+from fedmmkt.client_app.models.task_model import PADDING, TaskModel, TextLengths
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.files import write_text
 
@@ -121,6 +121,11 @@ class TextEncoder(nn.Module):
         ids_BL: Tensor = encoded["input_ids"]
         return ids_BL if self.pads_to_the_end else ids_BL.masked_fill(encoded["attention_mask"] == 0, PADDING)
 
+    def text_lengths(self, texts: list[str]) -> TextLengths:
+        """Count the tokens of texts before they are cut."""
+        ids = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"] if texts else []
+        return TextLengths([len(tokens) for tokens in ids], self.tokenizer.model_max_length, "tokens")
+
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Map tokens to features (B, F)."""
         present_BL = tokens_BL != PADDING
@@ -171,6 +176,11 @@ class TransformersModel(TaskModel):
         return (
             self.text_encoder.tokenize(texts) if isinstance(self.text_encoder, TextEncoder) else super().tokenize(texts)
         )
+
+    def text_lengths(self, texts: list[str]) -> TextLengths | None:
+        """Count the tokens of texts by the model's own tokenizer."""
+        encoder = self.text_encoder
+        return encoder.text_lengths(texts) if isinstance(encoder, TextEncoder) else super().text_lengths(texts)
 
     def saved_name(self, name: str) -> str:
         """Return the name that transformers uses for a weight, so that it can load the saved file."""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedmmkt.client_app.models.task_model import TEXT_BUCKETS, TaskModel, task_models
+from fedmmkt.client_app.models.task_model import (
+    LEAST_WIDTH,
+    TEXT_BUCKETS,
+    TaskModel,
+    TextLengths,
+    hashed_lengths,
+    task_models,
+    tokenize,
+)
 
 
 class ResidualBlock(nn.Module):
@@ -68,7 +77,12 @@ class PatchTransformer(nn.Module):
 
 
 class TextBag(nn.Module):
-    """Mean of token embeddings, then a hidden layer."""
+    """Mean of token embeddings, then a hidden layer.
+
+    In a text of hundreds of words, a few common ones would drown those that tell its class. So in texts of more than
+    `LEAST_WIDTH` tokens, each token counts once. And the mean of n unrelated vectors shrinks as 1 / sqrt(n), so theirs
+    is scaled up to the size that it has at this length.
+    """
 
     def __init__(self, size: int = 64, embedding: int = 16) -> None:
         super().__init__()
@@ -78,25 +92,71 @@ class TextBag(nn.Module):
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Map tokens to features (B, size)."""
-        return F.relu(self.hidden(self.embedding(tokens_BL)))
+        lengths_B1 = _lengths(tokens_BL)
+        tokens_BL = tokens_BL[:, : max(LEAST_WIDTH, int(lengths_B1.max()))]
+        tokens_BL = torch.where(lengths_B1 > LEAST_WIDTH, _distinct(tokens_BL), tokens_BL)
+        scale_B1 = (_lengths(tokens_BL).clamp_min(LEAST_WIDTH) / LEAST_WIDTH).sqrt()
+        return F.relu(self.hidden(self.embedding(tokens_BL) * scale_B1))
+
+
+def _lengths(tokens_BL: Tensor) -> Tensor:
+    return (tokens_BL > 0).sum(1, keepdim=True)
+
+
+def _distinct(tokens_BL: Tensor) -> Tensor:
+    """Sort the tokens of each text, and replace repeated ones by padding."""
+    sorted_BL = tokens_BL.sort(1).values
+    repeated_BL = F.pad(sorted_BL[:, 1:] == sorted_BL[:, :-1], (1, 0))
+    return sorted_BL.masked_fill(repeated_BL, 0)
 
 
 class TextTransformer(nn.Module):
-    """One transformer layer over token embeddings, then the mean over all tokens except padding."""
+    """One transformer layer over words, then the mean over all words.
+
+    A word is the mean of the embeddings of its tokens, as in fastText. Attention costs the square of the length, so it
+    is over words, which are several times fewer than their tokens. If no token is marked as the first of a word, each
+    counts as a word.
+    """
 
     def __init__(self, size: int = 32) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(TEXT_BUCKETS, size, padding_idx=0)
+        self.embedding = nn.EmbeddingBag(TEXT_BUCKETS, size, mode="mean")
         self.layer = nn.TransformerEncoderLayer(size, 4, 2 * size, dropout=0.0, batch_first=True)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Map tokens to features (B, size)."""
-        present_BL = tokens_BL > 0
-        present_BL[:, 0] = True  # An empty text needs one token to attend to.
-        states_BLD = self.layer(self.embedding(tokens_BL), src_key_padding_mask=~present_BL)
-        weight_BL1 = present_BL[..., None].to(states_BLD.dtype)
-        mean_BD: Tensor = (states_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)
+        starts_BL = tokens_BL >= TEXT_BUCKETS
+        starts_BL = starts_BL if bool(starts_BL.any()) else tokens_BL > 0
+        counts_B1 = starts_BL.sum(1, keepdim=True).clamp_min(1)  # An empty text needs one word to attend to.
+        words_BWD = self._words(tokens_BL, starts_BL, int(counts_B1.max()))
+        present_BW = torch.arange(words_BWD.shape[1], device=tokens_BL.device) < counts_B1
+        states_BWD = self.layer(words_BWD, src_key_padding_mask=~present_BW)
+        weight_BW1 = present_BW[..., None].to(states_BWD.dtype)
+        mean_BD: Tensor = (states_BWD * weight_BW1).sum(1) / weight_BW1.sum(1)
         return mean_BD
+
+    def _words(self, tokens_BL: Tensor, starts_BL: Tensor, longest: int) -> Tensor:
+        """Return one vector per word, padded with zeros to the longest text."""
+        words_BWD = self.embedding.weight.new_zeros(len(tokens_BL), longest, self.embedding.embedding_dim)
+        if bool(starts_BL.any()):
+            row_T, place_T = torch.nonzero(starts_BL, as_tuple=True)
+            number_T = starts_BL.cumsum(1)[row_T, place_T] - 1
+            present_BL = tokens_BL > 0
+            first_T = torch.nonzero(starts_BL[present_BL])[:, 0]
+            words_BWD[row_T, number_T] = self.embedding(tokens_BL[present_BL] % TEXT_BUCKETS, first_T)
+        return words_BWD
+
+
+class WordModel(TaskModel):
+    """A task model whose text encoder reads tokens in which the first of each word is marked."""
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Hash texts and mark the first token of each word."""
+        return tokenize(texts, mark_words=True)
+
+    def text_lengths(self, texts: list[str]) -> TextLengths:
+        """Count the words of texts."""
+        return hashed_lengths(texts)
 
 
 def _cnn_encoder() -> nn.Sequential:
@@ -154,8 +214,8 @@ def text(classes: int, image_size: int) -> TaskModel:
 
 @task_models.register("text-transformer")
 def text_transformer(classes: int, image_size: int) -> TaskModel:
-    """One transformer layer over hashed words and letter trigrams."""
-    return TaskModel(classes, 32, text_encoder=TextTransformer())
+    """One transformer layer over words, hashed with their letter trigrams."""
+    return WordModel(classes, 32, text_encoder=TextTransformer())
 
 
 @task_models.register("dual")

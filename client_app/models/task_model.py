@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +16,9 @@ from fedmmkt.common.payloads import Modality
 from fedmmkt.common.registry import Registry
 
 TEXT_BUCKETS = 4096
-TEXT_LENGTH = 96
+LONGEST_TEXT = 512  # words of a text that are read
+LONGEST_WORD = 32  # letters; a longer word, or a text without spaces, counts as several words
+LEAST_WIDTH = 96  # tokens of a padded text, so that encoders that look at several neighbours always find enough
 PADDING = -1  # Padding after the end of a text, for models with their own tokenizer.
 
 
@@ -28,7 +31,8 @@ class Inputs:
     images_BCHW : torch.Tensor, optional
         RGB; float32 in [-1, 1], or uint8 for samples that are read by index (a quarter of the memory).
     tokens_BL : torch.Tensor, optional
-        int64 tokens from the model's `TaskModel.tokenize`.
+        int64 tokens from the model's `TaskModel.tokenize`, or what `compact` makes of them for samples that are read by
+        index.
     """
 
     images_BCHW: Tensor | None = None
@@ -37,7 +41,7 @@ class Inputs:
     def __getitem__(self, index: Tensor) -> Inputs:
         return Inputs(
             None if self.images_BCHW is None else to_float(self.images_BCHW[index]),
-            None if self.tokens_BL is None else self.tokens_BL[index],
+            None if self.tokens_BL is None else _expanded(self.tokens_BL[index]),
         )
 
     def __len__(self) -> int:
@@ -48,6 +52,51 @@ class Inputs:
 def to_float(images_BCHW: Tensor) -> Tensor:
     """Convert uint8 images to float32 in [-1, 1]; other images are returned unchanged."""
     return (images_BCHW.float() / 127.5 - 1).contiguous() if images_BCHW.dtype == torch.uint8 else images_BCHW
+
+
+def compact(tokens_NL: Tensor) -> Tensor:
+    """Keep int64 tokens in as few bytes as their values need; `Inputs` makes them int64 again when it is indexed."""
+    if tokens_NL.dtype != torch.int64 or not tokens_NL.numel():
+        return tokens_NL
+    least, most = int(tokens_NL.min()), int(tokens_NL.max())
+    for dtype in (torch.int16, torch.int32):
+        if torch.iinfo(dtype).min <= least and most <= torch.iinfo(dtype).max:
+            return tokens_NL.to(dtype)
+    return tokens_NL
+
+
+def _expanded(tokens_BL: Tensor) -> Tensor:
+    return tokens_BL.long() if tokens_BL.dtype in (torch.int16, torch.int32) else tokens_BL
+
+
+@dataclass(frozen=True)
+class TextLengths:
+    """How long texts are, and how much of a text a model reads.
+
+    Attributes
+    ----------
+    lengths : list of int
+        Length of each text.
+    longest_read : int
+        A longer text is cut to this length.
+    unit : str
+        What is counted: words or tokens.
+    """
+
+    lengths: list[int]
+    longest_read: int
+    unit: str
+
+    def describe_cut(self) -> str:
+        """Say how many texts are cut, and how much of them; empty if none is."""
+        cut = [length for length in self.lengths if length > self.longest_read]
+        if not cut:
+            return ""
+        lost, unit = sum(cut) - self.longest_read * len(cut), self.unit
+        return (
+            f"{len(cut)} of {len(self.lengths)} are longer than the {self.longest_read} {unit} that the model reads, "
+            f"and are cut: {lost} of {sum(self.lengths)} {unit} are not read (the longest has {max(cut)})"
+        )
 
 
 class TaskModel(nn.Module):
@@ -66,6 +115,8 @@ class TaskModel(nn.Module):
 
     Attributes
     ----------
+    class_count : int
+        Size of the class space.
     is_pretrained : bool
         Whether the encoders are pretrained; they then use the learning rate for pretrained encoders.
     is_frozen : bool
@@ -87,6 +138,7 @@ class TaskModel(nn.Module):
             raise ValueError("a task model needs an image encoder, a text encoder, or both")
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
+        self.class_count = classes
         self.feature_size = feature_size
         self.head = nn.Linear(feature_size, classes)
 
@@ -100,6 +152,15 @@ class TaskModel(nn.Module):
     def tokenize(self, texts: list[str]) -> Tensor:
         """Turn texts into tokens for the text encoder (int64, texts x tokens)."""
         return tokenize(texts)
+
+    def text_lengths(self, texts: list[str]) -> TextLengths | None:
+        """Measure texts against what `tokenize` reads of them; None if that is not known.
+
+        A subclass with a `tokenize` of its own may say it here, so that clients are warned of texts that are cut.
+        """
+        if type(self).tokenize is not TaskModel.tokenize:
+            return None
+        return hashed_lengths(texts)
 
     def freeze_encoders(self) -> None:
         """Freeze the encoders, including dropout and batch statistics; only the head is trained."""
@@ -145,28 +206,54 @@ task_models: Registry[TaskModelFactory] = Registry(
 )
 
 
-def tokenize(texts: list[str]) -> Tensor:
+def tokenize(texts: list[str], mark_words: bool = False) -> Tensor:
     """Hash words and their letter trigrams into buckets, so that clients need no common vocabulary.
 
-    This is the bag of hashed n-grams of fastText (arXiv 1607.04606).
+    This is the bag of hashed n-grams of fastText (arXiv 1607.04606). The first `LONGEST_TEXT` words of a text are read.
+
+    Parameters
+    ----------
+    texts : list of str
+        The texts.
+    mark_words : bool
+        Whether `TEXT_BUCKETS` is added to the first token of each word.
 
     Returns
     -------
     torch.Tensor
-        int64 tokens, texts x `TEXT_LENGTH`; zero is padding.
+        int64 tokens, padded with zeros to the longest of the texts, and to at least `LEAST_WIDTH`.
     """
-    tokens_NL = torch.zeros(len(texts), TEXT_LENGTH, dtype=torch.int64)
     cache: dict[str, list[int]] = {}
-    for row, text in enumerate(texts):
-        ids = [token for word in text.lower().split() for token in _word_tokens(word.strip(".,;:!?'\"()"), cache)]
-        ids = ids[:TEXT_LENGTH]
-        tokens_NL[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    rows = [_text_tokens(text, cache, TEXT_BUCKETS if mark_words else 0) for text in texts]
+    tokens_NL = torch.zeros(len(texts), max([LEAST_WIDTH, *map(len, rows)]), dtype=torch.int64)
+    for tokens_L, row in zip(tokens_NL, rows, strict=True):
+        tokens_L[: len(row)] = torch.from_numpy(row)
     return tokens_NL
 
 
-def _word_tokens(word: str, cache: dict[str, list[int]]) -> list[int]:
-    if word not in cache:
-        padded = f"<{word}>"
-        grams = [padded, *(padded[start : start + 3] for start in range(len(padded) - 2))]
-        cache[word] = [1 + zlib.crc32(gram.encode()) % (TEXT_BUCKETS - 1) for gram in dict.fromkeys(grams)]
-    return cache[word]
+def hashed_lengths(texts: list[str]) -> TextLengths:
+    """Count the words of texts, for models that read what `tokenize` makes of them."""
+    return TextLengths([len(split_words(text)) for text in texts], LONGEST_TEXT, "words")
+
+
+def split_words(text: str) -> list[str]:
+    """Split a text into lower-case words of at most `LONGEST_WORD` letters, without punctuation around them."""
+    words = (word.strip(".,;:!?'\"()") for word in text.lower().split())
+    return [word[start : start + LONGEST_WORD] for word in words for start in range(0, len(word) or 1, LONGEST_WORD)]
+
+
+def _text_tokens(text: str, cache: dict[str, list[int]], mark: int) -> np.ndarray:
+    """Return the tokens of all words that are read, int16; ``mark`` is added to the first one of each word."""
+    ids: list[int] = []
+    for word in split_words(text)[:LONGEST_TEXT]:
+        if word not in cache:
+            first, *others = _word_tokens(word)
+            cache[word] = [first + mark, *others]
+        ids += cache[word]
+    return np.array(ids, dtype=np.int16)
+
+
+def _word_tokens(word: str) -> list[int]:
+    padded = f"<{word}>"
+    grams = [padded, *(padded[start : start + 3] for start in range(len(padded) - 2))]
+    return [1 + zlib.crc32(gram.encode()) % (TEXT_BUCKETS - 1) for gram in dict.fromkeys(grams)]

@@ -21,8 +21,9 @@ from fedmmkt.client_app.learning.training import (
 )
 from fedmmkt.client_app.memory import ClientMemory
 from fedmmkt.client_app.models.building import build_task_model, model_label
+from fedmmkt.client_app.models.dry_run import check_dry_run
 from fedmmkt.client_app.models.pretrained import ImagePreparation
-from fedmmkt.client_app.models.task_model import PADDING, Inputs, TaskModel
+from fedmmkt.client_app.models.task_model import PADDING, Inputs, TaskModel, TextLengths
 from fedmmkt.common.config import ClientConfig, ConfigError
 from tests import tiny_transformers as tiny
 
@@ -237,6 +238,24 @@ def test_long_texts_are_cut_and_short_ones_cost_little(tmp_path):
     alone = model(Inputs(None, tokens_BL[2:]))
     assert lengths == [3]
     assert torch.allclose(alone, model(Inputs(None, tokens_BL))[2:], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "clip", "siglip"])
+def test_texts_longer_than_the_model_reads_are_counted(kind, tmp_path, caplog):
+    model = build(tiny.save(tmp_path / "model", CONFIGS[kind]))
+    lengths = model.text_lengths(["the digit " * 500, "one", "the " * 20])
+    assert lengths == TextLengths([1002, 3, 22], 16, "tokens")
+    assert lengths.describe_cut() == (
+        "2 of 3 are longer than the 16 tokens that the model reads, and are cut: 992 of 1027 tokens are not read "
+        "(the longest has 1002)"
+    )
+    assert model.text_lengths([]).longest_read == 16
+    assert "longer than the specified maximum" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_kind_passes_the_dry_run(kind, tmp_path):
+    check_dry_run(build(tiny.save(tmp_path / "model", CONFIGS[kind])), 2, 32, kind)
 
 
 @given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=4))
