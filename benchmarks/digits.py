@@ -26,6 +26,7 @@ from benchmarks.rows import (
 )
 from fedmmkt.common.config import RunConfig, T2IConfig
 from fedmmkt.common.datasets import load_splits, to_examples
+from fedmmkt.server_app.prompts import templates_of
 from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.t2i.generator import Generator, as_images
 from fedmmkt.server_app.t2i.samples import Samples
@@ -77,12 +78,13 @@ def references(seed: int) -> list[tuple[str, float | None, float]]:
         latents_NCHW = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
         decoded = as_images(generator.family.decode(latents_NCHW[:count]))
     measured("their reconstructions by the autoencoder", decoded, train.labels_N[:count])
-    captions = [t2i.prompt_templates[i % len(t2i.prompt_templates)].format(splits.classes[label])
+    templates = templates_of(t2i)
+    captions = [templates[i % len(templates)].format(splits.classes[label])
                 for i, label in enumerate(train.labels_N)]  # fmt: skip
     private = Samples(tuple(captions), torch.from_numpy(train.labels_N), train.images_NHWC, latents_NCHW)
     for update in range(config.rounds):
         generator.adapt(private, torch.ones(len(private)), t2i.adaptation_steps, update)
-    prompts = [t2i.prompt_templates[0].format(name) for name in splits.classes for _ in range(count // 10)]
+    prompts = [templates[0].format(name) for name in splits.classes for _ in range(count // 10)]
     labels_N = torch.arange(10).repeat_interleave(count // 10).numpy()
     made = generator.generate(prompts, list(range(len(prompts))), t2i.evaluation_guidance)
     measured("the same LoRA, trained on the private images themselves", made.images_NHWC, labels_N)

@@ -12,9 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
 Setting = bool | int | float | str
 
@@ -27,13 +37,61 @@ def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _split_names(value: object) -> object:
     """Split a comma-separated string into a list, because Flower's run-config has no lists."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if isinstance(value, bool | int | float):
+        raise ValueError('a text, in quotes, with commas between several: key="one,two"')
+    return _split(value) if isinstance(value, str) else value
+
+
+def _split_numbers(value: object) -> object:
+    """Split a comma-separated string into a list; a number is a list of one."""
+    if isinstance(value, bool):
+        raise ValueError('a number, or several in quotes, with commas between: key="2,1.5"')
+    numbers = [value] if isinstance(value, int | float) else _split_names(value)
+    if not numbers:
+        raise ValueError("at least one number")
+    return numbers
+
+
+def _split_templates(value: object) -> object:
+    """Split prompt templates at commas if each part then takes one name; otherwise the text is one template."""
+    if not isinstance(value, str):
+        return _split_names(value)
+    parts = _split(value)
+    return parts if not value.strip() or (parts and not any(map(_template_problem, parts))) else [value.strip()]
+
+
+def _check_templates(templates: tuple[str, ...]) -> tuple[str, ...]:
+    for template in templates:
+        if problem := _template_problem(template):
+            hint = "; a comma separates templates only if each part then has its own {}" if "," in template else ""
+            raise ValueError(f"each prompt template needs exactly one {{}}, and {template!r} has {problem}{hint}")
+    return templates
+
+
+def _template_problem(template: str) -> str:
+    """Say which placeholders a prompt template has instead of one ``{}``; an empty text if it is right."""
+    try:
+        found = [field[1:] for field in Formatter().parse(template) if field[1] is not None]
+    except ValueError:
+        return "a brace without its partner; in a prompt's text, a brace is written twice: {{ or }}"
+    if found == [("", "", None)]:
+        return ""
+    written = [
+        f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
+        for name, form, conversion in found
+    ]
+    return " and ".join(written) or "none"
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_split_names)]
+Numbers = Annotated[tuple[FiniteFloat, ...], BeforeValidator(_split_numbers)]
+Templates = Annotated[tuple[str, ...], BeforeValidator(_split_templates), AfterValidator(_check_templates)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -155,19 +213,17 @@ class T2IConfig(_Section):
         "", description="folder of an adapter to start from, such as `lora` of an earlier run; empty: a new adapter"
     )
     prompts: str = Field("templates", min_length=1, description="`templates`, or a JSONL file of prompts")
-    prompt_templates: Names = Field(
-        ("the digit {}", "the number {}", "a picture of the digit {}", "an image of a {}"),
-        min_length=1,
-        description="prompt templates with `{}` in place of the class name",
+    prompt_templates: Templates = Field(
+        (),
+        description="prompt templates with `{}` in place of the class name; a comma separates them where each part has "
+        "its own `{}`; empty: four for digits with the starter, else `a picture of a {}`",
     )
     samples_per_round: int = Field(400, ge=1, le=1_000_000, description="images generated per round")
     generation_batch_size: int = Field(
         0, ge=0, le=4096, description="images generated at once; 0: chosen by their size, at most 100"
     )
     inference_steps: int = Field(12, ge=1, le=1000, description="denoising steps per image")
-    guidance: Numbers = Field(
-        (1.5, 1.0), min_length=1, description="guidance scale of each round; later rounds use the last value"
-    )
+    guidance: Numbers = Field((1.5, 1.0), description="guidance scale of each round; later rounds use the last value")
     explore: Fraction = Field(
         0.5,
         description="fraction of the samples that vary well-scored samples of the last round (image to image)",
@@ -230,13 +286,6 @@ class T2IConfig(_Section):
     )
     caption_dropout: Fraction = Field(0.1, description="fraction of captions replaced by the empty text in an update")
     pool_rounds: int = Field(3, ge=1, le=100, description="number of last rounds whose samples an update uses")
-
-    @model_validator(mode="after")
-    def _templates_take_a_name(self) -> Self:
-        for template in self.prompt_templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"each prompt template needs exactly one {{}}, and {template!r} has not")
-        return self
 
 
 class Extra(_Section):

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from logging import WARNING
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from flwr.supercore import log
 
 from fedmmkt.common.config import ConfigError, T2IConfig
+from fedmmkt.common.dataset_files import DIGIT_NAMES
+
+STARTER_TEMPLATES = ("the digit {}", "the number {}", "a picture of the digit {}", "an image of a {}")
+OTHER_TEMPLATES = ("a picture of a {}",)
+STARTER_DRAWS = {*DIGIT_NAMES, *map(str, range(10))}
+NAMED_CLASSES = 5  # Most classes that a warning names.
 
 
 @dataclass(frozen=True)
@@ -28,16 +36,37 @@ class PromptSource(Protocol):
 
 
 def build_prompt_source(config: T2IConfig, classes: tuple[str, ...]) -> PromptSource:
-    """Build the prompt source that ``t2i.prompts`` names.
+    """Build the prompt source that ``t2i.prompts`` names; warn of classes that the starter cannot draw.
 
     Raises
     ------
     ConfigError
         If the file cannot be read, or names a class that is not in ``classes``.
     """
+    if config.model == "starter":
+        _warn_of_other_classes(classes)
     if config.prompts == "templates":
-        return TemplatePrompts(config.prompt_templates, classes)
+        return TemplatePrompts(templates_of(config), classes)
     return FilePrompts(Path(config.prompts).expanduser(), classes)
+
+
+def templates_of(config: T2IConfig) -> tuple[str, ...]:
+    """Return the prompt templates of a configuration; if it names none, those that suit its T2I model."""
+    return config.prompt_templates or (STARTER_TEMPLATES if config.model == "starter" else OTHER_TEMPLATES)
+
+
+def _warn_of_other_classes(classes: tuple[str, ...]) -> None:
+    others = [name for name in classes if name.strip().lower() not in STARTER_DRAWS]
+    if others:
+        named = ", ".join(map(repr, others[:NAMED_CLASSES])) + (", ..." if len(others) > NAMED_CLASSES else "")
+        log(
+            WARNING,
+            "run-config key 't2i.model' is 'starter', which draws nothing but the digits zero to nine: its images of "
+            "%s of %s classes (%s) will show digits; name another model, or make a small one with `fedmmkt pretrain`",
+            len(others),
+            len(classes),
+            named,
+        )
 
 
 class TemplatePrompts:

@@ -5,6 +5,7 @@ It does not depend on the strategy. It reads the ledger when it writes a checkpo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,10 +175,14 @@ class Recorder:
         log(INFO, "  generate  %s images, guidance %g  (%.1f s)", count, guidance, seconds)
 
     def record_update(self, loss: float | None) -> None:
-        """Record the mean loss of the T2I's update; None if there was none."""
-        self._record.generator_loss = loss
-        if loss is not None:
-            log(INFO, "  adapt     loss %.4f  (%.1f s)", loss, self._record.seconds["adapt"])
+        """Record the mean loss of the T2I's update; None if there was none, or one that is not finite."""
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            log(WARNING, "  adapt     loss %s, which is recorded as none", loss)
+            return
+        self._record.generator_loss = float(loss)
+        log(INFO, "  adapt     loss %.4f  (%.1f s)", loss, self._record.seconds["adapt"])
 
     @staticmethod
     def progress(total: int) -> Callable[[int], None]:

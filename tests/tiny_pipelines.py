@@ -81,6 +81,16 @@ def stable_diffusion_xl():
     )  # fmt: skip
 
 
+def playground():
+    """Make a Stable Diffusion XL as Playground v2.5 is: latents by channel, trained as EDM."""
+    pipeline = stable_diffusion_xl()
+    pipeline.vae.register_to_config(
+        latents_mean=[-1.6574, 1.886, -1.383, 2.5155], latents_std=[8.4927, 5.9022, 6.5498, 5.2299], scaling_factor=0.5
+    )
+    pipeline.register_modules(scheduler=diffusers.EDMDPMSolverMultistepScheduler())
+    return pipeline
+
+
 def stable_diffusion_3():
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
@@ -130,6 +140,7 @@ PIPELINES = {
     "sd-epsilon": stable_diffusion,
     "sd-v": lambda: stable_diffusion("v_prediction"),
     "sdxl": stable_diffusion_xl,
+    "playground": playground,
     "sd3": stable_diffusion_3,
     "pixart-alpha": pixart,
     "pixart-sigma": lambda: pixart("sigma"),

@@ -82,13 +82,17 @@ class Adapter:
         tensors = get_peft_model_state_dict(self.family.denoiser)
         return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
+    def is_finite(self) -> bool:
+        """Return whether no value of the adapter is NaN or infinite."""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters)
+
     def load_state(self, state: Mapping[str, Tensor], source: str) -> None:
         """Load tensors from `state`; the error text calls them ``source``.
 
         Raises
         ------
         ConfigError
-            If names or shapes differ from those of this adapter.
+            If names or shapes differ from those of this adapter, or a value is NaN or infinite.
         """
         present = self.state()
         if {name: tensor.shape for name, tensor in state.items()} != {n: t.shape for n, t in present.items()}:
@@ -96,6 +100,12 @@ class Adapter:
                 f"{source} is an adapter of another model, or of other LoRA targets or rank, than "
                 f"t2i.model {self.config.model!r} with t2i.lora-targets {','.join(self.config.lora_targets)!r} and "
                 f"t2i.lora-rank {self.config.lora_rank}; allowed: one that was made with these"
+            )
+        if broken := [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]:
+            raise ConfigError(
+                f"{source} has NaN or infinite values in {len(broken)} of {len(state)} tensors, such as {broken[0]!r}: "
+                "an update diverged; allowed: finite values, as in an earlier round, or in a run with a lower "
+                "t2i.adaptation-learning-rate"
             )
         self.unmerge()
         set_peft_model_state_dict(self.family.denoiser, dict(state))
@@ -127,7 +137,7 @@ class Adapter:
                 f"run-config key 't2i.adapter' is {str(folder)!r}, which holds no adapter that can be read ({reason}); "
                 "allowed: the folder `lora` of a run, or empty"
             ) from None
-        self.load_state(state, str(folder))
+        self.load_state(state, f"run-config key 't2i.adapter': {folder}")
 
 
 def _named_layers(family: Family, targets: Sequence[str]) -> list[str]:

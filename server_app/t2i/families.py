@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.registry import Registry
+from fedmmkt.server_app.t2i.noising import LEARNED, UnknownTrainingError, check_flow, noised, training_schedule
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 LATENT_CHANNELS = 4  # diffusers' image-to-image for Stable Diffusion takes inputs with 4 channels as latents.
@@ -107,22 +108,18 @@ class Family(ABC):
         tuple of torch.Tensor
             The noisy latents, their times, and the target for the denoiser.
         """
-        schedule = self.noise_scheduler
-        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-        last = int(schedule.config.num_train_timesteps)
-        times_B = torch.randint(last, (len(clean),), generator=generator).to(clean.device)
-        kind = schedule.config.prediction_type
-        if kind == "epsilon":
-            target = noise
-        else:
-            target = schedule.get_velocity(clean, noise, times_B) if kind == "v_prediction" else clean
-        return schedule.add_noise(clean, noise, times_B), times_B, target
+        return noised(self.noise_scheduler, clean, generator)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to images in [-1, 1]."""
         vae = self.pipeline.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+        decoded: Tensor = vae.decode(self.unscaled(latents.to(vae.dtype))).sample
+        return decoded
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Return latents in the scale of the autoencoder, as the family's pipeline in diffusers does."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
 
     def add_adapter(self, lora: Any) -> None:
         """Add a LoRA named ``default`` to the denoiser."""
@@ -147,10 +144,28 @@ class Family(ABC):
         return {name.removeprefix(f"{self.denoiser_name}."): tensor for name, tensor in state.items()}
 
     def _noise_scheduler(self) -> Any:
-        """Return the noise schedule of the model's training, for any sampler of the pipeline."""
-        from diffusers import DDPMScheduler
+        """Return the noise schedule of the model's training, for any sampler of the pipeline.
 
-        return DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        None if it is not known, for a family that overrides `noised`.
+
+        Raises
+        ------
+        ConfigError
+            If it is not known, and `noised` needs it.
+        """
+        try:
+            return training_schedule(self.pipeline.scheduler)
+        except UnknownTrainingError as error:
+            if type(self).noised is Family.noised:
+                raise self._refused(error, f"{', '.join(LEARNED)}, or what EDM does") from None
+            return None
+
+    def _refused(self, error: UnknownTrainingError, allowed: str) -> ConfigError:
+        return ConfigError(
+            f"run-config key 't2i.model' is {str(self.pipeline.name_or_path)!r}, but {error}; allowed for a "
+            f"{type(self.pipeline).__name__}: a model that learned to predict {allowed}; or a family of your own in "
+            "'t2i.family'"
+        )
 
 
 families: Registry[type[Family]] = Registry(
@@ -176,6 +191,11 @@ class StableDiffusion(Family):
         takes_latents = self.pipeline.vae.config.latent_channels == LATENT_CHANNELS
         return super()._image_to_image() if takes_latents else None
 
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Return latents in the scale of the autoencoder; this pipeline knows no shift."""
+        scaled: Tensor = latents / self.pipeline.vae.config.scaling_factor
+        return scaled
+
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts with CLIP."""
         return {"prompt_embeds": self.pipeline.encode_prompt(prompts, self.device, 1, False)[0]}
@@ -191,6 +211,15 @@ class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL (arXiv 2307.01952): two text encoders, conditioned on the image size."""
 
     pipelines = ("StableDiffusionXLPipeline",)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Return latents in the scale of the autoencoder, by the mean and deviation of each channel if it has both."""
+        config = self.pipeline.vae.config
+        statistics = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        mean, deviation = (None if value is None else latents.new_tensor(value).view(-1, 1, 1) for value in statistics)
+        if mean is None or deviation is None:
+            return super().unscaled(latents)
+        return latents * deviation / config.scaling_factor + mean
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts with both text encoders; add the pooled states of the second one."""
@@ -229,7 +258,18 @@ class FlowFamily(Family):
         return (1 - sigma) * clean + sigma * noise, sigma_B * config.num_train_timesteps, noise - clean
 
     def _noise_scheduler(self) -> Any:
-        return None
+        """Return None; the times of a flow need no schedule.
+
+        Raises
+        ------
+        ConfigError
+            If the model did not learn a flow, and `noised` takes it for one.
+        """
+        try:
+            check_flow(self.pipeline.scheduler)
+        except UnknownTrainingError as error:
+            if type(self).noised is FlowFamily.noised:
+                raise self._refused(error, "a flow's velocity (FlowMatch..., flow_prediction)") from None
 
 
 @families.register("stable-diffusion-3")
@@ -296,6 +336,11 @@ class PixArt(MaskedFamily):
     """PixArt-alpha and -sigma (arXiv 2310.00426, 2403.04692): a diffusion transformer with T5 as text encoder."""
 
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Return latents in the scale of the autoencoder; this pipeline knows no shift."""
+        scaled: Tensor = latents / self.pipeline.vae.config.scaling_factor
+        return scaled
 
     def predict(self, noisy: Tensor, times_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Call the transformer."""

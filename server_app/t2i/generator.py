@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from fedmmkt.server_app.rules.updates import Supervised, UpdateRule, rewards
 from fedmmkt.server_app.t2i.adapter import Adapter
 from fedmmkt.server_app.t2i.conditioning import PromptEncoder
 from fedmmkt.server_app.t2i.families import Conditioning, Family, family_of
+from fedmmkt.server_app.t2i.noising import DISTILLED
+from fedmmkt.server_app.t2i.pipeline_folder import BrokenFolderError, variant_to_load
 from fedmmkt.server_app.t2i.samples import NO_CLASS, Samples
 
 logger = logging.getLogger("flwr")
@@ -61,6 +64,9 @@ class Generator:
         self.pipeline = load_pipeline(config.model, _precision(config, self.device))
         self.family = (family or family_of(self.pipeline, config.model))(self.pipeline, self.device)
         self.denoiser = self.family.denoiser
+        if (sampler := type(self.pipeline.scheduler).__name__) in DISTILLED:
+            logger.warning("The T2I's %s is for models that were distilled to few steps; updates teach it as if it was "
+                           "not, and may undo that", sampler)  # fmt: skip
         for part in self.pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
@@ -196,7 +202,9 @@ class Generator:
             progress(sum(map(len, finished)))
         return Samples.join(finished)
 
-    def adapt(self, samples: Samples, scores_N: Tensor, steps: int, seed: int, rule: UpdateRule | None = None) -> float:
+    def adapt(
+        self, samples: Samples, scores_N: Tensor, steps: int, seed: int, rule: UpdateRule | None = None
+    ) -> float | None:
         """Fine-tune the adapter on scored samples.
 
         Parameters
@@ -214,14 +222,47 @@ class Generator:
 
         Returns
         -------
-        float
-            Mean loss over the steps.
+        float or None
+            Mean loss over the steps. None if the update diverged (the loss, a gradient, the adapter or what it predicts
+            was NaN or infinite): the adapter is then as it was before, bit for bit, and the log has a warning.
         """
         self.adapter.unmerge()
         if not steps or not bool(scores_N.any()):
             return 0.0
-        config, rule = self.config, rule or Supervised()
         self.denoiser.to(self.device)  # An offloaded denoiser is in main memory.
+        before = [parameter.detach().clone() for parameter in self.adapter.parameters]
+        total, diverged = 0.0, ""
+        self.denoiser.train()
+        for step, (losses, norm) in enumerate(self._steps(samples, scores_N, steps, seed, rule, before), start=1):
+            for loss in losses:  # Not `sum`, which rounds otherwise from Python 3.12 on.
+                total += loss
+            if not math.isfinite(total + norm):
+                what = f"loss {sum(losses):.4g}, gradients" if losses else f"loss {total / steps:.4g}, then predictions"
+                diverged = f"{what} of norm {norm:.4g} at step {min(step, steps)} of {steps}"
+                break
+        self.denoiser.eval()
+        if not diverged and not self.adapter.is_finite():
+            diverged = f"loss {total / steps:.4g}, but an adapter that is not finite at step {steps}"
+        if diverged:
+            self._undo(before, diverged)
+            return None
+        return total / steps
+
+    def _steps(
+        self,
+        samples: Samples,
+        scores_N: Tensor,
+        steps: int,
+        seed: int,
+        rule: UpdateRule | None,
+        before: list[Tensor],
+    ) -> Iterator[tuple[list[float], float]]:
+        """Make the steps of an update; yield the losses of each step's parts, and the norm of its gradients.
+
+        At the end, yield no loss, and the norm of what the adapted denoiser predicts. ``before`` is the adapter before
+        the update.
+        """
+        config, rule = self.config, rule or Supervised()
         parameters = self.adapter.parameters
         optimizer = torch.optim.AdamW(parameters, lr=config.adaptation_learning_rate, weight_decay=1e-4)
         # Without this decay, the noise of the last steps would stay in the final adapter.
@@ -230,10 +271,7 @@ class Generator:
         chances_N = scores_N.double() if rule.draws_by_score else torch.ones(len(samples)).double()
         rewards_N = rewards(scores_N)
         conditioning = self.encoder.conditioning(samples.prompts)
-        before = [parameter.detach().clone() for parameter in parameters] if rule.needs_reference else []
         at_once = config.adaptation_micro_batch_size or self._at_once(LEARNED_AT_ONCE)
-        total = 0.0
-        self.denoiser.train()
         for _ in range(steps):
             index = torch.multinomial(chances_N, config.adaptation_batch_size, True, generator=generator)
             clean = samples.latents_NCHW[index].to(self.device)
@@ -241,22 +279,35 @@ class Generator:
             dropped_B11 = (torch.rand(len(index), 1, 1, generator=generator) < config.caption_dropout).to(self.device)
             noisy = noisy.to(self.denoiser.dtype)
             optimizer.zero_grad()
+            losses: list[float] = []
             for part in torch.arange(len(index)).split(at_once):
                 encoded, empty = conditioning(index[part])
                 encoded = {name: _where(dropped_B11[part], empty[name], tensor) for name, tensor in encoded.items()}
-                reference = (
-                    self._predict_as(before, parameters, noisy[part], times_B[part], encoded) if before else None
-                )
+                reference = None
+                if rule.needs_reference:
+                    reference = self._predict_as(before, parameters, noisy[part], times_B[part], encoded)
                 predicted = self.family.predict(noisy[part], times_B[part], encoded)
                 loss_B = rule.loss(predicted, target[part], reference, rewards_N[index[part]].to(self.device))
                 loss = loss_B.sum() / len(index)
                 loss.backward()
-                total += float(loss.detach())
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                losses.append(float(loss.detach()))
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-        self.denoiser.eval()
-        return total / steps
+            yield losses, float(norm)
+        with torch.no_grad():
+            yield [], float(self.family.predict(noisy[part], times_B[part], encoded).float().norm())
+
+    def _undo(self, before: list[Tensor], diverged: str) -> None:
+        """Restore the adapter from before an update that diverged, and warn."""
+        for parameter, old in zip(self.adapter.parameters, before, strict=True):
+            parameter.data.copy_(old)
+        rate = self.config.adaptation_learning_rate
+        remedy = f"lower run-config key 't2i.adaptation-learning-rate', which is {rate:g}"
+        if self.denoiser.dtype == torch.float16:  # Its largest number is 65,504.
+            remedy += ", or set 't2i.dtype' to 'bfloat16' or 'float32'"
+        logger.warning("  adapt     the update diverged (%s); the adapter stays as it was before. %s",
+                       diverged, f"If it happens again, {remedy}.")  # fmt: skip
 
     def _at_once(self, positions: int) -> int:
         """Return how many samples have this many latent positions in total, at least 1."""
@@ -324,9 +375,11 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
             "allowed: 'starter', a diffusers pipeline folder, or a hub id"
         )
     try:
-        return DiffusionPipeline.from_pretrained(path if is_local else model, dtype=dtype)
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return _load_folder(path, dtype) if is_local else _load_from_hub(model, dtype)
+    except BrokenFolderError as error:
+        raise ConfigError(f"{key} is {model!r}, but {error}") from None
+    except Exception as error:  # diffusers, transformers and tokenizers raise anything, plain `Exception` too.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = "; a folder that diffusers saved is whole if it loads with DiffusionPipeline.from_pretrained"
         if not is_local:
             remedy = (
@@ -334,6 +387,25 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
                 "a hub id that this machine can reach (a gated one needs `hf auth login`) or has in its cache"
             )
         raise ConfigError(f"{key} is {model!r}, which diffusers cannot load: {reason}{remedy}") from None
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> Any:
+    variant = variant_to_load(path)
+    if variant:
+        logger.info("The T2I's folder %s has weights of the variant %s; these are loaded.", path, variant)
+    return DiffusionPipeline.from_pretrained(path, dtype=dtype, variant=variant)
+
+
+def _load_from_hub(model: str, dtype: torch.dtype) -> Any:
+    """Load the plain weights, else those of the variant fp16; some repositories have these alone."""
+    try:
+        return DiffusionPipeline.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):  # The first error says more.
+            pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, variant="fp16")
+            logger.info("The T2I %s has no plain weights; those of the variant fp16 are loaded.", model)
+            return pipeline
+        raise
 
 
 def would_fill(pipeline: Any, free: int) -> bool:

@@ -48,12 +48,57 @@ def test_flat_settings_come_back_as_they_were():
         ({"t2i.guidance": "3,high"}, r"'t2i.guidance' is 'high'"),
         ({"client.temperature": float("nan")}, r"'client.temperature' is nan"),
         ({"t2i.prompt-templates": "a picture"}, r"each prompt template needs exactly one \{\}, and 'a picture'"),
+        (
+            {"t2i.prompt-templates": "a {} in {style}"},
+            r"'t2i.prompt-templates' is .* has {} and {style}$",
+        ),
+        ({"t2i.prompt-templates": "a {0}"}, r"exactly one \{\}, and 'a \{0\}' has \{0\}$"),
+        ({"t2i.prompt-templates": "a {!r:>3}"}, r"and 'a {!r:>3}' has {!r:>3}"),
+        (
+            {"t2i.prompt-templates": "a {, {}"},
+            r"'a {, {}' has a brace without its partner; .* {{ or }}; a comma",
+        ),
+        (
+            {"t2i.prompt-templates": "a {}, b {}, c"},
+            r"'a {}, b {}, c' has {} and {}; a comma separates",
+        ),
+        ({"t2i.prompt-templates": ","}, r"'t2i.prompt-templates' is ','; .*, and ',' has none"),
+        ({"t2i.prompt-templates": 5}, r"'t2i.prompt-templates' is 5; allowed: a text, in quotes, with commas between"),
+        ({"client.models": 3}, r"'client.models' is 3; allowed: a text, in quotes, with commas between several"),
+        ({"data.classes": 0.5}, r"'data.classes' is 0.5; allowed: a text, in quotes"),
+        ({"t2i.device": True}, r"'t2i.device' is True; allowed: a text, in quotes"),
+        ({"t2i.guidance": True}, r"'t2i.guidance' is True; allowed: a number, or several in quotes"),
+        ({"t2i.guidance": ""}, r"'t2i.guidance' is ''; allowed: at least one number"),
+        ({"t2i.guidance": "1,nan"}, r"'t2i.guidance' is 'nan'; allowed: a finite number"),
         ({"output-dir": "runs/demo"}, r"output-dir is 'runs/demo'; allowed: an absolute path"),
     ],
 )
 def test_bad_run_config_is_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_flower(settings)
+
+
+@pytest.mark.parametrize(("written", "read"), [(5.0, (5.0,)), (5, (5.0,)), ("5", (5.0,)), ("3, 1.5", (3.0, 1.5))])
+def test_a_number_is_a_list_of_one(written, read):
+    assert RunConfig.from_flower({"t2i.guidance": written}).t2i.guidance == read
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("", ()),
+        ("a {}", ("a {}",)),
+        ("the digit {},the number {}", ("the digit {}", "the number {}")),
+        (" a {} , the {},", ("a {}", "the {}")),
+        ("a photo of a {}, high quality", ("a photo of a {}, high quality",)),
+        ("oil, canvas, a {}", ("oil, canvas, a {}",)),
+        ("a {{b}} {}, c", ("a {{b}} {}, c",)),
+    ],
+)
+def test_a_comma_separates_prompt_templates_where_each_part_takes_a_name(written, read):
+    config = RunConfig.from_flower({"t2i.prompt-templates": written})
+    assert config.t2i.prompt_templates == read
+    assert RunConfig.from_flower(to_flower(config)) == config
 
 
 def test_settings_of_ones_own_are_taken_in_the_table_extra_however_they_are_written():

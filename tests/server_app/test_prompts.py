@@ -1,13 +1,15 @@
 """Prompt sources."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from fedmmkt.common.config import ConfigError, T2IConfig
-from fedmmkt.server_app.prompts import Prompt, build_prompt_source
+from fedmmkt.common.config import ConfigError, RunConfig, T2IConfig
+from fedmmkt.server_app.app import build_strategy
+from fedmmkt.server_app.prompts import Prompt, build_prompt_source, templates_of
 
 CLASSES = ("cat", "dog", "cow")
 
@@ -23,6 +25,62 @@ def test_templates_give_each_class_its_share():
     assert Counter(prompt.class_index for prompt in prompts) == {0: 3, 1: 3, 2: 3}
     assert {prompt.text for prompt in prompts} <= {f"{word} {name}" for word in ("a", "one") for name in CLASSES}
     assert all(prompt.text.endswith(CLASSES[prompt.class_index]) for prompt in prompts)
+
+
+def texts(config, classes=CLASSES):
+    return {prompt.text for prompt in build_prompt_source(config, classes)(60, np.random.default_rng(0))}
+
+
+def test_the_starter_has_templates_for_digits_and_any_other_model_one_for_anything():
+    digits = ("the digit {}", "the number {}", "a picture of the digit {}", "an image of a {}")
+    assert templates_of(T2IConfig()) == digits
+    assert texts(T2IConfig(), ("one", "two")) == {t.format(name) for t in digits for name in ("one", "two")}
+    assert texts(T2IConfig(model="/data/birds")) == {"a picture of a cat", "a picture of a dog", "a picture of a cow"}
+    for model in ("starter", "/data/birds"):
+        assert templates_of(T2IConfig(model=model, prompt_templates="my {}")) == ("my {}",)
+
+
+def test_templates_may_have_commas_and_doubled_braces():
+    templates = RunConfig.from_flower({"t2i.prompt-templates": "a {}, high quality, {{sharp}}"}).t2i
+    assert texts(templates) == {f"a {name}, high quality, {{sharp}}" for name in CLASSES}
+
+
+def test_class_names_may_have_braces():
+    names = ("{style}", "{0}", "{", "a}{b", "{}")
+    prompts = build_prompt_source(T2IConfig(model="m", prompt_templates=("a {}, big",)), names)
+    drawn = prompts(10, np.random.default_rng(0))
+    assert Counter(drawn) == {Prompt(f"a {name}, big", index): 2 for index, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(
+    ("classes", "warned"),
+    [
+        (("zero", "one", "nine"), ""),
+        (tuple("0123456789"), ""),
+        (("Three", "FOUR"), ""),
+        (("disc", "two"), r"'starter', .*: its images of 1 of 2 classes \('disc'\) will show digits; name"),
+        (("10", "ten"), r"images of 2 of 2 classes \('10', 'ten'\)"),
+        (tuple("abcdefg"), r"7 of 7 classes \('a', 'b', 'c', 'd', 'e', \.\.\.\)"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("prompts", ["templates", "a file"])
+def test_classes_that_the_starter_cannot_draw_are_warned_of(classes, warned, prompts, tmp_path, caplog):
+    caplog.set_level("WARNING", "flwr")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a thing"}')
+    config = T2IConfig(prompts=prompts if prompts == "templates" else str(tmp_path / "prompts.jsonl"))
+
+    build_prompt_source(config, classes)
+    assert re.search(warned, caplog.text) if warned else not caplog.text
+
+    caplog.clear()
+    build_prompt_source(config.model_copy(update={"model": "/data/things"}), classes)
+    assert not caplog.text
+
+
+def test_the_warning_is_among_the_first_lines_of_a_run(tiny_run, caplog):
+    caplog.set_level("INFO", "flwr")
+    build_strategy(RunConfig.from_flower(tiny_run(data__classes="disc,square")), 1)
+    assert any("will show digits" in record.message for record in caplog.records[:3])
 
 
 def test_a_file_gives_prompts_with_and_without_class(tmp_path):

@@ -14,7 +14,7 @@ from tests import tiny_pipelines
 
 PROMPTS = ["the digit three", "the digit seven", "the digit three"]
 SEEDS = [1, 2, 3]
-VARYING = ("sd-epsilon", "sd-v", "sdxl", "sd3")
+VARYING = ("sd-epsilon", "sd-v", "sdxl", "playground", "sd3")
 
 
 @pytest.fixture(scope="module", params=tiny_pipelines.PIPELINES)
@@ -59,6 +59,32 @@ def test_it_generates_what_plain_diffusers_generates(folder, guidance):
     assert not np.array_equal(ours.images_NHWC[0], ours.images_NHWC[2])
     alone = generator.generate(PROMPTS[1:2], SEEDS[1:2], guidance)
     assert np.abs(ours.images_NHWC[1].astype(int) - alone.images_NHWC[0]).max() <= 1
+
+
+@pytest.mark.parametrize("lacking", ["", "latents_mean", "latents_std"])
+def test_latents_are_decoded_by_channel_just_where_plain_diffusers_does(lacking, tmp_path):
+    """Pixel for pixel; diffusers scales by channel only with both mean and deviation."""
+    pipeline = tiny_pipelines.playground()
+    if lacking:
+        pipeline.vae.register_to_config(**{lacking: None})
+    pipeline.save_pretrained(tmp_path)
+
+    ours = Generator(settings(str(tmp_path)), seed=0).generate(PROMPTS, SEEDS, 3.0).images_NHWC
+
+    theirs = plain(DiffusionPipeline.from_pretrained(tmp_path), 3.0)
+    assert np.array_equal(ours, (theirs * 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["sd-epsilon", "sdxl", "sd3", "pixart-alpha", "pixart-sigma"])
+def test_a_shift_of_latents_is_undone_just_where_plain_diffusers_does(kind, tmp_path):
+    pipeline = tiny_pipelines.PIPELINES[kind]()
+    statistics = {"latents_mean": [1.0, -1.0, 2.0, 0.5], "latents_std": [2.0, 1.5, 0.5, 1.0]}
+    pipeline.vae.register_to_config(shift_factor=0.7, **({} if kind == "sdxl" else statistics))
+    pipeline.save_pretrained(tmp_path)
+
+    ours = Generator(settings(str(tmp_path)), seed=0).generate(PROMPTS, SEEDS, 1.0).images_NHWC
+
+    assert close(ours, plain(DiffusionPipeline.from_pretrained(tmp_path), 1.0))
 
 
 def test_adapting_lowers_the_loss_and_the_adapter_round_trips_through_plain_diffusers(kind, folder, tmp_path):

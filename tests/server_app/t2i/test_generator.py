@@ -1,5 +1,8 @@
 """The T2I model: the real starter pipeline, and its adapter through plain diffusers."""
 
+import json
+import math
+import re
 import resource
 import subprocess
 import sys
@@ -9,9 +12,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
-from fedmmkt.common.config import ConfigError, T2IConfig
-from fedmmkt.server_app.rules.updates import updates
+from fedmmkt.common.config import ConfigError, RunConfig, T2IConfig
+from fedmmkt.server_app.app import build_strategy
+from fedmmkt.server_app.rules.updates import UpdateRule, squared_error_B, updates
 from fedmmkt.server_app.t2i.families import LORA_GROUPS, WEIGHT_NAME
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples
@@ -190,9 +195,10 @@ def test_by_default_samples_at_once_suit_their_size(tmp_path):
     tiny_pipelines.stable_diffusion(sample_size=24).save_pretrained(tmp_path / "larger")
     larger = Generator(T2IConfig(model=str(tmp_path / "larger"), inference_steps=1, adaptation_batch_size=16), seed=0)
 
-    assert sizes(Generator(T2IConfig(inference_steps=1), seed=0)) == ([100, 130], [32])
+    # The last part is predicted once more at the end, to see whether the update diverged.
+    assert sizes(Generator(T2IConfig(inference_steps=1), seed=0)) == ([100, 130], [32, 32])
     # 25,600 and 8,192 latent positions, of 24 x 24 a sample.
-    assert sizes(larger) == ([44, 88, 130], [14, 2])
+    assert sizes(larger) == ([44, 88, 130], [14, 2, 2])
 
 
 def test_samples_without_score_teach_nothing(generator):
@@ -200,6 +206,106 @@ def test_samples_without_score_teach_nothing(generator):
     samples = generator.generate(PROMPTS, SEEDS, 1.0)
     assert generator.adapt(samples, torch.zeros(3), steps=5, seed=0) == 0.0
     assert all(torch.equal(before[name], tensor) for name, tensor in generator.adapter.state().items())
+
+
+class Broken(UpdateRule):
+    """Give a loss that is not finite in its fourth step."""
+
+    def __init__(self, factor):
+        self.factor, self.step = factor, 0
+
+    def loss(self, predicted, target, reference, reward_B):
+        self.step += 1
+        return squared_error_B(predicted, target) * (self.factor if self.step == 4 else 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "rule"),
+    [
+        ({"adaptation_learning_rate": 1.0}, 10, None),
+        ({"adaptation_learning_rate": 10.0}, 2, None),  # Loss and adapter are finite; what it predicts is not.
+        ({}, 6, Broken(float("nan"))),
+        ({}, 6, Broken(float("inf"))),
+        ({}, 4, Broken(1e38)),  # A finite loss, but the gradients overflow.
+        ({"adaptation_learning_rate": 10.0, "adaptation_micro_batch_size": 5}, 6, updates.get("negative-aware")()),
+    ],
+)
+def test_an_update_that_diverges_leaves_the_adapter_bit_for_bit_and_warns(changes, steps, rule, caplog):
+    caplog.set_level("WARNING", "flwr")
+    generator = Generator(FAST.model_copy(update=changes), seed=0)
+    own = Generator(FAST, seed=0)  # Teaches the adapter something first, as an earlier round does.
+    samples = own.generate(PROMPTS, SEEDS, 1.0)
+    own.adapt(samples, torch.ones(3), steps=3, seed=0)
+    generator.adapter.load_state(own.adapter.state(), "the same")
+    before, images_NHWC = generator.adapter.state(), generator.generate(PROMPTS, SEEDS, 1.5).images_NHWC
+
+    assert generator.adapt(samples, torch.tensor([1.0, 2.0, 3.0]), steps, 0, rule) is None
+
+    after = generator.adapter.state()
+    assert all(before[name].numpy().tobytes() == tensor.numpy().tobytes() for name, tensor in after.items())
+    assert np.array_equal(generator.generate(PROMPTS, SEEDS, 1.5).images_NHWC, images_NHWC)
+    assert not generator.denoiser.training
+    (record,) = caplog.records
+    rate = f"{generator.config.adaptation_learning_rate:g}"
+    assert re.search(rf"update diverged \(loss .* at step \d+ of {steps}\); the adapter stays", record.message)
+    assert f"lower run-config key 't2i.adaptation-learning-rate', which is {rate}." in record.message
+
+
+def test_an_update_after_one_that_diverged_learns_as_if_that_had_not_been():
+    samples = Generator(FAST, seed=0).generate(PROMPTS, SEEDS, 1.0)
+    losses = []
+    for rules in ((None,), (Broken(float("nan")), None)):
+        generator = Generator(FAST, seed=0)
+        losses.append([generator.adapt(samples, torch.ones(3), 5, 1, rule) for rule in rules][-1])
+    assert losses[0] == losses[1]
+
+
+def test_a_run_goes_on_after_an_update_that_diverged(tiny_run, make_grid, caplog):
+    caplog.set_level("WARNING", "flwr")
+    run_config = tiny_run(client__models="mlp", t2i__adaptation_learning_rate=10.0, t2i__adaptation_steps=5)
+    strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+    before = strategy.generator.adapter.state()
+
+    strategy.start(make_grid(run_config, nodes=2))
+
+    folder = strategy.recorder.run_folder
+    assert caplog.text.count("the update diverged") == 2
+    assert [line["generator"]["loss"] for line in folder.read_metrics()] == [None, None, None]
+    assert not re.search("NaN|Infinity", folder.metrics.read_text())
+    assert folder.report.exists()
+    saved = load_file(folder.lora / WEIGHT_NAME)
+    assert all(torch.equal(before[name], saved[f"unet.{name}"]) for name in before)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf"), 1e300, np.float32(2), torch.tensor(3.0)])
+def test_records_are_json_whatever_a_strategy_of_ones_own_gives_as_loss(loss, tiny_run, make_grid):
+    """As a subclass's `adapt_generator` may do."""
+    run_config = tiny_run(client__models="mlp", rounds=1, t2i__samples_per_round=10)
+    strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+    strategy.adapt_generator = lambda server_round, pool: loss
+
+    strategy.start(make_grid(run_config, nodes=2))
+
+    folder = strategy.recorder.run_folder
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in folder.metrics.read_text().splitlines()]
+    assert lines[1]["generator"]["loss"] == (float(loss) if math.isfinite(loss) else None)
+    assert "LoRA" in folder.report.read_text() or not math.isfinite(loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_of_values_that_are_not_finite_is_refused(value, adapted, tmp_path):
+    adapted.adapter.save(tmp_path / "lora")
+    file = tmp_path / "lora" / WEIGHT_NAME
+    state = load_file(file)
+    name = sorted(state)[3]
+    state[name].view(-1)[0] = value
+    save_file(state, file)
+
+    with pytest.raises(ConfigError, match=rf"'t2i.adapter': {tmp_path}/lora has NaN or infinite values in 1 of \d+ "):
+        Generator(FAST.model_copy(update={"adapter": str(tmp_path / "lora")}), seed=0)
+    own = {key.removeprefix("unet."): tensor for key, tensor in state.items()}
+    with pytest.raises(ConfigError, match=r"the checkpoint of round 3 has NaN .* such as '.*': .*; allowed: finite"):
+        adapted.adapter.load_state(own, "the checkpoint of round 3")
 
 
 def test_text_embeddings_tell_classes_apart(generator):
