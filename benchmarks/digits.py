@@ -54,7 +54,7 @@ COLUMNS = (
 )
 
 
-def references(seed: int) -> list[tuple[str, float | None, float]]:
+def references(seed: int) -> list[tuple[str, float | None, float | None]]:
     """Measure upper bounds of the T2I: real images, their reconstructions, and a LoRA trained on private images."""
     config = RunConfig(seed=seed)
     splits = load_splits(config.data, seed)
@@ -62,7 +62,7 @@ def references(seed: int) -> list[tuple[str, float | None, float]]:
     if train.images_NHWC is None or test.images_NHWC is None:
         raise ValueError("digits have images")
     judge = Judge(train.images_NHWC, train.labels_N, test.images_NHWC, test.labels_N, len(splits.classes), seed)
-    rows: list[tuple[str, float | None, float]] = []
+    rows: list[tuple[str, float | None, float | None]] = []
 
     def measured(name: str, images_NHWC: Any, labels_N: Any) -> None:
         measures = judge.measure(images_NHWC, labels_N)

@@ -181,7 +181,7 @@ class PairJudge:
         near_NN = F.normalize(features_NF - centre_F, dim=1) @ F.normalize(real_NF - centre_F, dim=1).T
         own = float((near_NN.argmax(1) == torch.arange(len(near_NN))).double().mean())
         measures = self.judge.measure(made, self.labels_N)
-        return Pairs(own, measures.alignment or 0.0, measures.frechet)
+        return Pairs(own, measures.alignment or 0.0, measures.frechet or 0.0)
 
 
 def _real(part: Any, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:

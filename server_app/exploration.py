@@ -29,11 +29,13 @@ def draw_parents(scored: Samples, prompts: Sequence[Prompt], seed: int) -> dict[
     parents: dict[int, Tensor] = {}
     if scored.scores_N is None:
         return parents
+    number = {text: index for index, text in enumerate(dict.fromkeys(scored.prompts))}
+    texts_N = torch.tensor([number[text] for text in scored.prompts])
     for index, prompt in enumerate(prompts):
         if prompt.class_index >= 0:
             alike_N = scored.prompted_N == prompt.class_index
         else:
-            alike_N = torch.tensor([text == prompt.text for text in scored.prompts])
+            alike_N = texts_N == number.get(prompt.text, -1)
         chances_N = scored.scores_N.double() * alike_N
         if bool(chances_N.any()):
             parents[index] = scored.latents_NCHW[int(torch.multinomial(chances_N, 1, generator=generator))]
@@ -48,6 +50,7 @@ def generate_or_vary(
     parents: Mapping[int, Tensor],
     strength: float,
     progress: Callable[[int], Callable[[int], object]],
+    image_size: int | None = None,
 ) -> Samples:
     """Generate one image per prompt; if the prompt has a parent, the image is a variation of the parent.
 
@@ -65,6 +68,8 @@ def generate_or_vary(
         How much noise parents get before denoising, in (0, 1].
     progress : callable
         Called with the number of new images; returns a function that is called with the number of finished images.
+    image_size : int, optional
+        Side in pixels to which images are resized as they are made.
     """
     varied, new = list(parents), [index for index in range(len(prompts)) if index not in parents]
     texts = [prompt.text for prompt in prompts]
@@ -72,9 +77,9 @@ def generate_or_vary(
     if varied:
         latents_NCHW = torch.stack([parents[index] for index in varied])
         own = [texts[i] for i in varied], [seeds[i] for i in varied]
-        parts.append(generator.vary(latents_NCHW, *own, guidance, strength))
+        parts.append(generator.vary(latents_NCHW, *own, guidance, strength, image_size))
     if new:
         own = [texts[i] for i in new], [seeds[i] for i in new]
-        parts.append(generator.generate(*own, guidance, progress(len(new))))
+        parts.append(generator.generate(*own, guidance, progress(len(new)), image_size))
     in_order = Samples.join(parts).select(np.argsort(varied + new))
     return replace(in_order, prompted_N=torch.tensor([prompt.class_index for prompt in prompts], dtype=torch.int64))

@@ -214,14 +214,18 @@ class Recorder:
             count = self.config.t2i.evaluation_samples if self.judge else len(self.classes) * GRID_COLUMNS
             drawn = self.prompts(count, np.random.default_rng(self.config.seed))
             prompts = sorted(drawn, key=lambda prompt: prompt.class_index)
-            texts, seeds = [prompt.text for prompt in prompts], sample_seeds(self.config.seed, 0, count)
-            made = self.generator.generate(texts, seeds, self.config.t2i.evaluation_guidance)
+            seeds = sample_seeds(self.config.seed, 0, count)
+            shown = _pictured([prompt.class_index for prompt in prompts])
+            made_for = range(count) if self.judge else shown
+            texts = [prompts[index].text for index in made_for]
+            guidance = self.config.t2i.evaluation_guidance
+            made = self.generator.generate(texts, [seeds[index] for index in made_for], guidance)
             if self.judge:
                 images_NHWC = resize_images(made.images_NHWC, self.config.data.image_size)
                 measures = self.judge.measure(images_NHWC, np.array([prompt.class_index for prompt in prompts]))
                 record.alignment, record.frechet = measures.alignment, measures.frechet
-            shown = _pictured([prompt.class_index for prompt in prompts])
-            self._pictures = [Image.fromarray(made.images_NHWC[index]) for index in shown]
+            images = dict(zip(made_for, made.images_NHWC, strict=True))
+            self._pictures = [Image.fromarray(images[index]) for index in shown]
             self._measured, self._measured_adapter = (record.alignment, record.frechet), adapter
             self.run_folder.write_images(record.round, self._pictures, GRID_COLUMNS)
 

@@ -141,11 +141,12 @@ class FedMMKT(Strategy):
             explored = prompts[: int(len(prompts) * self.config.t2i.explore)]
             parents = draw_parents(pool[-1], explored, seeds[0])
         strength, progress = self.config.t2i.explore_strength, self.recorder.progress
-        return generate_or_vary(self.generator, prompts, seeds, guidance, parents, strength, progress)
+        size = self._image_size()
+        return generate_or_vary(self.generator, prompts, seeds, guidance, parents, strength, progress, size)
 
     def make_batch(self, server_round: int, samples: Samples) -> SyntheticBatch:
         """Make the message for clients: encoded images, prompts, and text embeddings for the alignment loss."""
-        images_NHWC = resize_images(samples.images_NHWC, min(self.config.data.image_size, self.generator.image_size))
+        images_NHWC = resize_images(samples.images_NHWC, self._image_size())
         data, offsets = encode_images(images_NHWC)
         distinct = list(dict.fromkeys(samples.prompts))
         row = {prompt: index for index, prompt in enumerate(distinct)}
@@ -435,6 +436,10 @@ class FedMMKT(Strategy):
             ancestors=tuple(run_key for run_key, _ in ancestors),
             ancestor_rounds=tuple(last for _, last in ancestors),
         )
+
+    def _image_size(self) -> int:
+        """Return the side of the images that clients get, in pixels."""
+        return min(self.config.data.image_size, self.generator.image_size)
 
     def _anchor_size(self) -> int:
         return self.generator.encoder.embedding_size if self.config.client.alignment_weight else 0

@@ -29,12 +29,13 @@ class GeneratorMeasures:
     ----------
     alignment : float or None
         Fraction of the samples in which the judge recognises the prompted class; None if no prompt names a class.
-    frechet : float
-        Frechet distance between the judge's features of these images and of the real test images.
+    frechet : float or None
+        Frechet distance between the judge's features of these images and of the real test images; None if there are
+        fewer than two of either.
     """
 
     alignment: float | None
-    frechet: float
+    frechet: float | None
 
 
 class Judge:
@@ -83,7 +84,9 @@ class Judge:
             recognised_N = self.head(features_NF).argmax(1).numpy()
         named_N = prompted_N >= 0
         alignment = float((recognised_N == prompted_N)[named_N].mean()) if named_N.any() else None
-        return GeneratorMeasures(alignment, frechet_distance(features_NF.numpy(), self.test_features_NF))
+        has_spread = min(len(features_NF), len(self.test_features_NF)) > 1
+        frechet = frechet_distance(features_NF.numpy(), self.test_features_NF) if has_spread else None
+        return GeneratorMeasures(alignment, frechet)
 
     def _train(self, images_NCHW: Tensor, labels_N: Tensor, seed: int) -> None:
         network = nn.Sequential(self.features, self.head)

@@ -78,7 +78,13 @@ def freeze(feedback: Feedback) -> Tensor:
 
 
 def _class_normalised(values_N: Tensor, prompted_N: Tensor) -> Tensor:
+    """Scale values to mean one within each prompted class; classes with one sample are scaled together.
+
+    Scaled alone, every such sample would have the same value.
+    """
     index_N = prompted_N + 1
+    is_alone_N = torch.bincount(index_N)[index_N] == 1
+    index_N = torch.where(is_alone_N, index_N.max() + 1, index_N)
     sums = torch.zeros(int(index_N.max()) + 1).index_add(0, index_N, values_N.float())
     counts = torch.bincount(index_N, minlength=len(sums))
     return values_N / (sums / counts.clamp_min(1)).clamp_min(1e-8)[index_N]

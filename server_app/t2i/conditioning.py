@@ -33,7 +33,7 @@ class PromptEncoder:
         return int(self.empty["prompt_embeds"].shape[-1])
 
     def conditioning(self, prompts: Sequence[str]) -> Callable[[Tensor], tuple[Conditioning, Conditioning]]:
-        """Encode each distinct prompt once.
+        """Encode each distinct prompt once; the encoded prompts wait in main memory until their samples are due.
 
         Returns
         -------
@@ -46,8 +46,7 @@ class PromptEncoder:
         states = self._encode(distinct)
 
         def conditioning(index: Tensor) -> tuple[Conditioning, Conditioning]:
-            rows = rows_N[index].to(self.family.device)
-            encoded = {name: tensor[rows] for name, tensor in states.items()}
+            encoded = {name: tensor[rows_N[index]].to(self.family.device) for name, tensor in states.items()}
             empty = {name: tensor.expand(len(index), *tensor.shape[1:]) for name, tensor in self.empty.items()}
             return encoded, empty
 
@@ -74,5 +73,6 @@ class PromptEncoder:
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Conditioning:
         starts = range(0, len(prompts), PROMPTS_AT_ONCE)
-        parts = [self.family.encode(prompts[start : start + PROMPTS_AT_ONCE]) for start in starts]
+        encoded = (self.family.encode(prompts[start : start + PROMPTS_AT_ONCE]) for start in starts)
+        parts = [{name: tensor.cpu() for name, tensor in part.items()} for part in encoded]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

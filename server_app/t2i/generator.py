@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedmmkt.common.config import ConfigError, T2IConfig
 from fedmmkt.common.devices import pick_devices
+from fedmmkt.common.images import resize_images
 from fedmmkt.common.installed import installed
 from fedmmkt.server_app.rules.updates import Supervised, UpdateRule, rewards
 from fedmmkt.server_app.t2i.adapter import Adapter
@@ -126,6 +127,7 @@ class Generator:
         seeds: Sequence[int],
         guidance: float,
         progress: Callable[[int], object] = lambda done: None,
+        image_size: int | None = None,
     ) -> Samples:
         """Generate one image per prompt.
 
@@ -137,11 +139,19 @@ class Generator:
             Classifier-free guidance scale. At 1 and below there is no guidance, and generation costs half as much.
         progress : callable
             Called with the number of finished images.
+        image_size : int, optional
+            Side in pixels to which images are resized as they are made, so that larger ones need no memory.
         """
-        return self._denoise(lambda family, part: family.pipeline, prompts, seeds, guidance, progress)
+        return self._denoise(lambda family, part: family.pipeline, prompts, seeds, guidance, progress, image_size)
 
     def vary(
-        self, parents_NCHW: Tensor, prompts: Sequence[str], seeds: Sequence[int], guidance: float, strength: float
+        self,
+        parents_NCHW: Tensor,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        guidance: float,
+        strength: float,
+        image_size: int | None = None,
     ) -> Samples:
         """Generate variations of samples: add some noise and denoise again (SDEdit, arXiv 2108.01073).
 
@@ -151,11 +161,14 @@ class Generator:
         ----------
         parents_NCHW : torch.Tensor
             Latents of the samples to vary.
-        prompts, seeds, guidance
+        prompts, seeds, guidance, image_size
             As in `generate`.
         strength : float
-            How much noise is added, in (0, 1]. At 1, little of the original samples is left.
+            How much noise is added, in (0, 1], at least that of one denoising step. At 1, little of the original
+            samples is left.
         """
+        # Less noise than that of one denoising step would leave no step to make.
+        strength = min(1.0, max(strength, 1.01 / self.config.inference_steps))
         return self._denoise(
             lambda family, part: partial(
                 family.image_to_image, image=parents_NCHW[part].to(family.device), strength=strength
@@ -164,6 +177,7 @@ class Generator:
             seeds,
             guidance,
             lambda done: None,
+            image_size,
         )
 
     def _denoise(
@@ -173,6 +187,7 @@ class Generator:
         seeds: Sequence[int],
         guidance: float,
         progress: Callable[[int], object],
+        image_size: int | None,
     ) -> Samples:
         size = self.config.generation_batch_size or min(MOST_GENERATED, self._at_once(GENERATED_AT_ONCE))
         size = min(size, math.ceil(len(prompts) / len(self.families)))
@@ -194,7 +209,10 @@ class Generator:
             ).images
             part_prompts = tuple(prompts[part])
             no_class_N = torch.full((len(part_prompts),), NO_CLASS)
-            return Samples(part_prompts, no_class_N, as_images(family.decode(latents_NCHW)), latents_NCHW.float().cpu())
+            images_NHWC = as_images(family.decode(latents_NCHW))
+            if image_size is not None:
+                images_NHWC = resize_images(images_NHWC, image_size)
+            return Samples(part_prompts, no_class_N, images_NHWC, latents_NCHW.float().cpu())
 
         finished: list[Samples] = []
         for samples in _on_all_devices(make, self.families, parts):

@@ -58,12 +58,12 @@ def test_samples_without_scores_have_no_children():
 class Spy:
     """In place of a T2I model: its samples are named by how they were made, and their latents are their seeds."""
 
-    def generate(self, prompts, seeds, guidance, progress):
+    def generate(self, prompts, seeds, guidance, progress, image_size):
         self.generated = (list(prompts), guidance)
         progress(len(prompts))
         return self._made("new", prompts, seeds)
 
-    def vary(self, parents_NCHW, prompts, seeds, guidance, strength):
+    def vary(self, parents_NCHW, prompts, seeds, guidance, strength, image_size):
         self.varied = (parents_NCHW[:, 0].tolist(), list(prompts), guidance, strength)
         return self._made("varied", prompts, seeds)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import Array, Message, RecordDict
 from flwr.clientapp import ClientApp
+from PIL import Image
 
 from fedmmkt.client_app import app as honest
 from fedmmkt.client_app.memory import ClientMemory
@@ -63,6 +64,30 @@ def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
     assert set(result.arrays) == set(state)
     assert all(torch.equal(torch.from_numpy(result.arrays[name].numpy()), tensor) for name, tensor in state.items())
     assert sorted(result.train_metrics_clientapp) == [1, 2]
+
+
+def test_the_smallest_settings_run(tiny_run, make_grid):
+    run_config = tiny_run(judge=True, min_nodes=1, client__models="mlp", t2i__inference_steps=1, t2i__evaluation_samples=1)
+
+    _, _, lines = run(run_config, make_grid(run_config, nodes=1))
+
+    assert [line["generator"]["frechet"] for line in lines] == [None] * 3  # One image has no spread.
+
+
+def test_without_a_judge_only_the_images_that_are_shown_are_made(tiny_run, make_grid, monkeypatch):
+    run_config = tiny_run(min_nodes=1, client__models="mlp", judge=False)
+    strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+    monkeypatch.setattr("fedmmkt.server_app.recorder.GRID_ROWS", 2)
+    made, generate = [], strategy.generator.generate
+    strategy.generator.generate = lambda prompts, *rest, **more: (
+        made.append(prompts) or generate(prompts, *rest, **more)
+    )
+
+    strategy.start(make_grid(run_config, nodes=1))
+
+    assert len(made[0]) == 2 * 6
+    with Image.open(strategy.recorder.run_folder.path / "images" / "round-000.png") as grid:
+        assert grid.size == (6 * 32 + 5 * 2, 2 * 32 + 2)  # 16 pixels, shown twice as large, with gaps of 2.
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(tiny_run, make_grid):

@@ -36,6 +36,7 @@ def test_the_judge_recognises_prompted_classes():
     assert judge.measure(images_NHWC, np.full(60, -1)).alignment is None
     assert judge.measure(images_NHWC, labels_N).frechet == pytest.approx(0, abs=1e-3)
     assert judge.measure(255 - images_NHWC, labels_N).frechet > 1
+    assert judge.measure(images_NHWC[:1], labels_N[:1]).frechet is None  # One image has no spread.
 
 
 @pytest.mark.parametrize(("examples", "epochs"), [(1, 25), (8_000, 25), (40_000, 5), (300_000, 1)])

@@ -35,6 +35,15 @@ def test_vote_scores_are_votes_times_squared_agreement():
     assert scores_N.tolist() == pytest.approx([0.5 * 0.81, 1.5 * 0.25, 1.0 * 0.64])
 
 
+def test_samples_that_are_alone_in_their_class_are_scaled_together():
+    consensus_NC = torch.tensor([[0.9, 0.1, 0.0], [0.5, 0.5, 0.0], [0.2, 0.6, 0.2], [0.5, 0.3, 0.2]])
+    feedback = Feedback(consensus_NC, torch.tensor([0, 0, 1, 2]), None)
+
+    scores_N = scores.get("consensus")(feedback)
+
+    assert scores_N.tolist() == pytest.approx([0.9 / 0.7, 0.5 / 0.7, 0.6 / 0.4, 0.2 / 0.4])
+
+
 @pytest.mark.parametrize("votes", [None, torch.zeros(3)])
 def test_vote_scores_fall_back_to_agreement_where_nobody_voted(votes):
     assert torch.equal(scores.get("votes")(feedback(votes)), scores.get("consensus")(feedback()))

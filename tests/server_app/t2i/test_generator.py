@@ -15,6 +15,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from fedmmkt.common.config import ConfigError, RunConfig, T2IConfig
+from fedmmkt.common.images import resize_images
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.rules.updates import UpdateRule, squared_error_B, updates
 from fedmmkt.server_app.t2i.families import LORA_GROUPS, WEIGHT_NAME
@@ -181,6 +182,15 @@ def test_a_step_in_parts_is_the_step_in_one(update, adapted):
     moved = (latents[0] - samples.latents_NCHW).square().mean()
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert (latents[0] - latents[1]).square().mean() < 1e-3 * moved
+
+
+def test_images_are_resized_as_they_are_made(generator):
+    whole = generator.generate(PROMPTS, SEEDS, 1.0)
+
+    small = generator.generate(PROMPTS, SEEDS, 1.0, image_size=8)
+
+    assert np.array_equal(small.images_NHWC, resize_images(whole.images_NHWC, 8))
+    assert torch.equal(small.latents_NCHW, whole.latents_NCHW)
 
 
 def test_by_default_samples_at_once_suit_their_size(tmp_path):
