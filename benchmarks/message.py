@@ -99,7 +99,8 @@ def write_message(model: str, data: Path, folder: Path) -> None:
     instructions = Instructions(run_key="a", round=1, classes=classes, votes=True, anchor_size=0)
     nothing_trained = {"client.warmup-epochs": 0, "client.local-epochs": 0, "client.distillation-steps": 0}
     run_config = to_flower(RunConfig()) | nothing_trained
-    node_config = {"name": model, "model": model, "data-path": str(data), "state-dir": str(folder / "state")}
+    state = str(folder / "state")
+    node_config = {"name": model, "model": model, "data-path": str(data), "state-dir": state, "share-votes": True}
     sent = batch.without_images() if model.startswith("text") else batch
     content = Request(instructions, (sent,)).to_content()
     folder.mkdir()

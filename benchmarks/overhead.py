@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.relay import Relay, relay
 from fedmmkt.common.config import RunConfig, Setting
-from fedmmkt.deploy.federation import Federation, local_federation
+from fedmmkt.deploy.federation import Federation, consent, local_federation
 from fedmmkt.deploy.partition import write_partitions
 from fedmmkt.deploy.submission import COMPLETED
 
@@ -242,6 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
             name = f"{options.model}-{index}"
             state = folder / "state" / name
             config = {"name": name, "model": options.model, "data-path": str(part), "state-dir": str(state)}
+            config = consent(RunConfig().data) | config
             federation.add_node(name, config, environment={"PYTHONPATH": str(ROOT)}, address=relayed.address)
         federation.wait_for_nodes()
         common, adapter = (federation, relays, options.rounds), f"adapter:{adapter_size()}"

@@ -11,15 +11,15 @@ from torch.nn import functional as F
 
 from fedmmkt.client_app.learning.batches import call_on_rows
 from fedmmkt.client_app.models.task_model import to_float
+from fedmmkt.common.payloads import LARGEST_LOGIT, VOTES_PER_IMAGE
 
-NEIGHBOURS = 3
 VOTE_PIXELS = 16
 CHUNK = 256
 
 
 def to_payload_logits(logits_NC: Tensor) -> np.ndarray:
     """Convert logits to float16, clamped to its range."""
-    return logits_NC.clamp(-6e4, 6e4).cpu().numpy().astype(np.float16)
+    return logits_NC.clamp(-LARGEST_LOGIT, LARGEST_LOGIT).cpu().numpy().astype(np.float16)
 
 
 def nearest_neighbour_votes(
@@ -27,7 +27,7 @@ def nearest_neighbour_votes(
     labels_M: Tensor,
     synthetic_NF: Tensor,
     prompted_N: Tensor,
-    neighbours: int = NEIGHBOURS,
+    neighbours: int = VOTES_PER_IMAGE,
 ) -> Tensor:
     """Let each private image vote for the nearest synthetic images.
 

@@ -1,7 +1,7 @@
 """The ClientApp: it gets one message per round and answers with logits.
 
 ``train`` learns and answers the new batch. ``train.distill`` learns a last time. ``evaluate`` changes nothing.
-``query.classes`` returns the client's classes.
+``query.classes`` returns the client's classes, if a node with data of its own shares them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedmmkt.client_app.client import Client
 from fedmmkt.client_app.data.private_data import held_classes
+from fedmmkt.client_app.refusals import RefusedError, discreet, refused_as
 from fedmmkt.common.config import NodeConfig, RunConfig
 from fedmmkt.common.payloads import ClassReport, PayloadError, Request
 
@@ -18,6 +19,7 @@ app = ClientApp()
 
 
 @app.train()
+@discreet
 def train_round(message: Message, context: Context) -> Message:
     """Train on the last soft targets and on private data, then answer the new batch."""
     request = Request.from_content(message.content)
@@ -33,6 +35,7 @@ def train_round(message: Message, context: Context) -> Message:
 
 
 @app.train("distill")
+@discreet
 def distill(message: Message, context: Context) -> Message:
     """Train on the last soft targets and on private data, then report; there is no new batch."""
     request = Request.from_content(message.content)
@@ -43,6 +46,7 @@ def distill(message: Message, context: Context) -> Message:
 
 
 @app.evaluate()
+@discreet
 def evaluate_model(message: Message, context: Context) -> Message:
     """Report on the current model, without training."""
     client = Client(context, Request.from_content(message.content).instructions)
@@ -50,8 +54,12 @@ def evaluate_model(message: Message, context: Context) -> Message:
 
 
 @app.query("classes")
+@discreet
 def report_classes(message: Message, context: Context) -> Message:
     """Return the classes of which this client holds examples."""
     config, node = RunConfig.from_flower(context.run_config), NodeConfig.from_flower(context.node_config)
-    report = ClassReport(classes=held_classes(config, node))
+    if node.has_own_data and not node.share_classes:
+        raise RefusedError("the node refused: its node-config has no share-classes=true")
+    with refused_as("data", context.node_config):
+        report = ClassReport(classes=held_classes(config, node))
     return Message(RecordDict(dict(report.to_records("classes"))), reply_to=message)

@@ -25,9 +25,10 @@ from fedmmkt.client_app.learning.training import (
     predict,
     train,
 )
-from fedmmkt.client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch
-from fedmmkt.client_app.models.building import build_task_model, model_label
-from fedmmkt.client_app.models.task_model import Inputs, compact
+from fedmmkt.client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, remove_old_runs
+from fedmmkt.client_app.models.building import build_task_model, chosen_model, model_label
+from fedmmkt.client_app.models.task_model import Inputs, TaskModel, compact
+from fedmmkt.client_app.refusals import refused_as
 from fedmmkt.common.config import NodeConfig, RunConfig
 from fedmmkt.common.datasets import Examples
 from fedmmkt.common.devices import pick_device
@@ -62,38 +63,40 @@ class Client:
     """
 
     def __init__(self, context: Context, instructions: Instructions) -> None:
-        self.config = RunConfig.from_flower(context.run_config)
-        self.node = NodeConfig.from_flower(context.node_config)
+        with refused_as("configuration", context.node_config):
+            self.config = RunConfig.from_flower(context.run_config)
+            self.node = NodeConfig.from_flower(context.node_config)
         self.instructions = instructions
         self.device = pick_device(self.node.device)
         torch.set_num_threads(self.config.client.threads)
-        models = self.config.client.models
-        self.model_name = self.node.model or models[(self.node.partition_id or 0) % len(models)]
+        with refused_as("model", context.node_config):
+            self.model_name = chosen_model(self.config, self.node)
         identity = context.node_id if self.node.partition_id is None else self.node.partition_id
         self.name = self.node.name or f"{model_label(self.model_name)}-{identity}"
         seed = zlib.crc32(f"{self.config.seed}/{self.name}".encode())
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed + instructions.round)
 
-        classes, image_size = instructions.classes, self.config.data.image_size
-        where = "node-config key 'model'" if self.node.model else "run-config key 'client.models'"
-        extra = self.config.extra.as_dict()
-        task_model = build_task_model(self.model_name, len(classes), image_size, classes, extra, where)
-        if self.config.client.trainable == "head":
-            task_model.freeze_encoders()
+        with refused_as("model", context.node_config):
+            task_model = self._build_model()
         self.model = AlignedModel(task_model, instructions.anchor_size).to(self.device)
         self.optimizer = AdamW(parameter_groups(self.model, self.config.client), weight_decay=1e-3)
-        state_folder, *other_folders = _state_folders(self.config, self.node)
-        ancestors = zip(instructions.ancestors, instructions.ancestor_rounds, strict=True)
-        self.memory = ClientMemory(state_folder, instructions.run_key, self.name, ancestors, other_folders)
-        self.is_new = not self.memory.load_model(self.model, self.optimizer)
+        with refused_as("state folder", context.node_config):
+            state_folder, *other_folders = _state_folders(self.config, self.node)
+            ancestors = zip(instructions.ancestors, instructions.ancestor_rounds, strict=True)
+            self.memory = ClientMemory(state_folder, instructions.run_key, self.name, ancestors, other_folders)
+            self.is_new = not self.memory.load_model(self.model, self.optimizer)
+            if self.is_new and self.node.has_own_data:
+                runs = (instructions.run_key, *instructions.ancestors)
+                remove_old_runs(state_folder, runs, self.name, self.node.keep_runs, self.node.keep_days)
         modality = task_model.modality
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
         data_arguments = (self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
-        if self.node.data_path:
-            self.data = load_own_data(state_folder.expanduser(), self.name, *data_arguments)
-        else:
-            self.data = _simulated_data(*data_arguments)
+        with refused_as("data", context.node_config):
+            if self.node.has_own_data:
+                self.data = load_own_data(state_folder.expanduser(), self.name, *data_arguments)
+            else:
+                self.data = _simulated_data(*data_arguments)
 
     def receive(self, request: Request) -> None:
         """Store the batches and soft targets of a request."""
@@ -130,7 +133,7 @@ class Client:
         )
 
     def answer(self, batch: SyntheticBatch) -> DistillationPayload:
-        """Return logits for a batch, and votes if the run uses them and the model reads images."""
+        """Return logits for a batch, and votes if run and node use them and the model reads images."""
         inputs = self._synthetic_inputs([batch])
         self._warn_of_cut(f"prompts of round {batch.round}", Examples(batch.prompted_N, None, list(batch.prompts)))
         private = self._private_set
@@ -138,6 +141,7 @@ class Client:
         encoder = self.model.task_model.image_encoder
         if (
             self.instructions.votes
+            and (self.node.share_votes or not self.node.has_own_data)
             and encoder is not None
             and inputs.images_BCHW is not None
             and private.inputs.images_BCHW is not None
@@ -167,6 +171,15 @@ class Client:
             kept=tuple(item.batch.batch_id for item in kept),
             awaiting=tuple(item.batch.batch_id for item in kept if item.targets is None),
         )
+
+    def _build_model(self) -> TaskModel:
+        classes = self.instructions.classes
+        where = "node-config key 'model'" if self.node.model else "run-config key 'client.models'"
+        extra, image_size = self.config.extra.as_dict(), self.config.data.image_size
+        model = build_task_model(self.model_name, len(classes), image_size, classes, extra, where)
+        if self.config.client.trainable == "head":
+            model.freeze_encoders()
+        return model
 
     def _warn_of_cut(self, named: str, examples: Examples) -> None:
         """Warn of texts that are longer than what the model reads."""
@@ -236,11 +249,14 @@ _simulated_data = lru_cache(maxsize=64)(load_private_data)
 def _state_folders(config: RunConfig, node: NodeConfig) -> list[Path]:
     """Return the folder of a client's memory, then other folders that may hold its memory of an earlier run.
 
-    Unless a folder is configured, simulated clients keep their memory in the run folder.
+    A node with data of its own keeps them where its node-config says, or in the default folder. Other clients, which
+    are simulated, keep their memory in the run folder, unless a folder is configured.
     """
+    if node.has_own_data:
+        return [Path(node.state_dir or DEFAULT_FOLDER)]
     if configured := node.state_dir or config.client.state_dir:
         return [Path(configured)]
-    runs = [] if node.data_path else [folder for folder in (config.output_dir, config.resume_from) if folder]
+    runs = [folder for folder in (config.output_dir, config.resume_from) if folder]
     return [*(Path(folder) / "clients" for folder in runs), DEFAULT_FOLDER]
 
 

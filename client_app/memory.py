@@ -4,6 +4,9 @@ A deployed client is a new process for every message, so it reads everything fro
 folder: a new run starts fresh, and two simultaneous runs do not mix. It contains one folder for each of the last rounds
 that the client learned in. A round's folder is written atomically and never changed. So a run that resumes another run
 can continue from the client's state after any of these rounds.
+
+Each round's folder has checksums. A round whose model is damaged is left out, and the client goes on from the round
+before; a batch that is damaged is left out, and the server sends it again.
 """
 
 from __future__ import annotations
@@ -12,20 +15,30 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
+from logging import getLogger
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedmmkt.client_app.learning.training import AlignedModel
-from fedmmkt.common.files import replaced_folder
+from fedmmkt.common.files import damaged_files, private_folder, remove_leftovers, replaced_folder, write_manifest
 from fedmmkt.common.payloads import PayloadError, SoftTargets, SyntheticBatch
 
 DEFAULT_FOLDER = Path("~/.fedmmkt/clients")
+RUN_KEY = r"[A-Za-z0-9_-]{1,64}"
+LONGEST_FOLDER_NAME = 150
+_BATCH_FILE = re.compile(r"(batch|targets)-\d{5,}\.npz")
+
+logger = getLogger("flwr")
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,8 @@ class ClientMemory:
     ----------
     folder : Path
         Folder of this run and client.
+    newest : Path or None
+        Folder of the last round that the client learned in, and that is whole; None if there is none.
 
     Raises
     ------
@@ -72,22 +87,21 @@ class ClientMemory:
         ancestors: Iterable[tuple[str, int]] = (),
         elsewhere: Sequence[Path] = (),
     ) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_key):
+        if not re.fullmatch(RUN_KEY, run_key):
             raise PayloadError(f"run key {run_key!r} is no plain name of letters, digits, - and _")
-        self.folder = _folder(root, run_key, client)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder = private_folder(_folder(root, run_key, client))
+        remove_leftovers(self.folder)
         if not _rounds(self.folder):
             self._inherit(
                 [(_folder(place, key, client), last) for key, last in ancestors for place in (root, *elsewhere)]
             )
-        self._kept = {item.batch.batch_id: item for item in _read_batches(self.newest)}
-        self._unsaved: set[str] = set()
+        self._read()
 
-    @property
-    def newest(self) -> Path | None:
-        """Folder of the last round that the client learned in; None if there is none yet."""
-        rounds = _rounds(self.folder)
-        return rounds[-1] if rounds else None
+    def _read(self) -> None:
+        """Read the newest round whose model is whole; the log names what is damaged."""
+        self.newest, damaged = _newest_whole(_rounds(self.folder))
+        self._kept = {item.batch.batch_id: item for item in _read_batches(self.newest, damaged)}
+        self._unsaved: set[str] = set()
 
     def load_model(self, model: AlignedModel, optimizer: torch.optim.Optimizer) -> bool:
         """Load the newest weights and optimiser state; return False if there are none."""
@@ -123,7 +137,7 @@ class ClientMemory:
         described: dict[str, Any],
         keep_batches: int,
         keep_rounds: int,
-    ) -> None:
+    ) -> bool:
         """Save a round: model (safetensors), its description (JSON), optimiser state (torch), and batches.
 
         A transformers model is saved so that ``from_pretrained`` can load the folder. Batches that an earlier round
@@ -140,11 +154,29 @@ class ClientMemory:
         keep_batches, keep_rounds : int
             How many of the last batches and of the last rounds are kept; at least 1.
 
-        Raises
-        ------
-        OSError
-            If the disk is full. Earlier rounds are then still there.
+        Returns
+        -------
+        bool
+            False if it could not be saved, as on a full disk. The log then says why. Earlier rounds are still there,
+            and the memory is again what they hold.
         """
+        try:
+            self._save(round, model, optimizer, described, keep_batches, keep_rounds)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own.
+            logger.error("Round %s could not be saved in %s: %s", round, self.folder, error)
+            self._read()
+            return False
+        return True
+
+    def _save(
+        self,
+        round: int,
+        model: AlignedModel,
+        optimizer: torch.optim.Optimizer,
+        described: dict[str, Any],
+        keep_batches: int,
+        keep_rounds: int,
+    ) -> None:
         names, earlier = _saved_names(model), self.newest
         # Clone, because models with tied weights have two names for one tensor, which safetensors refuses.
         weights = {names[name]: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
@@ -163,10 +195,14 @@ class ClientMemory:
                         _write(folder / name, message)
                     else:
                         _link(earlier / name, folder / name)
+            write_manifest(folder)
+        self.newest = self.folder / f"round-{round:05d}"
         self._kept = {item.batch.batch_id: item for item in kept}
         self._unsaved.clear()
-        for old in _rounds(self.folder)[:-keep_rounds]:
-            shutil.rmtree(old)
+        # Rounds between the earlier one and this one are damaged.
+        sound = [path for path in _rounds(self.folder) if path == self.newest or (earlier and path <= earlier)]
+        for old in set(_rounds(self.folder)).difference(sound[-keep_rounds:]):
+            shutil.rmtree(old, ignore_errors=True)
 
     def _inherit(self, earlier: list[tuple[Path, int]]) -> None:
         """Copy a round of an earlier run, to start from it.
@@ -176,15 +212,43 @@ class ClientMemory:
         """
         for folder, last in reversed(earlier):
             rounds = [path for path in _rounds(folder) if int(path.name.removeprefix("round-")) <= last]
-            if rounds:
-                with replaced_folder(self.folder / rounds[-1].name, mode=0o700) as inherited:
-                    shutil.copytree(rounds[-1], inherited, copy_function=_link, dirs_exist_ok=True)
+            newest, _ = _newest_whole(rounds)
+            if newest is not None:
+                with replaced_folder(self.folder / newest.name, mode=0o700) as inherited:
+                    shutil.copytree(newest, inherited, copy_function=_link, dirs_exist_ok=True)
                 return
 
 
 def plain_name(name: str) -> str:
-    """Turn a client's name into a valid folder name."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    """Turn a client's name into a valid folder name; different names give different ones."""
+    plain = quote(name, safe="").replace(".", "%2E").replace("~", "%7E")
+    return plain if len(plain) <= LONGEST_FOLDER_NAME else f"{plain[:50]}~{sha256(name.encode()).hexdigest()}"
+
+
+def remove_old_runs(root: Path, run_keys: Iterable[str], client: str, keep_runs: int, keep_days: float) -> None:
+    """Remove what a client keeps of earlier runs.
+
+    Parameters
+    ----------
+    root : Path
+        The client's state folder.
+    run_keys : iterable of str
+        The runs that stay in any case: the present one, and those that it continues.
+    client : str
+        Name of the client.
+    keep_runs : int
+        How many runs are kept, the present one included; 0: any number.
+    keep_days : float
+        How many days an earlier run is kept after its last round; 0: without end.
+    """
+    present = [_folder(root, run_key, client) for run_key in run_keys]
+    runs = [path for path in root.expanduser().glob(f"*/{plain_name(client)}") if _rounds(path)]
+    earlier = sorted(set(runs).difference(present), key=lambda path: path.stat().st_mtime, reverse=True)
+    oldest = time.time() - keep_days * 86_400
+    for position, path in enumerate(earlier, start=1):
+        if (keep_runs and position >= keep_runs) or (keep_days and path.stat().st_mtime < oldest):
+            logger.info("%s is removed: keep-runs is %s, keep-days %g", path, keep_runs, keep_days)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _folder(root: Path, run_key: str, client: str) -> Path:
@@ -193,6 +257,21 @@ def _folder(root: Path, run_key: str, client: str) -> Path:
 
 def _rounds(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-" + "[0-9]" * 5))
+
+
+def _newest_whole(rounds: list[Path]) -> tuple[Path | None, set[str]]:
+    """Return the last of these rounds whose model is whole, and which files of its batches are damaged."""
+    for path in reversed(rounds):
+        damaged = damaged_files(path)
+        of_model = {name for name in damaged if not _BATCH_FILE.fullmatch(name)}
+        named = ", ".join(str(path / name) for name in sorted(of_model or damaged))
+        if of_model:
+            logger.warning("The client goes on from an earlier round: damaged or missing: %s", named)
+            continue
+        if damaged:
+            logger.warning("The server is asked again for what is damaged or missing: %s", named)
+        return path, damaged
+    return None, set()
 
 
 def _file(kind: str, batch: SyntheticBatch) -> str:
@@ -223,12 +302,15 @@ def _write(path: Path, message: SyntheticBatch | SoftTargets) -> None:
     np.savez(path, allow_pickle=False, **arrays, settings=np.frombuffer(json.dumps(settings).encode(), np.uint8))
 
 
-def _read_batches(folder: Path | None) -> list[KeptBatch]:
+def _read_batches(folder: Path | None, damaged: set[str]) -> list[KeptBatch]:
+    """Read the batches of a round without the damaged ones."""
     kept = []
     for path in folder.glob("batch-*.npz") if folder else ():
         targets = path.with_name(path.name.replace("batch", "targets"))
-        soft = SoftTargets.model_validate(_read(targets)) if targets.exists() else None
-        kept.append(KeptBatch(SyntheticBatch.model_validate(_read(path)), soft))
+        if path.name not in damaged:
+            has_targets = targets.exists() and targets.name not in damaged
+            soft = SoftTargets.model_validate(_read(targets)) if has_targets else None
+            kept.append(KeptBatch(SyntheticBatch.model_validate(_read(path)), soft))
     return kept
 
 

@@ -23,8 +23,11 @@ from pydantic import (
     Field,
     FiniteFloat,
     ValidationError,
+    field_validator,
     model_validator,
 )
+
+from fedmmkt.common.plain_text import is_plain
 
 Setting = bool | int | float | str
 
@@ -105,6 +108,10 @@ class _Section(BaseModel):
 _AnySection = TypeVar("_AnySection", bound=_Section)
 
 
+# What a node with its own dataset reads is its own matter; a run cannot set it.
+OWN_DATA = ("dataset", "subset", "image_column", "text_column", "label_column")
+
+
 class DataConfig(_Section):
     """The data of a run, and how a simulation divides it among clients."""
 
@@ -121,6 +128,15 @@ class DataConfig(_Section):
         (),
         description="class names, in order; or a text file with one name per line; or `clients`: all classes that any "
         "client holds; empty: the classes of the dataset, which the server then needs",
+    )
+    max_classes: int = Field(
+        1000, ge=2, le=100_000, description="with `clients`: largest number of classes; beyond it some are left out"
+    )
+    node_classes: int = Field(
+        200, ge=1, le=100_000, description="with `clients`: largest number of classes that one node may name"
+    )
+    class_holders: int = Field(
+        1, ge=1, description="with `clients`: number of nodes that must name a class for the run to have it"
     )
     image_size: int = Field(32, ge=8, le=1024, description="side of the images that task models read, in pixels")
     test_fraction: float = Field(
@@ -140,20 +156,12 @@ class DataConfig(_Section):
 
 
 class OwnDataConfig(DataConfig):
-    """The data of a node with its own dataset: the node-config overrides the run-config.
-
-    Attributes
-    ----------
-    own_fields : frozenset of str
-        The fields that the node-config sets.
-    """
-
-    own_fields: frozenset[str] = frozenset()
+    """The data of a node with its own dataset: its node-config says what is read, and the run only how."""
 
     def key(self, field: str) -> str:
         """Return the configuration key of a field, for error texts."""
         own = "data-path" if field == "dataset" else _kebab(field)
-        return f"node-config key {own!r}" if field in self.own_fields else super().key(field)
+        return f"node-config key {own!r}" if field in OWN_DATA else super().key(field)
 
 
 class ClientConfig(_Section):
@@ -195,7 +203,7 @@ class ClientConfig(_Section):
     threads: int = Field(1, ge=1, le=256, description="CPU threads per client process")
     state_dir: str = Field(
         "",
-        description="folder of the clients' models; empty: ~/.fedmmkt/clients, or the run folder in simulation",
+        description="folder of simulated clients' models; empty: the run folder; a node with its own data has its own `state-dir`",
     )
 
 
@@ -330,6 +338,12 @@ class RunConfig(_Section):
     node_timeout: float = Field(120, gt=0, description="seconds to wait for these nodes")
     round_deadline: float = Field(3600, gt=0, description="seconds after which a round closes, if the quorum is met")
     quorum: Fraction = Field(0.5, description="fraction of the asked nodes that must have answered by then")
+    reply_limit: float = Field(
+        256, gt=0, le=100_000, description="largest reply of a node, in MB; a larger one is refused"
+    )
+    client_cap: float = Field(
+        10, ge=1, le=1e6, description="a client counts for at most this many times the examples of the median client"
+    )
     judge: bool = Field(
         True, description="measure the T2I with a classifier trained on the dataset, which the server then needs"
     )
@@ -361,19 +375,49 @@ class RunConfig(_Section):
 
 
 class NodeConfig(_Section):
-    """The settings of one node: its partition of a simulated dataset, or its own data and model."""
+    """The settings of one node: its partition of a simulated dataset, or its own data and model.
+
+    A node with its own data decides itself what it reads, answers and keeps: a run's configuration cannot change it.
+    """
 
     partition_id: int | None = Field(None, ge=0, description="this node's partition; set by the simulation")
     num_partitions: int | None = Field(None, ge=1, description="number of partitions; set by the simulation")
-    name: str = Field("", description="name in logs and reports; empty: the model with the partition or node id")
+    name: str = Field(
+        "", max_length=200, description="name in logs and reports; empty: the model with the partition or node id"
+    )
     model: str = Field(
         "", description="task model, as in `client.models`; empty: chosen from `client.models` by partition"
     )
+    run_models: bool = Field(
+        False,
+        description="with its own data: whether a run may choose a model by `transformers:` or `module:function` too, "
+        "and not only a built-in one",
+    )
     data_path: str = Field("", description="this node's own dataset, used instead of a partition")
-    image_column: str = Field("", description="column of images in this dataset; empty: the run's `data.image-column`")
-    text_column: str = Field("", description="column of texts in this dataset; empty: the run's `data.text-column`")
-    label_column: str = Field("", description="column of labels in this dataset; empty: the run's `data.label-column`")
-    state_dir: str = Field("", description="folder of this node's model and decoded data; overrides `client.state-dir`")
+    subset: str = Field("", description="configuration name of this dataset, for a hub dataset that has several")
+    image_column: str = Field("image", min_length=1, description="column of images in this dataset")
+    text_column: str = Field("text", min_length=1, description="column of texts in this dataset")
+    label_column: str = Field("label", min_length=1, description="column of labels in this dataset")
+    share_votes: bool = Field(
+        False, description="with its own data: whether this node sends votes, if the run asks for them"
+    )
+    share_classes: bool = Field(
+        False, description="with its own data: whether this node names its classes, if the run asks for them"
+    )
+    state_dir: str = Field(
+        "",
+        description="folder of this node's model and decoded data; empty: ~/.fedmmkt/clients; without data of its own, "
+        "it overrides `client.state-dir`",
+    )
+    keep_runs: int = Field(
+        10,
+        ge=0,
+        le=100_000,
+        description="number of last runs of which a node with its own data keeps its model; 0: all",
+    )
+    keep_days: float = Field(
+        0, ge=0, le=100_000, description="days for which it keeps the model of an earlier run; 0: without end"
+    )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`")
 
     @classmethod
@@ -387,16 +431,28 @@ class NodeConfig(_Section):
         """
         return _parse(cls, dict(node_config), "node-config")
 
+    @property
+    def has_own_data(self) -> bool:
+        """Whether the node has data of its own, and so decides itself what leaves it."""
+        return bool(self.data_path)
+
     def own_data(self, data: DataConfig) -> OwnDataConfig:
-        """Return the settings of the node's own data: those of the run, overridden by those of the node."""
+        """Return the settings of the node's own data: what is read, as the node says, and how, as the run says."""
         own = {
             "dataset": self.data_path,
+            "subset": self.subset,
             "image_column": self.image_column,
             "text_column": self.text_column,
             "label_column": self.label_column,
         }
-        own = {field: value for field, value in own.items() if value}
-        return OwnDataConfig(**{**data.model_dump(), **own}, own_fields=frozenset(own))
+        return OwnDataConfig(**{**data.model_dump(), **own})
+
+    @field_validator("name")
+    @classmethod
+    def _is_plain(cls, name: str) -> str:
+        if not is_plain(name):
+            raise ValueError("a name without control characters")
+        return name
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:

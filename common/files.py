@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+MANIFEST = "manifest.json"
+# What `write_atomically` and `replaced_folder` leave behind if the process is killed.
+_LEFTOVER = re.compile(r"\..+\.([0-9a-f]{32}|[a-z0-9_]{8}(\.old)?)")
+_LEFT_AFTER = 600  # seconds without a change until something temporary counts as left behind
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -79,6 +88,48 @@ def replaced_folder(path: Path, mode: int = 0o755) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder that only its owner can read, and make every missing parent like it; return the folder."""
+    for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing in a folder; what another process is still writing stays."""
+    for path in folder.glob(".*"):
+        with suppress(FileNotFoundError):  # Another process may have finished it just now.
+            if _LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > _LEFT_AFTER:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the checksums of all files of a folder into its ``manifest.json``."""
+    sums = {str(file.relative_to(folder)): _sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2) + "\n", encoding="utf-8")
+
+
+def damaged_files(folder: Path) -> set[str]:
+    """Return the names of files that are missing or are not what was written; of a damaged manifest, its name."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        return {name for name, written in sums.items() if _sha256(folder / name) != written}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {MANIFEST}
+
+
+def _sha256(path: Path) -> str | None:
+    """Return the SHA-256 of a file; None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _to_disk(file: Path) -> None:

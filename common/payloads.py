@@ -7,7 +7,9 @@ sender from the round, but never stops the run.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +17,16 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedmmkt.common.plain_text import is_plain
 
 MAX_SAMPLES = 1_000_000
 MAX_CLASSES = 100_000
 MAX_ANCESTORS = 100
+MAX_EXAMPLES = 10**12
+LARGEST_LOGIT = 6e4  # Clients clamp their logits to this, within the range of half precision.
+VOTES_PER_IMAGE = 3  # Synthetic samples that each private image votes for.
 Modality = Literal["image", "text", "image+text"]
 
 
@@ -39,11 +46,21 @@ def _array(dtype: str, dimensions: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _check_name(name: str) -> str:
+    if not is_plain(name):
+        raise ValueError("expected a name without control characters")
+    return name
+
+
 Float16Matrix = Annotated[np.ndarray, _array("float16", 2)]
 Float32Vector = Annotated[np.ndarray, _array("float32", 1)]
 Int64Vector = Annotated[np.ndarray, _array("int64", 1)]
 UInt8Vector = Annotated[np.ndarray, _array("uint8", 1)]
-Name = Annotated[str, Field(min_length=1, max_length=200)]
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_check_name)]
+# The keys of the records in a client's reply.
+REPORT_RECORDS = frozenset({"report", "report.metrics"})
+PAYLOAD_RECORDS = frozenset({"payload", "payload.arrays"})
+CLASS_RECORDS = frozenset({"classes", "classes.arrays"})
 RunKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -80,15 +97,30 @@ class _Message(BaseModel):
         if not isinstance(settings, ConfigRecord) or not isinstance(arrays, ArrayRecord):
             raise PayloadError(f"no {cls.__name__} in the records {sorted(records)}; expected {prefix!r}")
         try:
+            if unknown := sorted(arrays.keys() - cls.model_fields.keys()):
+                raise PayloadError(f"{cls.__name__} has no array {', '.join(unknown)}")
             content: dict[str, Any] = dict(settings)
-            content |= {name: array.numpy() for name, array in arrays.items()}
+            content |= {name: _to_numpy(array) for name, array in arrays.items()}
             return cls.model_validate(content)
+        except PayloadError:
+            raise
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "fields"
             raise PayloadError(f"{cls.__name__}.{field}: {first['msg'].removeprefix('Value error, ')}") from None
         except Exception as error:  # The bytes are not trusted: numpy's parser may raise anything.
             raise PayloadError(f"{cls.__name__} cannot be read: {error!r}") from None
+
+
+def _to_numpy(array: Array) -> np.ndarray:
+    """Parse an array, after a check that it is as large as its header claims; numpy would make room for any size."""
+    header = io.BytesIO(array.data)
+    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, _, dtype = reader[np.lib.format.read_magic(header)](header)
+    claimed, present = math.prod(shape) * dtype.itemsize, len(array.data) - header.tell()
+    if claimed != present:
+        raise ValueError(f"an array of {claimed} bytes, of which {present} were sent")
+    return array.numpy()
 
 
 def _to_setting(value: Any) -> Any:
@@ -233,7 +265,7 @@ class ClientReport(_Message):
     client: Name
     model: Name
     modality: Modality
-    examples: int = Field(ge=1)
+    examples: int = Field(ge=1, le=MAX_EXAMPLES)
     accuracy: float = Field(ge=0, le=1, allow_inf_nan=False)
     loss: float = Field(ge=0, allow_inf_nan=False)
     kept: tuple[Name, ...] = Field((), max_length=1000)
@@ -287,8 +319,10 @@ class DistillationPayload(_Message):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         samples, classes = self.logits_NC.shape
+        _require(bool((np.abs(self.logits_NC) <= LARGEST_LOGIT).all()), f"a logit is beyond {LARGEST_LOGIT:g}")
         _require(len(self.class_counts_C) == classes, f"{len(self.class_counts_C)} class counts for {classes} logits")
         _require(_within(self.class_counts_C, 0, np.inf), "a class count is negative")
+        _require(_within(self.class_counts_C, 0, MAX_EXAMPLES), f"a class count is above {MAX_EXAMPLES}")
         _require(bool(self.class_counts_C.sum() > 0), "no class has a private example")
         if self.votes_N is not None:
             _require(len(self.votes_N) == samples, f"{len(self.votes_N)} votes for {samples} samples")
@@ -309,6 +343,37 @@ class DistillationPayload(_Message):
             raise PayloadError(f"logits have shape {self.logits_NC.shape}; expected ({samples}, {classes})")
         if self.votes_N is not None and not votes:
             raise PayloadError("votes were sent where the run asks for logits alone")
+
+    def check_possible(self, report: ClientReport, prompted_N: np.ndarray) -> None:
+        """Check that a client with this report can have made the payload.
+
+        Its class counts are of its training examples. Each of its images votes for `VOTES_PER_IMAGE` samples, of its
+        own class or of none, and once for each.
+
+        Parameters
+        ----------
+        report : ClientReport
+            The report in the same reply.
+        prompted_N : numpy.ndarray
+            int64; the class that each sample's prompt names, -1 if it names none.
+
+        Raises
+        ------
+        PayloadError
+            If it cannot be.
+        """
+        examples = int(self.class_counts_C.sum())
+        if examples != report.examples:
+            raise PayloadError(f"class counts are of {examples} examples, and the report says {report.examples}")
+        if self.votes_N is None:
+            return
+        if report.modality == "text":
+            raise PayloadError("votes were sent by a client that reads no images")
+        voters_N = np.where(prompted_N < 0, examples, self.class_counts_C[prompted_N])
+        if wrong := int((self.votes_N > voters_N).sum()):
+            raise PayloadError(f"{wrong} of {len(self.votes_N)} samples have more votes than images that may vote")
+        if (cast := float(self.votes_N.sum(dtype=np.float64))) > VOTES_PER_IMAGE * examples:
+            raise PayloadError(f"{cast:g} votes of {examples} images; allowed: {VOTES_PER_IMAGE} of each")
 
 
 @dataclass(frozen=True)
@@ -351,6 +416,12 @@ class Request:
             tuple(SyntheticBatch.from_records(content, name) for name in _numbered(content, "batch")),
             tuple(SoftTargets.from_records(content, name) for name in _numbered(content, "targets")),
         )
+
+
+def check_keys(content: RecordDict, asked: frozenset[str]) -> None:
+    """Check that a reply has only records that were asked for; raise `PayloadError` otherwise."""
+    if unknown := sorted(map(str, content.keys() - asked)):
+        raise PayloadError(f"records that nobody asked for: {', '.join(unknown)}; allowed: {', '.join(sorted(asked))}")
 
 
 def _numbered(content: RecordDict, name: str) -> list[str]:

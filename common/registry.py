@@ -103,6 +103,8 @@ class Registry(Generic[_Part]):
         module_name, _, attribute = name.partition(":")
         if not module_name or not attribute:
             raise self._refused(where, "a name of your own needs both parts, module:name")
+        if _is_standard(module_name):
+            raise self._refused(where, f"the module {module_name!r} is of Python's standard library")
         try:
             found: Any = import_module(module_name)
         except ModuleNotFoundError as error:
@@ -117,6 +119,8 @@ class Registry(Generic[_Part]):
                 problem = f"the module {module_name!r} has no {attribute!r}{_suggestion(step, vars(found))}"
                 raise self._refused(where, problem)
             found = getattr(found, step)
+            if _is_standard(_home(found)):
+                raise self._refused(where, f"{step!r} is of Python's standard library")
         self._check(found, where)
         return cast(_Part, found)
 
@@ -187,6 +191,18 @@ def _parameters(part: Any) -> Iterable[inspect.Parameter]:
         return inspect.signature(part).parameters.values()
     except (TypeError, ValueError):  # Functions written in C may have no signature, and then no settings.
         return ()
+
+
+def _is_standard(module_name: str) -> bool:
+    return module_name.partition(".")[0] in sys.stdlib_module_names
+
+
+def _home(part: object) -> str:
+    """Return the name of the module that a module, function or class is, or comes from; else an empty text."""
+    if inspect.ismodule(part):
+        return part.__name__
+    is_defined = inspect.isroutine(part) or isinstance(part, type)
+    return str(getattr(part, "__module__", None) or "") if is_defined else ""
 
 
 def _kind_of(part: object) -> str:

@@ -119,7 +119,7 @@ def _config_checks(options: argparse.Namespace) -> Iterator[Check]:
         raise ConfigError("node-config key 'data-path' is missing; only a simulation gives nodes partitions")
     yield "model", partial(check_model, config, node)
     yield "data", partial(check_data, config, node)
-    state = Path(node.state_dir or config.client.state_dir or DEFAULT_FOLDER).expanduser()
+    state = Path(node.state_dir or DEFAULT_FOLDER).expanduser()
     yield from _folder_checks(state, options.free)
 
 

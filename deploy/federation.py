@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from fedmmkt.common.config import ConfigError, RunConfig, Setting
+from fedmmkt.common.config import ConfigError, DataConfig, RunConfig, Setting
 from fedmmkt.deploy.bundle import default_config, read_app
 from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from fedmmkt.deploy.command import run_command
@@ -301,12 +301,18 @@ def federate(
         for index, folder in enumerate(folders):
             model = config.client.models[index % len(config.client.models)]
             name, state = f"{model}-{index}", federation.home / "state" / str(index)
-            settings = {"name": name, "model": model, "data-path": str(folder), "state-dir": str(state)}
-            federation.add_node(f"node-{index}", settings)
+            own = {"name": name, "model": model, "data-path": str(folder), "state-dir": str(state)}
+            federation.add_node(f"node-{index}", own | consent(config.data))
             print(f"SuperNode {name} is registered", file=output, flush=True)
         federation.wait_for_nodes()
         print("All SuperNodes are healthy", file=output, flush=True)
         return federation.run(app, effective, output).status
+
+
+def consent(data: DataConfig) -> dict[str, Setting]:
+    """Return what a node-config says so that a node with a part of this dataset answers as a simulated one would."""
+    columns = {key: getattr(data, key) for key in ("image_column", "text_column", "label_column")}
+    return {key.replace("_", "-"): name for key, name in columns.items()} | {"share-votes": True, "share-classes": True}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -59,10 +59,11 @@ def mismatch(requirement: Requirement) -> list[str]:
 
 def check_model(config: RunConfig, node: NodeConfig) -> str:
     """Check that a node's task model can be built, that its parts fit each other, and that it runs on its device."""
+    from fedmmkt.client_app.models.building import chosen_model
     from fedmmkt.client_app.models.dry_run import check_dry_run
     from fedmmkt.common.devices import pick_device
 
-    device, name = pick_device(node.device), _model_name(config, node)
+    device, name = pick_device(node.device), chosen_model(config, node)
     classes = _named_classes(config) or ("one class", "another")
     model = _build_model(config, node, classes).to(device)
     check_dry_run(model, len(classes), config.data.image_size, name)
@@ -133,12 +134,8 @@ def _named_classes(config: RunConfig) -> tuple[str, ...]:
 
 
 def _build_model(config: RunConfig, node: NodeConfig, classes: tuple[str, ...]) -> TaskModel:
-    from fedmmkt.client_app.models.building import build_task_model
+    from fedmmkt.client_app.models.building import build_task_model, chosen_model
 
-    name, extra = _model_name(config, node), config.extra.as_dict()
+    name, extra = chosen_model(config, node), config.extra.as_dict()
     named_in = "node-config key 'model'" if node.model else ""
     return build_task_model(name, len(classes), config.data.image_size, classes, extra, named_in)
-
-
-def _model_name(config: RunConfig, node: NodeConfig) -> str:
-    return node.model or config.client.models[0]

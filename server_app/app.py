@@ -81,22 +81,18 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed, family)
     judge = train_judge(config, splits) if splits else None
-    run_folder.write_config(
-        {
-            "config": config.model_dump(mode="json", by_alias=True),
-            "classes": list(classes),
-            "versions": {package: version(package) for package in PACKAGES},
-            "run_id": str(run_id),
-            "threads": torch.get_num_threads(),
-        }
-        | ({"resumed": {"run": state.run_key, "after-round": state.round}} if state else {})
-    )
+    described = {
+        "classes": list(classes),
+        "versions": {package: version(package) for package in PACKAGES},
+        "run_id": str(run_id),
+        "threads": torch.get_num_threads(),
+    } | ({"resumed": {"run": state.run_key, "after-round": state.round}} if state else {})
     # Flower's ids have up to 20 digits. Padded to 20, they give messages of equal runs the same size.
     ledger = Ledger(f"{run_id:020d}", config.client.pool_rounds, config.t2i.pool_rounds)
-    recorder = Recorder(config, classes, run_folder, generator, prompts, judge)
+    recorder = Recorder(config, classes, run_folder, generator, prompts, judge, described)
     if state:
         generator.adapter.load_state(state.adapter, f"the checkpoint of round {state.round}")
-        ledger.restore(state.lineage(), state.clients, state.history, state.pool)
+        ledger.restore(state.lineage(), state.clients, state.history, state.pool, state.identities)
         recorder.restore(state)
     return strategy(config, classes, generator, prompts, ledger, recorder)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from logging import INFO, WARNING
 
 from flwr.app import Message, MessageType, RecordDict
@@ -11,7 +13,9 @@ from flwr.supercore import log
 
 from fedmmkt.common.config import ConfigError, RunConfig
 from fedmmkt.common.natural_order import natural_key
-from fedmmkt.common.payloads import ClassReport, PayloadError
+from fedmmkt.common.payloads import CLASS_RECORDS, ClassReport, PayloadError, check_keys
+from fedmmkt.common.plain_text import printable
+from fedmmkt.server_app.inbox import ask
 
 FROM_CLIENTS = ("clients",)
 
@@ -36,7 +40,7 @@ def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> None:
 
 
 def classes_of_clients(grid: Grid, config: RunConfig) -> tuple[str, ...]:
-    """Ask every client for its classes; return all of them in natural order.
+    """Ask every client for its classes; return them in natural order, as far as the run's limits allow.
 
     Raises
     ------
@@ -48,17 +52,61 @@ def classes_of_clients(grid: Grid, config: RunConfig) -> tuple[str, ...]:
         Message(RecordDict(), dst_node_id=node_id, message_type=f"{MessageType.QUERY}.classes")
         for node_id in sorted(grid.get_node_ids())
     ]
-    held: set[str] = set()
-    for reply in grid.send_and_receive(asked, timeout=config.round_deadline):
+    held: dict[int, tuple[str, ...]] = {}
+    for node_id, reply in ask(grid, asked, config.round_deadline, round(config.reply_limit * 1e6)):
         try:
-            if reply.has_error():
-                raise PayloadError((reply.error.reason or f"error {reply.error.code}").strip())
-            held |= set(ClassReport.from_records(reply.content, "classes").classes)
+            held[node_id] = _read_classes(reply, config.data.node_classes)
         except PayloadError as error:
-            log(WARNING, "A client named no classes: %s", error)
-    if len(held) < 2:
-        raise ConfigError(
-            f"run-config key 'data.classes' is 'clients', and the {len(asked)} clients hold {len(held)} class(es); "
-            "allowed: two or more"
+            log(WARNING, "Node %s named no classes: %s", node_id, printable(str(error)))
+    classes = limited([held[node_id] for node_id in sorted(held)], config.data.class_holders, config.data.max_classes)
+    if left_out := sorted(set().union(*held.values()).difference(classes), key=natural_key):
+        log(
+            WARNING,
+            "%s classes that clients named are left out ('data.max-classes', 'data.class-holders'): %s",
+            len(left_out),
+            printable(", ".join(left_out)),
         )
-    return tuple(sorted(held, key=natural_key))
+    if len(classes) < 2:
+        raise ConfigError(
+            f"run-config key 'data.classes' is 'clients', and the {len(asked)} clients hold {len(classes)} class(es); "
+            "allowed: two or more; a node with data of its own names them with the node-config key "
+            "'share-classes=true'"
+        )
+    return tuple(sorted(classes, key=natural_key))
+
+
+def limited(held: Sequence[tuple[str, ...]], holders: int, most: int) -> set[str]:
+    """Choose from the classes of all clients.
+
+    If there are too many, those of more clients go first, and then each client's first ones, so that a client that
+    names many cannot crowd out those of the others.
+
+    Parameters
+    ----------
+    held : sequence of tuple of str
+        The classes of each client.
+    holders : int
+        How many clients must hold a class.
+    most : int
+        How many classes are taken.
+    """
+    count = Counter(name for names in held for name in set(names))
+    place: dict[str, int] = {}
+    for names in held:
+        for position, name in enumerate(sorted(set(names), key=natural_key)):
+            place[name] = min(position, place.get(name, position))
+    order = sorted(count, key=lambda name: (-count[name], place[name], natural_key(name)))
+    return set([name for name in order if count[name] >= holders][:most])
+
+
+def _read_classes(reply: Message | PayloadError, most: int) -> tuple[str, ...]:
+    """Parse a client's classes; raise `PayloadError` if there are none or too many."""
+    if isinstance(reply, PayloadError):
+        raise reply
+    if reply.has_error():
+        raise PayloadError((reply.error.reason or f"error {reply.error.code}").strip())
+    check_keys(reply.content, CLASS_RECORDS)
+    classes = ClassReport.from_records(reply.content, "classes").classes
+    if len(classes) > most:
+        raise PayloadError(f"it named {len(classes)} classes; 'data.node-classes' allows {most}")
+    return classes

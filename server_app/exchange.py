@@ -1,14 +1,14 @@
 """One exchange with clients: send requests, receive replies as they arrive, and classify each reply.
 
 An invalid reply excludes its sender from this round, but never stops the run. The sender of a reply is known from the
-message that it answers, because Flower's own error replies carry the SuperLink's id.
+message that it was asked for, and never from what the reply says.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from flwr.app import Message
@@ -16,11 +16,15 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedmmkt.common.payloads import ClientReport, DistillationPayload, PayloadError, record_bytes
+from fedmmkt.common.plain_text import printable
+from fedmmkt.server_app.inbox import pull_reply
 
 POLL_SECONDS = 0.1
 NOT_TAKEN = "Flower did not take the message to the node"
 NO_ANSWER = "no answer before the round closed"
 WENT_OFFLINE = "the node went offline during the round"
+
+Admit = Callable[[int, ClientReport], None]
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,11 @@ def exchange(
     grid: Grid,
     messages: Iterable[Message],
     read: Callable[[Message], Answer],
+    admit: Admit,
     deadline: float,
     quorum: float,
     overdue: Mapping[str, int],
+    most_bytes: int,
 ) -> Iterator[Reply]:
     """Send messages and yield replies as they arrive, until all are there or the deadline passes with a quorum.
 
@@ -93,6 +99,8 @@ def exchange(
         One message per node.
     read : callable
         Parses a reply into an `Answer`, or raises `PayloadError`.
+    admit : callable
+        Called with a node and its report; raises `PayloadError` if the node may not answer under this name.
     deadline : float
         Seconds after which the exchange closes if the quorum is met.
     quorum : float
@@ -100,6 +108,8 @@ def exchange(
         but at least one must be valid.
     overdue : mapping of str to int
         Unanswered messages of earlier exchanges, with their nodes.
+    most_bytes : int
+        Largest size of a reply.
     """
     outgoing = list(messages)
     pending = _push(grid, outgoing)
@@ -107,21 +117,27 @@ def exchange(
         if (node_id := message.metadata.dst_node_id) not in pending.values():
             yield Reply("rejected", node_id, "", reason=NOT_TAKEN)
     awaited = dict(overdue)
-    closing = time.monotonic() + deadline
-    names: dict[str, int] = {}
+    began = time.monotonic()
+    any_valid = False
     while pending:
-        arrived = list(grid.pull_messages([*pending, *awaited]))
-        for message in arrived:
-            message_id = message.metadata.reply_to_message_id
-            if message_id in awaited:
-                yield Reply("late", awaited.pop(message_id), message_id, message)
-            else:
-                yield _read(message, read, pending.pop(message_id), names)
-        answered = len(outgoing) - len(pending)
-        if names and time.monotonic() > closing and answered >= quorum * len(outgoing):
+        swept, any_arrived = time.monotonic(), False
+        for message_id, node_id in [*pending.items(), *awaited.items()]:
+            reply = _pull(grid, message_id, node_id, most_bytes)
+            if reply is None:
+                continue
+            any_arrived = True
+            if awaited.pop(message_id, None) is not None:
+                yield replace(reply, kind="late", reason="")
+                continue
+            del pending[message_id]
+            reply = _read(reply, read, admit)
+            any_valid |= reply.kind == "answered"
+            yield reply
+        now, answered = time.monotonic(), len(outgoing) - len(pending)
+        if any_valid and now - began > deadline and answered >= quorum * len(outgoing):
             break
-        if pending and not arrived:
-            time.sleep(POLL_SECONDS)
+        if pending and not any_arrived:
+            time.sleep(max(POLL_SECONDS, now - swept))  # Each message is asked for: spare the SuperLink.
     for message_id, node_id in pending.items():
         yield Reply("unanswered", node_id, message_id, reason=NO_ANSWER)
 
@@ -135,18 +151,27 @@ def _push(grid: Grid, messages: list[Message]) -> dict[str, int]:
     return {message_id: message.metadata.dst_node_id for message_id, message in pushed if message_id}
 
 
-def _read(message: Message, read: Callable[[Message], Answer], node_id: int, names: dict[str, int]) -> Reply:
-    """Parse and classify a reply; ``names`` maps each client name in this exchange to its node."""
-    message_id = message.metadata.reply_to_message_id
-    if message.has_error():
-        if message.error.code == ErrorCode.NODE_UNAVAILABLE:
-            return Reply("offline", node_id, message_id, reason=WENT_OFFLINE)
-        reason = f"error {message.error.code}: {(message.error.reason or '').strip()}"
-        return Reply("rejected", node_id, message_id, message, reason=reason)
+def _pull(grid: Grid, message_id: str, node_id: int, most_bytes: int) -> Reply | None:
+    """Pull the reply to a message; None if there is none yet. A valid one is not parsed yet."""
     try:
-        answer = read(message)
-        if names.setdefault(answer.report.client, node_id) != node_id:
-            raise PayloadError(f"client name {answer.report.client!r} is taken by another node")
+        message = pull_reply(grid, message_id, most_bytes)
     except PayloadError as error:
-        return Reply("rejected", node_id, message_id, message, reason=str(error))
-    return Reply("answered", node_id, message_id, message, answer)
+        return Reply("rejected", node_id, message_id, reason=printable(str(error)))
+    return None if message is None else Reply("answered", node_id, message_id, message)
+
+
+def _read(reply: Reply, read: Callable[[Message], Answer], admit: Admit) -> Reply:
+    """Parse a reply, and admit its sender."""
+    if reply.message is None:
+        return reply
+    if reply.message.has_error():
+        error = reply.message.error
+        if error.code == ErrorCode.NODE_UNAVAILABLE:
+            return replace(reply, kind="offline", message=None, reason=WENT_OFFLINE)
+        return replace(reply, kind="rejected", reason=printable(f"error {error.code}: {(error.reason or '').strip()}"))
+    try:
+        answer = read(reply.message)
+        admit(reply.node_id, answer.report)
+    except PayloadError as error:
+        return replace(reply, kind="rejected", reason=printable(str(error)))
+    return replace(reply, answer=answer)

@@ -6,15 +6,24 @@ still lacks. The strategy writes to it. The ledger itself does not depend on the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from fedmmkt.common.payloads import ClientReport, Modality, SoftTargets, SyntheticBatch
+from fedmmkt.common.payloads import ClientReport, Modality, PayloadError, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.exchange import Reply
 from fedmmkt.server_app.t2i.samples import Samples
 
 # An earlier run that this run continues: its key, and the round after which it was continued.
 Ancestor = tuple[str, int]
+
+
+class Identity(NamedTuple):
+    """What a node said of itself when it first answered."""
+
+    client: str
+    model: str
+    modality: Modality
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,9 @@ class Ledger:
     Attributes
     ----------
     reports : dict of int to ClientReport
-        The newest report of each node, by node id.
+        The newest report of each node, by node id; the last one to answer comes last.
+    identities : dict of int to Identity
+        The client's name, model and modality of each node that ever answered, by node id, oldest first.
     clients : set of str
         Names of all clients that took part in a round.
     history : list of (SyntheticBatch, TargetsByClient)
@@ -78,6 +89,7 @@ class Ledger:
         self.run_key = run_key
         self.batches_kept, self.samples_kept = batches_kept, samples_kept
         self.reports: dict[int, ClientReport] = {}
+        self.identities: dict[int, Identity] = {}
         self.clients: set[str] = set()
         self.history: list[tuple[SyntheticBatch, TargetsByClient]] = []
         self.pool: list[Samples] = []
@@ -91,6 +103,7 @@ class Ledger:
         clients: Iterable[str],
         history: list[tuple[SyntheticBatch, TargetsByClient]],
         pool: list[Samples],
+        identities: Mapping[int, Identity],
     ) -> None:
         """Continue from the ledger of an earlier run.
 
@@ -98,6 +111,7 @@ class Ledger:
         run's checkpoint. So a round that is repeated does not count twice, and the runs do not mix.
         """
         self.ancestors, self.clients, self.history, self.pool = ancestors, set(clients), history, pool
+        self.identities = dict(identities)
 
     # ------------------------------------------------------------------ batches
 
@@ -130,6 +144,35 @@ class Ledger:
 
     # ------------------------------------------------------------------ clients
 
+    def admit(self, node_id: int, report: ClientReport, connected: Collection[int]) -> None:
+        """Bind a node to the name, model and modality with which it first answers, for the whole run.
+
+        A name belongs to the first node that answered with it. Another node may have it while that one is not
+        connected, as after a new installation with a new key; the first one gets it back when it returns.
+
+        Parameters
+        ----------
+        node_id : int
+            The node that answered.
+        report : ClientReport
+            What it says of itself.
+        connected : collection of int
+            The nodes that are connected.
+
+        Raises
+        ------
+        PayloadError
+            If the node was bound to something else, or the name belongs to another node that is connected.
+        """
+        said = Identity(report.client, report.model, report.modality)
+        for other, identity in self.identities.items():
+            if other == node_id:
+                break
+            if identity.client == said.client and other in connected:
+                raise PayloadError(f"client name {said.client!r} belongs to another node")
+        if (bound := self.identities.setdefault(node_id, said)) != said:
+            raise PayloadError(f"says that it is {', '.join(said)}, and was {', '.join(bound)} before in this run")
+
     def name(self, node_id: int) -> str:
         """Return the name of a node for logs: the name of its client if it has answered, else its id."""
         return self.reports[node_id].client if node_id in self.reports else f"node {node_id}"
@@ -158,6 +201,7 @@ class Ledger:
     def record_reply(self, reply: Reply, server_round: int) -> int:
         """Record a reply; return the round in which its message was sent."""
         if reply.answer is not None:
+            self.reports.pop(reply.node_id, None)
             self.reports[reply.node_id] = reply.answer.report
         if reply.kind == "unanswered":
             self._overdue[reply.message_id] = (reply.node_id, server_round)

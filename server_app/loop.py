@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.supercore import log
 
+from fedmmkt.common.payloads import PAYLOAD_RECORDS, REPORT_RECORDS, check_keys
 from fedmmkt.server_app.class_space import wait_for_nodes
 from fedmmkt.server_app.exchange import Answer, exchange
 from fedmmkt.server_app.ledger import Ledger
@@ -31,6 +32,8 @@ class RunError(RuntimeError):
 
 class RoundSteps(Protocol):
     """The methods that the loop calls on a strategy; `FedMMKT` documents each of them."""
+
+    extra_records: frozenset[str]
 
     def summary(self) -> None:
         """Log the main settings."""
@@ -158,7 +161,7 @@ class Loop:
         strategy = self.strategy
         with self.recorder.round(server_round, self.ledger):
             messages = strategy.configure_train(server_round, strategy.arrays(), self.train_config, self.grid)
-            replies = self._ask(server_round, messages, strategy.read_train_reply)
+            replies = self._ask(server_round, messages, strategy.read_train_reply, REPORT_RECORDS | PAYLOAD_RECORDS)
             arrays, metrics = strategy.aggregate_train(server_round, replies)
             if arrays is not None:
                 strategy.load_arrays(arrays)
@@ -177,18 +180,36 @@ class Loop:
 
     def _collect(self, server_round: int, messages: Iterable[Message], result: Result) -> None:
         """Send requests for reports and aggregate the replies."""
-        replies = self._ask(server_round, messages, self.strategy.read_evaluate_reply)
+        replies = self._ask(server_round, messages, self.strategy.read_evaluate_reply, REPORT_RECORDS)
         if (metrics := self.strategy.aggregate_evaluate(server_round, replies)) is not None:
             result.evaluate_metrics_clientapp[server_round] = metrics
 
-    def _ask(self, server_round: int, messages: Iterable[Message], read: Read) -> list[Message]:
+    def _ask(
+        self, server_round: int, messages: Iterable[Message], read: Read, records: frozenset[str]
+    ) -> list[Message]:
         """Exchange messages; return the valid replies sorted by client name, so that sums are reproducible."""
         outgoing = list(messages)
+        asked = {message.metadata.dst_node_id for message in outgoing}
         valid: dict[str, Message] = {}
         problems: dict[str, str] = {}
-        quorum = self.recorder.config.quorum
+        config = self.recorder.config
+
+        def read_asked(message: Message) -> Answer:
+            check_keys(message.content, records | self.strategy.extra_records)
+            return read(message)
+
+        replies = exchange(
+            self.grid,
+            outgoing,
+            read_asked,
+            admit=lambda node_id, report: self.ledger.admit(node_id, report, asked),
+            deadline=self.round_deadline,
+            quorum=config.quorum,
+            overdue=self.ledger.overdue,
+            most_bytes=round(config.reply_limit * 1e6),
+        )
         with self.recorder.exchange(outgoing):
-            for reply in exchange(self.grid, outgoing, read, self.round_deadline, quorum, self.ledger.overdue):
+            for reply in replies:
                 sent_in = self.ledger.record_reply(reply, server_round)
                 name = self.ledger.name(reply.node_id)
                 self.recorder.record_reply(reply, name, sent_in)
@@ -196,7 +217,7 @@ class Loop:
                     valid[reply.answer.report.client] = reply.message
                 elif reply.kind != "late":
                     problems[name] = reply.reason
-        self.recorder.record_asked({self.ledger.name(message.metadata.dst_node_id) for message in outgoing})
+        self.recorder.record_asked({self.ledger.name(node_id) for node_id in asked})
         if not valid:
             nodes = {reason: [node for node in problems if problems[node] == reason] for reason in problems.values()}
             reasons = "; ".join(f"{', '.join(named)}: {reason}" for reason, named in nodes.items()) or "none was asked"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import INFO, WARNING
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,8 @@ class Recorder:
         Source of the prompts for the evaluation images.
     judge : Judge, optional
         Measures the evaluation images.
+    described : mapping, optional
+        What ``config.json`` says of the run besides its configuration.
 
     Attributes
     ----------
@@ -68,6 +71,7 @@ class Recorder:
         generator: Generator,
         prompts: PromptSource,
         judge: Judge | None = None,
+        described: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
         self.classes = classes
@@ -75,6 +79,7 @@ class Recorder:
         self.generator = generator
         self.prompts = prompts
         self.judge = judge
+        self._described = dict(described or {})
         self.last_round: int | None = None
         self._record = RoundRecord(0)
         self._measured: tuple[float | None, float | None] = (None, None)
@@ -99,10 +104,10 @@ class Recorder:
             If another run is writing to the folder.
         """
         self.config = config
-        described = {"config": config.model_dump(mode="json", by_alias=True)}
+        described = self._described | {"config": config.model_dump(mode="json", by_alias=True)}
         with self.run_folder.in_use():
             try:
-                self.run_folder.write_config(self.run_folder.read_config() | described)
+                self.run_folder.write_config(described)
                 yield
             finally:
                 self.run_folder.close()
@@ -238,6 +243,7 @@ class Recorder:
             config=self.config.model_dump(mode="json", by_alias=True),
             classes=self.classes,
             clients=tuple(sorted(ledger.clients)),
+            identities=ledger.identities,
             adapter=self.generator.adapter.state(),
             pool=ledger.pool,
             history=ledger.history,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from logging import INFO
+from logging import INFO, WARNING
 from typing import get_args
 
 import numpy as np
@@ -41,6 +41,7 @@ from fedmmkt.server_app.prompts import Prompt, PromptSource
 from fedmmkt.server_app.recorder import Recorder
 from fedmmkt.server_app.requests import make_requests
 from fedmmkt.server_app.rules.aggregation import aggregations, normalised
+from fedmmkt.server_app.rules.bounds import bounded
 from fedmmkt.server_app.rules.checks import check_result
 from fedmmkt.server_app.rules.scores import Feedback, scores
 from fedmmkt.server_app.rules.updates import updates
@@ -78,11 +79,18 @@ class FedMMKT(Strategy):
     recorder : Recorder
         Measures the time of the steps and records their results.
 
+    Attributes
+    ----------
+    extra_records : frozenset of str
+        Keys of the records that your own clients add to a reply; other records that nobody asked for are refused.
+
     Raises
     ------
     ConfigError
         If the configuration names an unknown rule.
     """
+
+    extra_records: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -267,7 +275,9 @@ class FedMMKT(Strategy):
             raise PayloadError(f"answers batch {payload.batch_id!r}, when none is served")
         votes = self.config.feedback == FEEDBACK_WITH_VOTES
         payload.check_answers(batch.batch_id, len(batch), len(self.classes), votes)
-        return replace(self.read_evaluate_reply(reply), payload=payload)
+        answer = replace(self.read_evaluate_reply(reply), payload=payload)
+        payload.check_possible(answer.report, batch.prompted_N)
+        return answer
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -282,6 +292,7 @@ class FedMMKT(Strategy):
         answers = sorted(map(self.read_train_reply, replies), key=lambda answer: answer.report.client)
         if not answers:
             return None, None
+        answers = self._bounded(answers)
         batch, samples = self.ledger.served(server_round)
         with self.recorder.timed("aggregate"):
             scores_N = self.score_samples(answers, samples.prompted_N)
@@ -440,6 +451,15 @@ class FedMMKT(Strategy):
     def _image_size(self) -> int:
         """Return the side of the images that clients get, in pixels."""
         return min(self.config.data.image_size, self.generator.image_size)
+
+    def _bounded(self, answers: list[Answer]) -> list[Answer]:
+        """Bound what each client can contribute, and name those that are bounded."""
+        payloads = bounded([answer.required_payload for answer in answers], self.config.client_cap)
+        for answer, payload in zip(answers, payloads, strict=True):
+            if payload is not answer.payload:
+                said, counted = answer.report.examples, int(payload.class_counts_C.sum())
+                log(WARNING, "  clients   %s says %s examples, and counts as %s", answer.report.client, said, counted)
+        return [replace(answer, payload=payload) for answer, payload in zip(answers, payloads, strict=True)]
 
     def _anchor_size(self) -> int:
         return self.generator.encoder.embedding_size if self.config.client.alignment_weight else 0

@@ -19,7 +19,7 @@ from fedmmkt.client_app.data.private_data import PrivateData, load_private_data
 from fedmmkt.client_app.memory import plain_name
 from fedmmkt.common.config import NodeConfig, RunConfig
 from fedmmkt.common.datasets import Examples
-from fedmmkt.common.files import write_atomically
+from fedmmkt.common.files import private_folder, remove_leftovers, write_atomically
 
 logger = getLogger("flwr")
 
@@ -54,11 +54,12 @@ def load_own_data(
     """
     folder = state_folder / "data" / plain_name(client)
     path, key = folder / "examples.npz", _fingerprint(state_folder, config, node, class_space, images, texts)
+    remove_leftovers(folder)
     if (copy := _read_copy(path, key)) is not None:
         return copy
     data = load_private_data(config, node, class_space, images, texts)
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
         _write_copy(path, key, data)
     except OSError as error:
         logger.warning("The data will be read again for the next message: %s", error)
@@ -74,7 +75,7 @@ def _fingerprint(
     # The node's state changes every round and is not part of its data.
     files = sorted(path for path in found if path.is_file() and not path.is_relative_to(state_folder.absolute()))
     file_states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    data = node.own_data(config.data).model_dump(exclude={"own_fields"})
+    data = node.own_data(config.data).model_dump()
     settings = [data, config.seed, class_space, images, texts]
     return hashlib.sha256(json.dumps([settings, file_states]).encode()).hexdigest()
 

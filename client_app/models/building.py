@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import fedmmkt.client_app.models.small  # noqa: F401  Registers the built-in models.
 from fedmmkt.client_app.models.dry_run import check_dry_run, one_line
 from fedmmkt.client_app.models.task_model import TaskModel, TaskModelFactory, task_models
-from fedmmkt.common.config import ConfigError, Setting
+from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig, Setting
 
 TRANSFORMERS = "transformers:"
 
@@ -102,6 +102,26 @@ def _called(factory: TaskModelFactory, classes: int, image_size: int, name: str)
             f"client model {name!r} cannot be built for {classes} classes and images of {image_size} x {image_size} "
             f"pixels ({one_line(error)}); allowed: a function that returns a TaskModel for them"
         ) from error
+
+
+def chosen_model(config: RunConfig, node: NodeConfig) -> str:
+    """Return the name of a client's task model: that of its node-config, else one of the run's.
+
+    Raises
+    ------
+    ConfigError
+        If the run chooses a model that is not built in, and the node has data of its own and does not allow that.
+    """
+    if node.model:
+        return node.model
+    models = config.client.models
+    name = models[(node.partition_id or 0) % len(models)]
+    if node.has_own_data and not node.run_models and ":" in name:
+        raise ConfigError(
+            f"run-config key 'client.models' names {name!r}; allowed on a node with data of its own: built-in models, "
+            "or any with the node-config key 'run-models=true', or one in the node-config key 'model'"
+        )
+    return name
 
 
 def model_label(name: str) -> str:

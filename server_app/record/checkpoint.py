@@ -22,7 +22,7 @@ from torch import Tensor
 from fedmmkt.common.config import ConfigError, RunConfig
 from fedmmkt.common.files import replaced_folder
 from fedmmkt.common.payloads import MAX_ANCESTORS, SoftTargets, SyntheticBatch
-from fedmmkt.server_app.ledger import Ancestor, TargetsByClient
+from fedmmkt.server_app.ledger import Ancestor, Identity, TargetsByClient
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.t2i.samples import Samples
 
@@ -32,7 +32,7 @@ STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 # If any other setting changed, it would be a different run.
 CHANGEABLE_ON_RESUME = {
     *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tensorboard"),
-    *("min-nodes", "node-timeout", "round-deadline", "quorum", "client.threads"),
+    *("min-nodes", "node-timeout", "round-deadline", "quorum", "reply-limit", "client.threads"),
     *("t2i.device", "t2i.offload", "t2i.gradient-checkpointing", "t2i.attention-slicing", "t2i.vae-tiling"),
     *("t2i.generation-batch-size", "t2i.adaptation-micro-batch-size"),
 }
@@ -64,6 +64,8 @@ class ServerState:
         The class space.
     clients : tuple of str
         Names of all clients that have taken part.
+    identities : dict of int to Identity
+        The client's name, model and modality of each node, oldest first.
     adapter : dict of str to torch.Tensor
         The LoRA, in the precision of its training.
     pool : list of Samples
@@ -84,6 +86,7 @@ class ServerState:
     config: Mapping[str, Any]
     classes: tuple[str, ...]
     clients: tuple[str, ...]
+    identities: dict[int, Identity]
     adapter: dict[str, Tensor]
     pool: list[Samples]
     history: list[tuple[SyntheticBatch, TargetsByClient]]
@@ -230,7 +233,8 @@ def _to_parts(state: ServerState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if state.pictures:
         tensors["pictures"] = torch.from_numpy(np.stack([np.asarray(picture) for picture in state.pictures]))
     plain = ("round", "run_key", "ancestors", "config", "classes", "clients", "measured", "metrics")
-    return {name: getattr(state, name) for name in plain} | {"pool": pool, "history": history}, tensors
+    described = {name: getattr(state, name) for name in plain} | {"pool": pool, "history": history}
+    return described | {"identities": list(state.identities.items())}, tensors
 
 
 def _from_parts(described: dict[str, Any], tensors: dict[str, Tensor]) -> ServerState:
@@ -259,6 +263,7 @@ def _from_parts(described: dict[str, Any], tensors: dict[str, Tensor]) -> Server
         config=described["config"],
         classes=tuple(described["classes"]),
         clients=tuple(described["clients"]),
+        identities={node_id: Identity(*said) for node_id, said in described.get("identities", ())},
         adapter=_below(tensors, "adapter/"),
         pool=pool,
         history=history,

@@ -67,11 +67,11 @@ class RunFolder:
         try:
             path = path.resolve()  # renaming a link would put the new run on another disk
             path.mkdir(parents=True, exist_ok=True)
-            _write_test_file(path)
-            if (path / "metrics.jsonl").exists():
-                with cls(path).in_use():
+            with cls(path).in_use():  # Also of a run that has written nothing yet.
+                _write_test_file(path)
+                if (path / "metrics.jsonl").exists():
                     _move_aside(path)
-                path.mkdir()
+            path.mkdir(exist_ok=True)
         except OSError as error:
             raise _unusable(path, f"cannot be used ({error.strerror})") from error
         return cls(path, tensorboard)

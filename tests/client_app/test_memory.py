@@ -1,17 +1,22 @@
 """A client's memory: what comes back from disk, and what does not mix."""
 
+import errno
+import os
+import stat
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from fedmmkt.client_app import memory as memory_module
 from fedmmkt.client_app.learning.training import AlignedModel
-from fedmmkt.client_app.memory import ClientMemory
+from fedmmkt.client_app.memory import ClientMemory, plain_name, remove_old_runs
 from fedmmkt.client_app.models.building import build_task_model
 from fedmmkt.common.payloads import PayloadError, SoftTargets, SyntheticBatch
 
@@ -102,6 +107,146 @@ def test_names_cannot_leave_the_state_folder(tmp_path):
     with pytest.raises(PayloadError, match="is no plain name"):
         ClientMemory(tmp_path, "../other", "mlp-0")
     assert ClientMemory(tmp_path, "run", "../../x").folder.parent == tmp_path / "run"
+
+
+@given(st.lists(st.text(min_size=1, max_size=200), min_size=2, max_size=2, unique=True))
+def test_different_names_have_different_folders(names):
+    assume(not any("\ud800" <= letter <= "\udfff" for name in names for letter in name))  # refused as names
+    first, second = map(plain_name, names)
+    assert first != second
+    assert all(len(name) <= 150 and "/" not in name and not name.startswith(".") for name in (first, second))
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("cnn-0_A", "cnn-0_A"), ("clinic a", "clinic%20a"), ("clinic.a", "clinic%2Ea"), ("医院", "%E5%8C%BB%E9%99%A2")],
+)
+def test_plain_names_are_folders_as_they_are(name, folder):
+    assert plain_name(name) == folder
+
+
+# ---------------------------------------------------------------------- a disk that fails
+
+
+@pytest.fixture
+def three_rounds(tmp_path):
+    """Return the folder of a client that learned in three rounds and holds a batch of each."""
+    for number in (1, 2, 3):
+        memory = ClientMemory(tmp_path, "run", "mlp-0")
+        memory.add_batch(batch(number))
+        memory.add_targets(targets(number))
+        save(memory, number)
+    return memory.folder
+
+
+def zeroed(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [zeroed, truncated, Path.unlink])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "model.json", "manifest.json"])
+def test_a_client_whose_last_model_is_damaged_goes_on_from_the_round_before(three_rounds, caplog, damage, file):
+    damage(three_rounds / "round-00003" / file)
+
+    memory = ClientMemory(three_rounds.parent.parent, "run", "mlp-0")
+
+    assert memory.load_model(*learner())
+    assert memory.newest.name == "round-00002"
+    assert content(memory) == [("run-1", True), ("run-2", True)]
+    named = "manifest.json" if file == "manifest.json" else file
+    assert f"{three_rounds / 'round-00003' / named}" in caplog.text
+    save(memory, 4, keep_rounds=2)
+    assert sorted(path.name for path in three_rounds.iterdir()) == ["round-00002", "round-00004"]
+
+
+@pytest.mark.parametrize("damage", [zeroed, truncated, Path.unlink])
+def test_a_damaged_batch_is_as_if_it_never_came_and_can_come_again(three_rounds, damage):
+    root = three_rounds.parent.parent
+    damage(three_rounds / "round-00003" / "batch-00002.npz")
+    damage(three_rounds / "round-00003" / "targets-00003.npz")
+
+    memory = ClientMemory(root, "run", "mlp-0")
+
+    assert memory.load_model(*learner())
+    assert memory.newest.name == "round-00003"
+    assert content(memory) == [("run-1", True), ("run-3", False)]
+    memory.add_batch(batch(2))
+    memory.add_targets(targets(3))
+    save(memory, 4)
+    assert content(ClientMemory(root, "run", "mlp-0")) == [("run-1", True), ("run-2", False), ("run-3", True)]
+
+
+def test_a_run_that_goes_on_begins_with_the_last_round_that_is_whole(three_rounds):
+    root = three_rounds.parent.parent
+    zeroed(three_rounds / "round-00003" / "model.safetensors")
+
+    resumed = ClientMemory(root, "later", "mlp-0", [("run", 3)])
+
+    assert resumed.newest.name == "round-00002"
+
+
+def test_a_disk_that_is_full_costs_the_round_on_disk_and_no_answer(three_rounds, monkeypatch, caplog):
+    memory = ClientMemory(three_rounds.parent.parent, "run", "mlp-0")
+    memory.add_batch(batch(4))
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(memory_module, "save_file", full)
+    saved = memory.save(4, *learner(), {"model": "mlp"}, 10, 10)
+
+    assert not saved
+    assert f"Round 4 could not be saved in {three_rounds}" in caplog.text
+    assert content(memory) == [("run-1", True), ("run-2", True), ("run-3", True)]
+    assert sorted(path.name for path in three_rounds.iterdir()) == ["round-00001", "round-00002", "round-00003"]
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_start(three_rounds):
+    left = three_rounds / ".round-00004.abc_12x9"
+    (left / "deep").mkdir(parents=True)
+    fresh, foreign = three_rounds / ".round-00005.abc_12x9", three_rounds / ".mine"
+    fresh.mkdir()
+    foreign.mkdir()
+    for old in (left, foreign):
+        os.utime(old, (0, 0))
+
+    ClientMemory(three_rounds.parent.parent, "run", "mlp-0")
+
+    assert not left.exists()
+    assert fresh.exists()
+    assert foreign.exists()
+
+
+def test_state_folders_and_their_parents_are_for_their_owner_only(tmp_path):
+    memory = ClientMemory(tmp_path / "new" / "state", "run", "mlp-0")
+
+    folders = [memory.folder, *memory.folder.parents]
+    made = folders[: folders.index(tmp_path)]
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in made] == [0o700] * 4
+
+
+def test_old_runs_are_removed_by_number_and_by_age(tmp_path):
+    for day, run in enumerate(("a", "b", "c", "d")):
+        for client in ("mlp-0", "mlp-1"):
+            folder = ClientMemory(tmp_path, run, client).folder
+            (folder / "round-00001").mkdir()
+            os.utime(folder, (0, time.time() - (4 - day) * 86_400))
+    (tmp_path / "data" / "mlp-0").mkdir(parents=True)
+
+    def left(client="mlp-0"):
+        return sorted(path.parent.name for path in tmp_path.glob(f"*/{client}"))
+
+    remove_old_runs(tmp_path, ("e",), "mlp-0", keep_runs=0, keep_days=0)
+    assert left() == ["a", "b", "c", "d", "data"]
+    remove_old_runs(tmp_path, ("e",), "mlp-0", keep_runs=4, keep_days=0)
+    assert left() == ["b", "c", "d", "data"]
+    remove_old_runs(tmp_path, ("e", "b"), "mlp-0", keep_runs=0, keep_days=1.5)
+    assert left() == ["b", "d", "data"]
+    assert left("mlp-1") == ["a", "b", "c", "d"]
 
 
 @settings(max_examples=20, deadline=None)

@@ -289,10 +289,20 @@ def test_a_nodes_own_data_is_named_by_its_own_keys_and_stays_out_of_shared_cache
     assert not any(Path(cache).exists() for cache in caches)
     with pytest.raises(ConfigError, match=r"node-config key 'label-column' is 'kind', and the dataset has no such"):
         load_splits(NodeConfig(data_path=file, label_column="kind").own_data(DataConfig()), 0)
-    with pytest.raises(ConfigError, match=r"run-config key 'data.label-column' is 'kind', and the dataset has no such"):
-        load_splits(NodeConfig(data_path=file).own_data(DataConfig(label_column="kind")), 0)
     with pytest.raises(ConfigError, match=r"node-config key 'data-path' is '/no/such', which is not there"):
         load_splits(NodeConfig(data_path="/no/such").own_data(DataConfig()), 0)
+
+
+def test_a_run_cannot_choose_what_is_read_of_a_nodes_own_data(parquet):
+    """A run that names another column would learn its values: class names, and error texts with them."""
+    file = parquet(**rows(label=["cat"] * 20, ssn=[f"12-{number}" for number in range(20)])).dataset
+    asked = DataConfig(label_column="ssn", image_column="photo", text_column="note", subset="secret", dataset="/other")
+
+    own = NodeConfig(data_path=file).own_data(asked)
+
+    assert (own.dataset, own.subset) == (file, "")
+    assert (own.image_column, own.text_column, own.label_column) == ("image", "text", "label")
+    assert load_splits(own, 0).classes == ("cat",)
 
 
 def test_a_hub_dataset_that_cannot_be_had_is_named_with_the_remedy(monkeypatch):

@@ -1,9 +1,11 @@
 """Parts by name: registered ones, the user's own, and what is said of a name that leads to none."""
 
+import re
 import sys
 from abc import ABC, abstractmethod
 
 import pytest
+import torch
 
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.registry import Registry, importable
@@ -143,7 +145,7 @@ def test_modules_of_a_folder_can_be_imported_while_the_block_runs(functions, tmp
     assert "there is no module 'of_a_folder' to import here" in error(functions, "of_a_folder:double")
 
 
-@pytest.mark.parametrize("name", ["no_such_module:rule", "json.no_such_module:rule", "no_such_module.sub:rule"])
+@pytest.mark.parametrize("name", ["no_such_module:rule", "numpy.no_such_module:rule", "no_such_module.sub:rule"])
 def test_a_module_that_is_not_there_is_named(functions, name):
     told = error(functions, name)
 
@@ -264,7 +266,22 @@ def test_settings_are_named_as_they_are_written(functions):
 
 def test_a_function_without_a_signature_takes_no_settings():
     rules = Registry("rule", "t2i.rule")
-    assert rules.get("builtins:max", {"key": 1}) is max
+    assert rules.get("torch:max", {"key": 1}) is torch.max
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("os:kill", "the module 'os' is of Python's standard library"),
+        ("os.path:join", "the module 'os.path' is of Python's standard library"),
+        ("builtins:exec", "the module 'builtins' is of Python's standard library"),
+        ("fedmmkt.common.files:os.remove", "'os' is of Python's standard library"),
+        ("fedmmkt.common.files:Path", "'Path' is of Python's standard library"),
+    ],
+)
+def test_names_of_the_standard_library_are_refused_however_they_are_reached(name, problem):
+    with pytest.raises(ConfigError, match=re.escape(f"run-config key 't2i.rule' is {name!r}, but {problem}; allowed")):
+        Registry("rule", "t2i.rule").get(name)
 
 
 def test_a_module_that_ends_the_program_on_import_is_an_error(tmp_path, monkeypatch):

@@ -103,12 +103,20 @@ def test_submitting_is_for_the_host_itself():
     assert SERVICES["superlink"]["ports"] == ["127.0.0.1:9091:9091", "9092:9092"]
 
 
+def test_a_node_beside_the_server_shares_no_network_with_the_submit_api():
+    assert SERVICES["supernode"]["networks"] == ["node"]
+    assert all("networks" not in SERVICES[name] for name in ("superlink", "superexec"))  # so the default one
+    assert "--superlink=host.docker.internal:9092" in SERVICES["supernode"]["command"]
+
+
 def test_the_edge_clients_node_config_is_accepted():
     (text,) = (word for word in SERVICES["supernode"]["command"] if word.startswith("--node-config="))
 
     node = NodeConfig.from_flower(parse_run_config([text.removeprefix("--node-config=")]))
 
     assert (node.device, node.data_path) == ("cpu", "/data")
+    assert not node.share_votes
+    assert not node.share_classes
 
 
 @pytest.mark.parametrize("path", [SERVER, GPU, EDGE], ids=lambda path: path.name)
@@ -189,7 +197,11 @@ def test_the_commands_run_outside_a_container(tmp_path):
 def outside(word, places, ports):
     for inside, place in places.items():
         word = word.replace(inside, str(place))
-    word = word.replace("0.0.0.0", "127.0.0.1").replace("superlink:", "127.0.0.1:")
+    word = (
+        word.replace("0.0.0.0", "127.0.0.1")
+        .replace("superlink:", "127.0.0.1:")
+        .replace("host.docker.internal:", "127.0.0.1:")
+    )
     return re.sub(r"(?<=:|=)9\d\d\d\b", lambda match: ports[match[0]], word)
 
 

@@ -63,6 +63,14 @@ def test_a_service_has_a_user_and_folders_of_its_own_and_comes_back(unit):
         assert environment(unit).get(variable, "/var/lib/fedmmkt/").startswith("/var/lib/fedmmkt/")
 
 
+def test_what_a_node_sends_or_a_run_does_cannot_take_the_hosts_memory(unit):
+    assert unit["MemoryMax"][0].endswith("%")
+
+
+def test_code_of_a_run_cannot_become_another_user_of_a_nodes_host():
+    assert read_unit("fedmmkt-supernode")["PrivateUsers"] == ["yes"]
+
+
 def test_systemd_finds_nothing_wrong(tmp_path):
     if not (analyze := shutil.which("systemd-analyze")):
         pytest.skip("systemd-analyze is not here")

@@ -1,5 +1,6 @@
 """One exchange after another: who answered, who was late, rejected or gone, whatever the order of arrival."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,7 @@ from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmmkt.common.payloads import ClientReport, record_bytes
+from fedmmkt.common.payloads import ClientReport, PayloadError, record_bytes
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app import exchange as module
 from fedmmkt.server_app.exchange import Answer, exchange
@@ -42,7 +43,7 @@ class FatefulGrid(InProcessGrid):
 
     def __init__(self, nodes: int) -> None:
         super().__init__("tests.server_app.test_exchange:app", {}, [{}] * nodes)
-        self.polls, self.fates = 0, {}
+        self.polls, self.fates = Counter(), {}
 
     def send_as(self, fates: list[Fate]) -> list[Message]:
         requests = [Message(RecordDict(), dst_node_id=node, message_type="evaluate") for node in self.contexts]
@@ -53,7 +54,7 @@ class FatefulGrid(InProcessGrid):
         ids = list(super().push_messages(messages))
         for message_id in ids:
             fate = next(self.coming)
-            self.fates[message_id] = self.polls + fate.poll
+            self.fates[message_id] = fate.poll
             reply = self.pending[message_id]
             if fate.kind == "empty":
                 reply.content.clear()
@@ -63,8 +64,8 @@ class FatefulGrid(InProcessGrid):
         return ids
 
     def pull_messages(self, message_ids):
-        self.polls += 1
-        return super().pull_messages([name for name in message_ids if self.fates[name] < self.polls])
+        self.polls.update(message_ids := list(message_ids))
+        return super().pull_messages([name for name in message_ids if self.fates[name] < self.polls[name]])
 
 
 def errors(reply: Message, error: Error) -> Message:
@@ -75,11 +76,16 @@ def read(reply: Message) -> Answer:
     return Answer(ClientReport.from_records(reply.content, "report"))
 
 
+def exchanged(grid, messages, read=read, admit=None, quorum=1.0, deadline=60, overdue=None):
+    admit = admit or (lambda node_id, report: None)
+    return exchange(grid, messages, read, admit, deadline, quorum, overdue or {}, most_bytes=1_000_000)
+
+
 def ask(grid, fates, quorum, ledger, round_):
     """Exchange once; return the replies, and the round in which the message of each was sent."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "POLL_SECONDS", 0)
-        replies = list(exchange(grid, grid.send_as(fates), read, 0, quorum, ledger.overdue))
+        replies = list(exchanged(grid, grid.send_as(fates), deadline=0, quorum=quorum, overdue=ledger.overdue))
     return replies, [ledger.record_reply(reply, round_) for reply in replies]
 
 
@@ -121,24 +127,66 @@ def test_each_message_is_accounted_for_once(fates, data):
 def test_replies_are_given_as_they_come():
     """Not once all are there: what a strategy shows of a slow round would come at its end."""
     grid = FatefulGrid(2)
-    replies = exchange(grid, grid.send_as([Fate(0, "valid"), Fate(5, "valid")]), read, 60, 1.0, {})
+    replies = exchanged(grid, grid.send_as([Fate(0, "valid"), Fate(5, "valid")]))
 
     assert next(replies).node_id == 1
-    assert grid.polls == 1
+    assert grid.polls.total() == 1
     assert [reply.node_id for reply in replies] == [2]
 
 
-def test_a_name_belongs_to_the_node_that_was_first_to_answer_with_it():
+def test_a_node_that_is_not_admitted_is_refused_and_others_are_heard():
     grid = FatefulGrid(2)
 
-    def read_alike(reply: Message) -> Answer:
-        answer = read(reply)
-        return Answer(answer.report.model_copy(update={"client": "twin"}))
+    def admit(node_id, report):
+        if report.client == "client-1":
+            raise PayloadError("not under this name")
 
-    replies = exchange(grid, grid.send_as([Fate(1, "valid"), Fate(0, "valid")]), read_alike, 60, 1.0, {})
+    replies = exchanged(grid, grid.send_as([Fate(0, "valid"), Fate(0, "valid")]), admit=admit)
 
     told = [(reply.node_id, reply.kind, reply.reason) for reply in replies]
-    assert told == [(2, "answered", ""), (1, "rejected", "client name 'twin' is taken by another node")]
+    assert told == [(1, "rejected", "not under this name"), (2, "answered", "")]
+
+
+def test_a_reply_that_cannot_be_pulled_costs_its_sender_alone():
+    """Nor is it asked for again: Flower forgets a reply once it was asked for."""
+    grid = FatefulGrid(3)
+    pull = grid.pull_messages
+
+    def pull_some(message_ids):
+        replies = pull(message_ids)
+        if any(reply.metadata.src_node_id == 2 for reply in replies):
+            raise PayloadError("the reply cannot be put together: IndexError()")
+        return replies
+
+    grid.pull_messages = pull_some
+
+    replies = list(exchanged(grid, grid.send_as([Fate(0, "valid")] * 3)))
+
+    assert [(reply.node_id, reply.kind) for reply in replies] == [(1, "answered"), (2, "rejected"), (3, "answered")]
+    assert replies[1].reason == "the reply cannot be put together: IndexError()"
+    assert replies[1].bytes == 0
+
+
+def test_the_text_of_an_error_is_one_line_of_bounded_length():
+    grid = FatefulGrid(1)
+    text = "first\nround 9/9 | \x1b[2Jforged\u202e" + "x" * 5_000_000
+    push = grid.push_messages
+
+    def push_failing(messages):
+        ids = push(messages)
+        grid.pending[ids[0]] = errors(grid.pending[ids[0]], Error(2, text))
+        grid.fates[ids[0]] = 0
+        return ids
+
+    grid.push_messages = push_failing
+    replies = exchanged(grid, grid.send_as([Fate(0, "valid")]), deadline=0, quorum=0)
+
+    reason = next(replies).reason
+
+    assert reason.startswith("error 2: first round 9/9 | [2Jforged xxx")
+    assert reason.endswith(f"({len(text) + len('error 2: ')} characters)")
+    assert len(reason) < 600
+    assert reason.isprintable()
 
 
 @pytest.mark.parametrize("not_taken", ["", None])
@@ -148,7 +196,7 @@ def test_a_message_that_flower_does_not_take_is_told_at_once(not_taken):
     # Of what it does not take Flower gives no id, or, at the end of the list, nothing.
     grid.push_messages = lambda messages: [push(messages)[0], *([] if not_taken is None else [not_taken])]
 
-    replies = list(exchange(grid, grid.send_as([Fate(0, "valid"), Fate(0, "valid")]), read, 60, 1.0, {}))
+    replies = list(exchanged(grid, grid.send_as([Fate(0, "valid"), Fate(0, "valid")])))
 
     assert [(reply.node_id, reply.kind, reply.message_id) for reply in replies[:1]] == [(2, "rejected", "")]
     assert replies[0].reason == "Flower did not take the message to the node"
@@ -158,7 +206,7 @@ def test_a_message_that_flower_does_not_take_is_told_at_once(not_taken):
 def test_bytes_are_those_of_what_came():
     grid = FatefulGrid(2)
 
-    valid, wrong = exchange(grid, grid.send_as([Fate(0, "valid"), Fate(0, "error")]), read, 60, 1.0, {})
+    valid, wrong = exchanged(grid, grid.send_as([Fate(0, "valid"), Fate(0, "error")]))
 
     assert valid.bytes == record_bytes(valid.message.content) > 0
     assert wrong.bytes == 0

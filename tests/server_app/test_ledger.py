@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmmkt.common.payloads import ClientReport, SoftTargets, SyntheticBatch
+from fedmmkt.common.payloads import ClientReport, PayloadError, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.exchange import Answer, Reply
 from fedmmkt.server_app.ledger import Ledger, TargetsByClient
 from fedmmkt.server_app.t2i.samples import Samples
@@ -223,7 +223,7 @@ def test_a_run_that_goes_on_keeps_its_own_key_and_asks_who_is_there(ledger):
     teach(ledger, 1)
     later = Ledger("later", batches_kept=2, samples_kept=3)
 
-    later.restore((("run", 1),), ["ann"], ledger.history, ledger.pool)
+    later.restore((("run", 1),), ["ann"], ledger.history, ledger.pool, ledger.identities)
 
     assert (later.run_key, later.ancestors, later.clients) == ("later", (("run", 1),), {"ann"})
     assert lacking(later, 5) == (("run-1",), ("run-1",))
@@ -237,3 +237,56 @@ def test_a_client_that_comes_back_under_another_node_id_is_one_client(ledger):
     ledger.record_reply(answered(7, report("ann")), 2)
 
     assert [(known.client, known.kept) for known in ledger.known_clients()] == [("ann", ())]
+
+
+# ---------------------------------------------------------------------- whose name it is
+
+
+def test_a_name_stays_with_the_node_that_was_first_to_answer_with_it(ledger):
+    ledger.admit(1, report("ann"), {1, 2})
+
+    with pytest.raises(PayloadError, match="client name 'ann' belongs to another node"):
+        ledger.admit(2, report("ann"), {1, 2})
+
+    ledger.admit(1, report("ann"), {1, 2})
+
+
+def test_a_node_keeps_the_name_model_and_modality_with_which_it_began(ledger):
+    ledger.admit(1, report("ann"), {1})
+
+    with pytest.raises(PayloadError, match="says that it is ben, mlp, image, and was ann, mlp, image before"):
+        ledger.admit(1, report("ben"), {1})
+    with pytest.raises(PayloadError, match="says that it is ann, mlp, text, and was ann, mlp, image before"):
+        ledger.admit(1, report("ann", "text"), {1})
+
+
+def test_a_node_with_a_new_id_has_its_old_name_once_the_old_node_is_gone_and_gives_it_back(ledger):
+    """Node 2 is the same clinic with a new key; or a thief, who loses the name when its owner is back."""
+    ledger.admit(1, report("ann"), {1})
+
+    with pytest.raises(PayloadError, match="belongs to another node"):
+        ledger.admit(2, report("ann"), {1, 2})  # The SuperLink still believes that node 1 is there.
+    ledger.admit(2, report("ann", "text"), {2})
+    ledger.admit(1, report("ann"), {1, 2})
+
+    with pytest.raises(PayloadError, match="belongs to another node"):
+        ledger.admit(2, report("ann", "text"), {1, 2})
+
+
+def test_names_stay_bound_when_a_run_is_resumed(ledger):
+    ledger.admit(1, report("ann"), {1})
+    later = Ledger("later", 1, 1)
+
+    later.restore((("run", 1),), ["ann"], [], [], ledger.identities)
+
+    with pytest.raises(PayloadError, match="belongs to another node"):
+        later.admit(2, report("ann"), {1, 2})
+    later.admit(9, report("ann"), {8, 9})  # With another database of Flower, ids are others.
+
+
+def test_the_newest_report_of_a_name_is_that_of_who_answered_last(ledger):
+    for node_id, examples in ((1, 1), (2, 2), (1, 3)):
+        told = report("ann").model_copy(update={"examples": examples})
+        ledger.record_reply(answered(node_id, told), 1)
+
+    assert [told.examples for told in ledger.known_clients()] == [3]

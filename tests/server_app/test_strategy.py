@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from PIL import Image
 
@@ -165,7 +165,8 @@ def test_the_order_in_which_replies_arrive_changes_nothing(tiny_run, make_grid):
         run_config = tiny_run(name=name, client__models="mlp", rounds=1, strategy="watching")
         grid = make_grid(run_config, nodes=3)
         pull = grid.pull_messages
-        grid.pull_messages = lambda ids: order(list(pull(ids)))
+        # A reply is there once all that are to come before it were pulled.
+        grid.pull_messages = lambda ids: pull([name for name in ids if name == order(list(grid.pending))[0]])
         return without_seconds(run(run_config, grid)[2])
 
     with registered(strategies, "watching", Watching):
@@ -209,15 +210,21 @@ def _train(message: Message, context):
         arrays["class_counts_C"] = Array(np.ones(7, np.int64))
     if partition == 6:
         arrays["logits_NC"] = Array("float16", logits_NC.shape, "numpy.ndarray", b"random bytes")
+    if partition == 7:
+        arrays["votes_N"] = Array(np.full(len(logits_NC), 3.4e38, np.float32))
+    if partition == 8:
+        reply.content["payload.notes"] = ConfigRecord({"a": "b"})
+    if partition == 9:
+        reply.content["report"]["client"] = "mlp-0"
     return Message(RecordDict(dict(reply.content)), reply_to=message)
 
 
 def test_bad_clients_are_named_and_change_nothing_for_the_others(tiny_run, make_grid):
     run_config = tiny_run(client__models="mlp", min_nodes=1)
-    _, _, lines = run(run_config, make_grid(run_config, nodes=7, app="tests.server_app.test_strategy:hostile"))
+    _, _, lines = run(run_config, make_grid(run_config, nodes=10, app="tests.server_app.test_strategy:hostile"))
     replies = lines[1]["replies"]
     assert replies["received"] == 1
-    assert replies["rejected"] == 6
+    assert replies["rejected"] == 9
     expected = {
         "mlp-1": "the disk of this hospital is on fire",
         "mlp-2": "300 of 300 values are not finite",
@@ -225,13 +232,16 @@ def test_bad_clients_are_named_and_change_nothing_for_the_others(tiny_run, make_
         "mlp-4": "answers batch 'another'; expected '00000000000000000001-1'",
         "mlp-5": "logits have shape (30, 7); expected (30, 10)",
         "mlp-6": "cannot be read",
+        "mlp-7": "30 of 30 samples have more votes than images that may vote",
+        "mlp-8": "records that nobody asked for: payload.notes",
+        "mlp-9": "client name 'mlp-0' belongs to another node",
     }
     assert set(replies["reasons"]) == set(expected)
     assert all(reason in replies["reasons"][client] for client, reason in expected.items())
 
     # The T2I and the honest client are what they are without the others, digit for digit.
     alone = tiny_run(name="alone", client__models="mlp", min_nodes=1)
-    grid = make_grid(alone, nodes=7)
+    grid = make_grid(alone, nodes=10)
     for node_id in list(grid.contexts)[1:]:
         del grid.contexts[node_id]
     _, _, honest = run(alone, grid)
@@ -354,10 +364,10 @@ def answer_of(modality, logits_NC, counts_C, votes_N=None):
     return Answer(report, payload)
 
 
-def reply_of(client, accuracy, probabilities_NC, batch_id):
-    """Make the message of an image client whose logits have these probabilities."""
-    told = ClientReport(client=client, model="any", modality="image", examples=1, accuracy=accuracy, loss=0)
-    logits_NC, counts_C = np.log(probabilities_NC).astype(np.float16), np.array([1, 1])
+def reply_of(client, accuracy, probabilities_NC, batch_id, each=1):
+    """Make the message of an image client whose logits have these probabilities, with ``each`` examples a class."""
+    told = ClientReport(client=client, model="any", modality="image", examples=2 * each, accuracy=accuracy, loss=0)
+    logits_NC, counts_C = np.log(probabilities_NC).astype(np.float16), np.array([each, each])
     payload = DistillationPayload(batch_id=batch_id, logits_NC=logits_NC, class_counts_C=counts_C)
     records = {**told.to_records("report"), **payload.to_records("payload")}
     return Message(RecordDict(records), dst_node_id=1, message_type="train")
@@ -398,6 +408,20 @@ def test_aggregate_train_needs_a_served_batch_and_replies_alone(served):
     assert len(scored.images_NHWC[0]) == 0
     assert any(bool(torch.tensor(array.numpy()).any()) for name, array in arrays.items() if "lora_B" in name)
     assert strategy.ledger.open_batch() is None
+
+
+def test_a_client_that_says_very_many_examples_counts_as_ten_of_the_median_client(served, caplog):
+    strategy, batch = served
+    even = [[0.5, 0.5], [0.5, 0.5]]
+    replies = [
+        reply_of("honest", 0.5, even, batch.batch_id),
+        reply_of("liar", 0.5, even, batch.batch_id, each=10**9),
+    ]
+
+    strategy.aggregate_train(1, replies)
+
+    assert "liar says 2000000000 examples, and counts as 20" in caplog.text
+    assert "honest says" not in caplog.text
 
 
 def test_aggregate_train_without_replies_leaves_the_batch_open(served):

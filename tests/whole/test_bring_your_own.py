@@ -88,9 +88,10 @@ def test_a_class_that_the_run_does_not_have_costs_its_node_alone(digits_of, tiny
 
 
 def test_the_class_space_may_be_all_that_clients_hold(digits_of, tiny_run, caplog):
-    nodes = [{"name": name, "model": "mlp", "data-path": digits_of(name, classes, ["image"])}
+    nodes = [{"name": name, "model": "mlp", "data-path": digits_of(name, classes, ["image"]), "share-classes": True}
              for name, classes in (("low", (0, 1)), ("high", (9, 1)))]  # fmt: skip
-    nodes.append({"name": "lost", "model": "mlp", "data-path": "/no/such/data"})
+    nodes.append({"name": "lost", "model": "mlp", "data-path": "/no/such/data", "share-classes": True})
+    nodes.append({"name": "silent", "model": "mlp", "data-path": nodes[0]["data-path"]})
     run_config = tiny_run(rounds=1, data__classes="clients")
     grid = InProcessGrid("fedmmkt.client_app.app:app", run_config, nodes)
     told, pull = [], grid.pull_messages
@@ -105,11 +106,13 @@ def test_the_class_space_may_be_all_that_clients_hold(digits_of, tiny_run, caplo
         {"classes": ["nine", "one"]},
     ]
     assert not any(content["classes.arrays"] for content in first)
-    assert "A client named no classes: ConfigError: node-config key 'data-path' is '/no/such/data'" in caplog.text
+    assert "Node 3 named no classes: the node refused: data (see the node's log, " in caplog.text
+    assert "Node 4 named no classes: the node refused: its node-config has no share" in caplog.text
 
 
 def test_fewer_than_two_classes_among_clients_are_named(digits_of, tiny_run):
-    nodes = [{"model": "mlp", "data-path": digits_of(name, (4,), ["image"])} for name in ("a", "b")]
+    own = {"model": "mlp", "share-classes": True}
+    nodes = [own | {"data-path": digits_of(name, (4,), ["image"])} for name in ("a", "b")]
     run_config = tiny_run(data__classes="clients")
     grid = InProcessGrid("fedmmkt.client_app.app:app", run_config, nodes)
     with pytest.raises(ConfigError, match=r"is 'clients', and the 2 clients hold 1 class\(es\); allowed: two or more"):

@@ -17,7 +17,7 @@ from fedmmkt.common.config import DataConfig, RunConfig, to_flower
 from fedmmkt.deploy.certificates import make_ca
 from fedmmkt.deploy.connection_checks import is_healthy
 from fedmmkt.deploy.doctor import main
-from fedmmkt.deploy.federation import CONNECTION, connect, local_federation
+from fedmmkt.deploy.federation import CONNECTION, connect, consent, local_federation
 from fedmmkt.deploy.federation import main as federation_command
 from fedmmkt.deploy.partition import write_partitions
 from fedmmkt.server_app.t2i.families import WEIGHT_NAME
@@ -60,7 +60,7 @@ def nodes(federation, tmp_path_factory):
     folders = write_partitions(DataConfig(), 3, 0, tmp_path_factory.mktemp("data"))
     for model, folder in zip(("cnn", "text", "dual"), folders, strict=True):
         config = {"name": model, "model": model, "data-path": str(folder), "state-dir": str(folder / "state")}
-        federation.add_node(model, config)
+        federation.add_node(model, config | consent(DataConfig()))
     federation.wait_for_nodes()
     return federation.nodes
 
@@ -152,6 +152,27 @@ def test_a_home_that_is_not_empty_is_refused_and_left_as_it_is(tmp_path, capsys)
     assert "which is not empty; allowed: a new folder" in capsys.readouterr().err
     assert (tmp_path / "mine").read_text() == "precious"
     assert tmp_path.stat().st_mode == mode
+
+
+def test_an_upload_that_cannot_be_put_together_costs_its_node_alone(federation, nodes, tmp_path):
+    """Of Flower, an array that names a chunk that is not there ends the run, or takes the host's memory."""
+    folder = write_partitions(DataConfig(), 4, 1, tmp_path / "data")[0]
+    config = {"name": "liar", "model": "hostile_node:forger", "data-path": str(folder), "state-dir": str(tmp_path)}
+    liar = federation.add_node("liar", config, environment={"PYTHONPATH": str(ROOT / "tests")})
+    try:
+        federation.wait_for_nodes()
+        log = io.StringIO()
+
+        outcome = federation.run(ROOT, settings(tmp_path / "run", min_nodes=4, rounds=2), log)
+    finally:
+        liar.processes.stop()
+        del federation.nodes["liar"]
+
+    assert outcome.status == "finished:completed", log.getvalue()
+    lines = metrics(tmp_path / "run")
+    assert [line["replies"]["received"] for line in lines] == [4, 3, 4]  # In the last round, for the last message.
+    assert "the reply cannot be put together: IndexError" in lines[1]["replies"]["reasons"]["liar"]
+    assert "more than 256 MB" in lines[2]["replies"]["reasons"]["liar"]
 
 
 @pytest.mark.slow

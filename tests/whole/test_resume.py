@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
         "from fedmmkt.server_app.record.checkpoint import ServerState, write_checkpoint\n"
         "def state(number):\n"
         "    adapter = {'lora': torch.full((100_000,), float(number))}\n"
-        "    return ServerState(number, 'run', (), {}, ('a', 'b'), (), adapter, [], [], (None, None), [], [])\n"
+        "    return ServerState(number, 'run', (), {}, ('a', 'b'), (), {}, adapter, [], [], (None, None), [], [])\n"
         "write_checkpoint(Path(sys.argv[1]), state(1), 2)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"

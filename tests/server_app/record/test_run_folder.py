@@ -215,3 +215,9 @@ def test_without_tensorboard_there_are_no_events(tmp_path):
 
     assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
     folder.close()
+
+
+def test_a_folder_in_which_a_run_has_just_begun_is_refused(tmp_path):
+    """It has no metrics yet, and its configuration is not to be overwritten."""
+    with RunFolder(tmp_path).in_use(), pytest.raises(ConfigError, match="is being written by a run that is going on"):
+        RunFolder.create(tmp_path, tensorboard=False)
