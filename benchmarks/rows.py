@@ -54,7 +54,8 @@ def _run(folder: Path, overrides: Overrides, nodes: int) -> tuple[Lines, float]:
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folders = {"output-dir": str(folder / "run"), "client.state-dir": str(folder / "clients")}
-    run_config = to_flower(RunConfig()) | {"tensorboard": False, "min-nodes": nodes} | folders | overrides
+    common = {"tensorboard": False, "local-only-control": False, "min-nodes": nodes}
+    run_config = to_flower(RunConfig()) | common | folders | overrides
     node_configs: list[Any] = [{"partition-id": node, "num-partitions": nodes} for node in range(nodes)]
     grid = InProcessGrid(
         "fedmmkt.client_app.app:app", run_config, node_configs, workers=min(nodes, os.cpu_count() or 1)

@@ -1,7 +1,8 @@
 """The ClientApp: it gets one message per round and answers with logits.
 
 ``train`` learns and answers the new batch. ``train.distill`` learns a last time. ``evaluate`` changes nothing.
-``query.classes`` returns the client's classes, if a node with data of its own shares them.
+``evaluate.final`` measures by class, at the end of a run. ``query.classes`` returns the client's classes, if a node with
+data of its own shares them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,15 @@ def evaluate_model(message: Message, context: Context) -> Message:
     """Report on the current model, without training."""
     client = Client(context, Request.from_content(message.content).instructions)
     return Message(RecordDict(client.report().to_records("report")), reply_to=message)
+
+
+@app.evaluate("final")
+@discreet
+def evaluate_finally(message: Message, context: Context) -> Message:
+    """Report on the final model, with its measures by class and those of a model that learned alone."""
+    client = Client(context, Request.from_content(message.content).instructions)
+    report, evaluation = client.report(), client.final_evaluation()
+    return Message(RecordDict({**report.to_records("report"), **evaluation.to_records("evaluation")}), reply_to=message)
 
 
 @app.query("classes")

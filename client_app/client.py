@@ -36,6 +36,7 @@ from fedmmkt.common.images import decode_images
 from fedmmkt.common.payloads import (
     ClientReport,
     DistillationPayload,
+    FinalEvaluation,
     Instructions,
     PayloadError,
     Request,
@@ -73,14 +74,10 @@ class Client:
             self.model_name = chosen_model(self.config, self.node)
         identity = context.node_id if self.node.partition_id is None else self.node.partition_id
         self.name = self.node.name or f"{model_label(self.model_name)}-{identity}"
-        seed = zlib.crc32(f"{self.config.seed}/{self.name}".encode())
-        torch.manual_seed(seed)
-        self.generator = torch.Generator().manual_seed(seed + instructions.round)
-
+        self.seed = zlib.crc32(f"{self.config.seed}/{self.name}".encode())
+        self.generator = self._generator(instructions.round)
         with refused_as("model", context.node_config):
-            task_model = self._build_model()
-        self.model = AlignedModel(task_model, instructions.anchor_size).to(self.device)
-        self.optimizer = AdamW(parameter_groups(self.model, self.config.client), weight_decay=1e-3)
+            self.model, self.optimizer = self._new_model()
         with refused_as("state folder", context.node_config):
             state_folder, *other_folders = _state_folders(self.config, self.node)
             ancestors = zip(instructions.ancestors, instructions.ancestor_rounds, strict=True)
@@ -89,7 +86,7 @@ class Client:
             if self.is_new and self.node.has_own_data:
                 runs = (instructions.run_key, *instructions.ancestors)
                 remove_old_runs(state_folder, runs, self.name, self.node.keep_runs, self.node.keep_days)
-        modality = task_model.modality
+        modality = self.model.task_model.modality
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
         data_arguments = (self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
         with refused_as("data", context.node_config):
@@ -172,14 +169,50 @@ class Client:
             awaiting=tuple(item.batch.batch_id for item in kept if item.targets is None),
         )
 
-    def _build_model(self) -> TaskModel:
-        classes = self.instructions.classes
-        where = "node-config key 'model'" if self.node.model else "run-config key 'client.models'"
-        extra, image_size = self.config.extra.as_dict(), self.config.data.image_size
-        model = build_task_model(self.model_name, len(classes), image_size, classes, extra, where)
-        if self.config.client.trainable == "head":
-            model.freeze_encoders()
+    def final_evaluation(self) -> FinalEvaluation:
+        """Measure the model by class and, in simulation, a model that learned from private data alone."""
+        classes = len(self.instructions.classes)
+        has_control = self.config.local_only_control and not self.node.has_own_data
+        return FinalEvaluation(
+            examples_C=self._private_set.class_counts(classes).cpu().numpy(),
+            tested_C=np.bincount(self.data.test.labels_N, minlength=classes),
+            correct_C=self._correct_C(self.model),
+            alone_correct_C=self._correct_C(self._learn_alone()) if has_control else None,
+        )
+
+    def _learn_alone(self) -> AlignedModel:
+        """Train a new model on private data alone, in as many private epochs as the client's own; nothing is saved.
+
+        The model begins with the same weights and sees the same private batches as in a run without any transfer.
+        """
+        model, optimizer = self._new_model()
+        settings = self.config.client
+        for round in range(1, self.instructions.round + 1):
+            epochs = settings.warmup_epochs if round == 1 else settings.local_epochs
+            train(model, optimizer, self._private_set, None, settings, epochs, self._generator(round))
         return model
+
+    def _correct_C(self, model: AlignedModel) -> np.ndarray:
+        """Count the test examples that a model classifies correctly, by class."""
+        test = self.data.test
+        predicted_N = predict(model.task_model, self._inputs(test)).argmax(1).cpu().numpy()
+        return np.bincount(test.labels_N[predicted_N == test.labels_N], minlength=len(self.instructions.classes))
+
+    def _new_model(self) -> tuple[AlignedModel, AdamW]:
+        """Build the model, as it is before any training, and its optimiser."""
+        torch.manual_seed(self.seed)
+        classes, image_size = self.instructions.classes, self.config.data.image_size
+        where = "node-config key 'model'" if self.node.model else "run-config key 'client.models'"
+        extra = self.config.extra.as_dict()
+        task_model = build_task_model(self.model_name, len(classes), image_size, classes, extra, where)
+        if self.config.client.trainable == "head":
+            task_model.freeze_encoders()
+        model = AlignedModel(task_model, self.instructions.anchor_size).to(self.device)
+        return model, AdamW(parameter_groups(model, self.config.client), weight_decay=1e-3)
+
+    def _generator(self, round: int) -> torch.Generator:
+        """Return the generator of the client's random draws in a round."""
+        return torch.Generator().manual_seed(self.seed + round)
 
     def _warn_of_cut(self, named: str, examples: Examples) -> None:
         """Warn of texts that are longer than what the model reads."""

@@ -347,6 +347,10 @@ class RunConfig(_Section):
     judge: bool = Field(
         True, description="measure the T2I with a classifier trained on the dataset, which the server then needs"
     )
+    local_only_control: bool = Field(
+        True,
+        description="at the end, each simulated client also trains a model on its private data alone, to compare with",
+    )
     tensorboard: bool = Field(True, description="write TensorBoard events")
     data: DataConfig = DataConfig()
     client: ClientConfig = ClientConfig()

@@ -60,6 +60,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_check
 # The keys of the records in a client's reply.
 REPORT_RECORDS = frozenset({"report", "report.metrics"})
 PAYLOAD_RECORDS = frozenset({"payload", "payload.arrays"})
+EVALUATION_RECORDS = REPORT_RECORDS | {"evaluation", "evaluation.arrays"}
 CLASS_RECORDS = frozenset({"classes", "classes.arrays"})
 RunKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
@@ -286,6 +287,47 @@ class ClientReport(_Message):
             raise PayloadError(f"no {cls.__name__} in the records {sorted(records)}; expected {prefix!r}")
         joined = {prefix: ConfigRecord({**settings, **numbers}), f"{prefix}.arrays": ArrayRecord()}
         return super().from_records(joined, prefix)
+
+
+class FinalEvaluation(_Message):
+    """A client's measures by class after the last round, with its report; only numbers of examples.
+
+    Attributes
+    ----------
+    examples_C, tested_C : numpy.ndarray
+        int64; private training examples and test examples of each class.
+    correct_C : numpy.ndarray
+        int64; the test examples of each class that the client's model recognises.
+    alone_correct_C : numpy.ndarray, optional
+        int64; the same for the local-only control, a model of the same kind that learned from the client's private data
+        alone, in as many private epochs. Only from simulated clients, and only if the run has the control.
+    """
+
+    examples_C: Int64Vector
+    tested_C: Int64Vector
+    correct_C: Int64Vector
+    alone_correct_C: Int64Vector | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in ("examples_C", "correct_C", "alone_correct_C"):
+            values_C = getattr(self, name)
+            if values_C is None:
+                continue
+            _require(
+                len(values_C) == len(self.tested_C),
+                f"{name} has {len(values_C)} classes, tested_C {len(self.tested_C)}",
+            )
+            _require(_within(values_C, 0, np.inf), f"{name} has a negative count")
+            _require(name == "examples_C" or bool((values_C <= self.tested_C).all()), f"{name} exceeds tested_C")
+        _require(bool(self.tested_C.sum() > 0), "no test example")
+        _require(bool(self.examples_C.sum() > 0), "no private example")
+        return self
+
+    def check_classes(self, classes: int) -> None:
+        """Check that the measures are of the run's class space; ``PayloadError`` if not."""
+        if len(self.tested_C) != classes:
+            raise PayloadError(f"final evaluation has {len(self.tested_C)} classes; expected {classes}")
 
 
 class ClassReport(_Message):

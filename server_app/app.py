@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from importlib.metadata import version
+from datetime import datetime
 from logging import ERROR, INFO
 from pathlib import Path
 
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
@@ -20,6 +19,7 @@ from fedmmkt.server_app.loop import RunError
 from fedmmkt.server_app.prompts import build_prompt_source
 from fedmmkt.server_app.record.checkpoint import check_resumable, find_state, remove_later_checkpoints
 from fedmmkt.server_app.record.judge import Judge
+from fedmmkt.server_app.record.provenance import describe_machine
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.recorder import Recorder
 from fedmmkt.server_app.rules.checks import check_rules
@@ -28,8 +28,6 @@ from fedmmkt.server_app.t2i.families import families
 from fedmmkt.server_app.t2i.generator import Generator
 
 app = ServerApp()
-
-PACKAGES = ("flwr", "torch", "diffusers", "transformers", "peft")
 
 
 @app.main()
@@ -81,12 +79,12 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed, family)
     judge = train_judge(config, splits) if splits else None
-    described = {
-        "classes": list(classes),
-        "versions": {package: version(package) for package in PACKAGES},
-        "run_id": str(run_id),
-        "threads": torch.get_num_threads(),
-    } | ({"resumed": {"run": state.run_key, "after-round": state.round}} if state else {})
+    described = (
+        {"classes": list(classes), "run_id": str(run_id), "started": datetime.now().isoformat(timespec="seconds")}
+        | describe_machine()
+        | ({"judge": {"accuracy": judge.accuracy}} if judge else {})
+        | ({"resumed": {"run": state.run_key, "after-round": state.round}} if state else {})
+    )
     # Flower's ids have up to 20 digits. Padded to 20, they give messages of equal runs the same size.
     ledger = Ledger(f"{run_id:020d}", config.client.pool_rounds, config.t2i.pool_rounds)
     recorder = Recorder(config, classes, run_folder, generator, prompts, judge, described)

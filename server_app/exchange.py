@@ -15,7 +15,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from fedmmkt.common.payloads import ClientReport, DistillationPayload, PayloadError, record_bytes
+from fedmmkt.common.payloads import ClientReport, DistillationPayload, FinalEvaluation, PayloadError, record_bytes
 from fedmmkt.common.plain_text import printable
 from fedmmkt.server_app.inbox import pull_reply
 
@@ -29,10 +29,11 @@ Admit = Callable[[int, ClientReport], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """A valid reply after parsing: the client's report, and its payload if one was requested."""
+    """A valid reply after parsing: the client's report, and its payload or final evaluation if one was requested."""
 
     report: ClientReport
     payload: DistillationPayload | None = None
+    evaluation: FinalEvaluation | None = None
 
     @property
     def required_payload(self) -> DistillationPayload:
@@ -86,6 +87,7 @@ def exchange(
     quorum: float,
     overdue: Mapping[str, int],
     most_bytes: int,
+    least_valid: int = 1,
 ) -> Iterator[Reply]:
     """Send messages and yield replies as they arrive, until all are there or the deadline passes with a quorum.
 
@@ -105,11 +107,13 @@ def exchange(
         Seconds after which the exchange closes if the quorum is met.
     quorum : float
         Fraction of the messages that must be answered before the exchange can close at the deadline. Any answer counts,
-        but at least one must be valid.
+        but ``least_valid`` must be valid.
     overdue : mapping of str to int
         Unanswered messages of earlier exchanges, with their nodes.
     most_bytes : int
         Largest size of a reply.
+    least_valid : int
+        Valid replies without which the exchange does not close.
     """
     outgoing = list(messages)
     pending = _push(grid, outgoing)
@@ -118,7 +122,7 @@ def exchange(
             yield Reply("rejected", node_id, "", reason=NOT_TAKEN)
     awaited = dict(overdue)
     began = time.monotonic()
-    any_valid = False
+    valid = 0
     while pending:
         swept, any_arrived = time.monotonic(), False
         for message_id, node_id in [*pending.items(), *awaited.items()]:
@@ -131,10 +135,10 @@ def exchange(
                 continue
             del pending[message_id]
             reply = _read(reply, read, admit)
-            any_valid |= reply.kind == "answered"
+            valid += reply.kind == "answered"
             yield reply
         now, answered = time.monotonic(), len(outgoing) - len(pending)
-        if any_valid and now - began > deadline and answered >= quorum * len(outgoing):
+        if valid >= least_valid and now - began > deadline and answered >= quorum * len(outgoing):
             break
         if pending and not any_arrived:
             time.sleep(max(POLL_SECONDS, now - swept))  # Each message is asked for: spare the SuperLink.

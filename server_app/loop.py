@@ -6,7 +6,7 @@ strategy to change a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Protocol
@@ -16,9 +16,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.supercore import log
 
-from fedmmkt.common.payloads import PAYLOAD_RECORDS, REPORT_RECORDS, check_keys
+from fedmmkt.common.payloads import EVALUATION_RECORDS, PAYLOAD_RECORDS, REPORT_RECORDS, check_keys
 from fedmmkt.server_app.class_space import wait_for_nodes
-from fedmmkt.server_app.exchange import Answer, exchange
+from fedmmkt.server_app.exchange import Answer, Reply, exchange
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.recorder import Recorder
 
@@ -64,6 +64,12 @@ class RoundSteps(Protocol):
 
     def configure_distill(self, server_round: int, grid: Grid) -> Iterable[Message]:
         """Return the requests after the last round."""
+
+    def configure_final_evaluation(self, server_round: int, grid: Grid) -> Iterable[Message]:
+        """Return the requests for measures by class, after the last distillation."""
+
+    def read_final_evaluation(self, reply: Message) -> Answer:
+        """Parse the reply to such a request."""
 
     def arrays(self) -> ArrayRecord:
         """Return the T2I's adapter."""
@@ -170,6 +176,7 @@ class Loop:
             if server_round == self.rounds:
                 messages = strategy.configure_distill(server_round, self.grid)
                 self._collect(server_round, messages, result)
+                self._evaluate_finally(server_round)
             self.ledger.add_participants(self.recorder.answered_clients())
         self._evaluate_on_server(server_round, result)
 
@@ -189,27 +196,10 @@ class Loop:
     ) -> list[Message]:
         """Exchange messages; return the valid replies sorted by client name, so that sums are reproducible."""
         outgoing = list(messages)
-        asked = {message.metadata.dst_node_id for message in outgoing}
         valid: dict[str, Message] = {}
         problems: dict[str, str] = {}
-        config = self.recorder.config
-
-        def read_asked(message: Message) -> Answer:
-            check_keys(message.content, records | self.strategy.extra_records)
-            return read(message)
-
-        replies = exchange(
-            self.grid,
-            outgoing,
-            read_asked,
-            admit=lambda node_id, report: self.ledger.admit(node_id, report, asked),
-            deadline=self.round_deadline,
-            quorum=config.quorum,
-            overdue=self.ledger.overdue,
-            most_bytes=round(config.reply_limit * 1e6),
-        )
         with self.recorder.exchange(outgoing):
-            for reply in replies:
+            for reply in self._exchange(outgoing, read, records, self.recorder.config.quorum, self.ledger.overdue):
                 sent_in = self.ledger.record_reply(reply, server_round)
                 name = self.ledger.name(reply.node_id)
                 self.recorder.record_reply(reply, name, sent_in)
@@ -217,12 +207,48 @@ class Loop:
                     valid[reply.answer.report.client] = reply.message
                 elif reply.kind != "late":
                     problems[name] = reply.reason
-        self.recorder.record_asked({self.ledger.name(node_id) for node_id in asked})
+        self.recorder.record_asked({self.ledger.name(message.metadata.dst_node_id) for message in outgoing})
         if not valid:
             nodes = {reason: [node for node in problems if problems[node] == reason] for reason in problems.values()}
             reasons = "; ".join(f"{', '.join(named)}: {reason}" for reason, named in nodes.items()) or "none was asked"
             raise RunError(f"round {server_round}: none of {len(outgoing)} nodes gave a valid reply ({reasons})")
         return [valid[client] for client in sorted(valid)]
+
+    def _evaluate_finally(self, server_round: int) -> None:
+        """Ask for measures by class. They count for no other measure, and a client without them is no failure."""
+        outgoing = list(self.strategy.configure_final_evaluation(server_round, self.grid))
+        read = self.strategy.read_final_evaluation
+        with self.recorder.timed("evaluate"):
+            for reply in self._exchange(outgoing, read, EVALUATION_RECORDS, quorum=0, overdue={}, least_valid=0):
+                self.recorder.record_evaluation(reply, self.ledger.name(reply.node_id))
+
+    def _exchange(
+        self,
+        outgoing: list[Message],
+        read: Read,
+        records: frozenset[str],
+        quorum: float,
+        overdue: Mapping[str, int],
+        least_valid: int = 1,
+    ) -> Iterator[Reply]:
+        """Exchange messages, with the bounds of the run on what replies may hold and who may answer."""
+        asked = {message.metadata.dst_node_id for message in outgoing}
+
+        def read_asked(message: Message) -> Answer:
+            check_keys(message.content, records | self.strategy.extra_records)
+            return read(message)
+
+        return exchange(
+            self.grid,
+            outgoing,
+            read_asked,
+            admit=lambda node_id, report: self.ledger.admit(node_id, report, asked),
+            deadline=self.round_deadline,
+            quorum=quorum,
+            overdue=overdue,
+            most_bytes=round(self.recorder.config.reply_limit * 1e6),
+            least_valid=least_valid,
+        )
 
     def _evaluate_on_server(self, server_round: int, result: Result) -> None:
         metrics = self.evaluate_fn(server_round, self.strategy.arrays()) if self.evaluate_fn else None

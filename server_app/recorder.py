@@ -24,7 +24,7 @@ from fedmmkt.common.images import resize_images
 from fedmmkt.common.payloads import record_bytes
 from fedmmkt.server_app.exchange import Reply
 from fedmmkt.server_app.ledger import Ledger
-from fedmmkt.server_app.prompts import PromptSource
+from fedmmkt.server_app.prompts import Prompt, PromptSource
 from fedmmkt.server_app.record.checkpoint import ServerState, write_checkpoint
 from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.record.round_record import RoundRecord
@@ -167,6 +167,16 @@ class Recorder:
         elif reply.kind == "late" and reply.bytes:
             log(WARNING, "  clients   %s answered round %s too late; the reply is not counted", name, sent_in)
 
+    def record_evaluation(self, reply: Reply, name: str) -> None:
+        """Record and show a client's final evaluation; one that is missing is shown only."""
+        if reply.answer is None or reply.answer.evaluation is None:
+            log(INFO, "  evaluate  %s gives no measures by class: %s", name, reply.reason)
+            return
+        evaluation = self._record.evaluations[reply.answer.report.client] = reply.answer.evaluation
+        if evaluation.alone_correct_C is not None:
+            alone = evaluation.alone_correct_C.sum() / evaluation.tested_C.sum()
+            log(INFO, "  evaluate  %-12s accuracy %.3f; alone %.3f", name, reply.answer.report.accuracy, alone)
+
     def record_asked(self, clients: set[str]) -> None:
         """Record which clients were asked."""
         self._record.asked |= clients
@@ -231,8 +241,21 @@ class Recorder:
                 record.alignment, record.frechet = measures.alignment, measures.frechet
             images = dict(zip(made_for, made.images_NHWC, strict=True))
             self._pictures = [Image.fromarray(images[index]) for index in shown]
+            self._write_captions([prompts[index] for index in shown])
             self._measured, self._measured_adapter = (record.alignment, record.frechet), adapter
             self.run_folder.write_images(record.round, self._pictures, GRID_COLUMNS)
+
+    def _write_captions(self, prompts: Sequence[Prompt]) -> None:
+        """Write the prompts of the image grid, and a real image beside each row if every row is of one class."""
+        rows = [prompts[start : start + GRID_COLUMNS] for start in range(0, len(prompts), GRID_COLUMNS)]
+        of_rows = [row[0].class_index if len({prompt.class_index for prompt in row}) == 1 else -1 for row in rows]
+        known = self.judge.real_images if self.judge and set(of_rows) <= self.judge.real_images.keys() else {}
+        self.run_folder.write_captions(
+            [prompt.text for prompt in prompts],
+            GRID_COLUMNS,
+            [self.classes[index] if index >= 0 else "" for index in of_rows],
+            [Image.fromarray(known[index]).resize(self._pictures[0].size) for index in of_rows if known],
+        )
 
     def _state(self, server_round: int, ledger: Ledger) -> ServerState:
         """Collect the state that a later run needs to continue from here."""
@@ -285,15 +308,19 @@ class Recorder:
         lines = self.run_folder.read_metrics()
         first, last = lines[0], lines[-1]
         log(INFO, "")
-        log(INFO, "%-28s %8s %8s", "", "before", "after")
+        alone = {name: values.get("alone") for name, values in last.get("evaluation", {}).get("per_client", {}).items()}
+        log(INFO, "%-28s %8s %8s %8s", "", "before", "alone", "after")
         rows = [("clients' mean accuracy", "clients", "accuracy", 3), ("T2I alignment", "generator", "alignment", 3)]
         rows.append(("T2I Frechet distance", "generator", "frechet", 1))
         for name, section, key, digits in rows:
-            log(INFO, "%-28s %8s %8s", name, _figure(first[section][key], digits), _figure(last[section][key], digits))
+            control = last.get("evaluation", {}).get("alone") if section == "clients" else None
+            before, after = _figure(first[section][key], digits), _figure(last[section][key], digits)
+            log(INFO, "%-28s %8s %8s %8s", name, before, _figure(control), after)
         for client, values in last["clients"]["per_client"].items():
             before = first["clients"]["per_client"].get(client, {}).get("accuracy")
             name = f"  {client} ({values['modality']})"
-            log(INFO, "%-28s %8s %8s", name, _figure(before), _figure(values["accuracy"]))
+            figures = _figure(before), _figure(alone.get(client)), _figure(values["accuracy"])
+            log(INFO, "%-28s %8s %8s %8s", name, *figures)
         log(INFO, "")
         log(INFO, "Report: %s", self.run_folder.report)
 

@@ -25,6 +25,7 @@ from fedmmkt.common.images import encode_images, resize_images
 from fedmmkt.common.payloads import (
     ClientReport,
     DistillationPayload,
+    FinalEvaluation,
     Instructions,
     Modality,
     PayloadError,
@@ -309,6 +310,25 @@ class FedMMKT(Strategy):
         # Round + 1, so that the random draws of a client differ from those of its last round.
         instructions = partial(self._instructions, server_round + 1)
         return make_requests(grid.get_node_ids(), self.ledger, instructions, f"{MessageType.TRAIN}.distill")
+
+    def configure_final_evaluation(self, server_round: int, grid: Grid) -> Iterable[Message]:
+        """Return the requests after the last distillation: one per known client, for its measures by class."""
+        # Round + 1: a client has learned once more in the last distillation.
+        content = Request(self._instructions(server_round + 1, is_known=True)).to_content()
+        for node_id in sorted(set(grid.get_node_ids()) & set(self.ledger.reports)):
+            yield Message(content, dst_node_id=node_id, message_type=f"{MessageType.EVALUATE}.final")
+
+    def read_final_evaluation(self, reply: Message) -> Answer:
+        """Parse the reply to such a request.
+
+        Raises
+        ------
+        PayloadError
+            If any part is invalid.
+        """
+        evaluation = FinalEvaluation.from_records(reply.content, "evaluation")
+        evaluation.check_classes(len(self.classes))
+        return replace(self.read_evaluate_reply(reply), evaluation=evaluation)
 
     def configure_evaluate(
         self,

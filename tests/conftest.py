@@ -18,6 +18,7 @@ TINY = {
     "rounds": 2,
     "tensorboard": False,
     "judge": False,
+    "local-only-control": False,
     "client.warmup-epochs": 1,
     "client.local-epochs": 1,
     "client.distillation-steps": 4,

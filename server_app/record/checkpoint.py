@@ -28,10 +28,11 @@ from fedmmkt.server_app.t2i.samples import Samples
 
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 
-# Settings that may change when a run is resumed: its length, its output, the nodes it waits for, and how it computes.
+# Settings that may change when a run is resumed: its length, its output and control, the nodes it waits for, and how
+# it computes.
 # If any other setting changed, it would be a different run.
 CHANGEABLE_ON_RESUME = {
-    *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tensorboard"),
+    *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tensorboard", "local-only-control"),
     *("min-nodes", "node-timeout", "round-deadline", "quorum", "reply-limit", "client.threads"),
     *("t2i.device", "t2i.offload", "t2i.gradient-checkpointing", "t2i.attention-slicing", "t2i.vae-tiling"),
     *("t2i.generation-batch-size", "t2i.adaptation-micro-batch-size"),

@@ -51,6 +51,13 @@ class Judge:
         Size of the class space.
     seed : int
         Seed of the training.
+
+    Attributes
+    ----------
+    accuracy : float
+        Its accuracy on the real test images.
+    real_images : dict of int to numpy.ndarray
+        The first test image of each class (height x width x RGB, uint8), to show beside generated images.
     """
 
     def __init__(
@@ -70,6 +77,9 @@ class Judge:
             *(nn.Flatten(), nn.Linear(1024, FEATURES), nn.ReLU()),
         )
         self.head = nn.Linear(FEATURES, classes)
+        self.real_images = {
+            index: test_NHWC[np.argmax(test_labels_N == index)] for index in np.unique(test_labels_N).tolist()
+        }
         self._train(_to_float(train_NHWC), torch.from_numpy(train_labels_N), seed)
         test_features_NF = self.embed(test_NHWC)
         self.accuracy = float(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fedmmkt.common.payloads import ClientReport
+from fedmmkt.common.payloads import ClientReport, FinalEvaluation
 from fedmmkt.server_app.exchange import Reply
 
 
@@ -30,11 +30,15 @@ class RoundRecord:
         Clients whose reply to an earlier round came too late, in this round; it is not counted.
     gone : set of str
         Clients that took part before and are no longer connected, or that went offline in this round.
+    evaluations : dict of str to FinalEvaluation
+        The measures by class, by client; only in the last round.
     """
 
     round: int
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("generate", "clients", "aggregate", "adapt", "measure", "total"), 0.0)
+        default_factory=lambda: dict.fromkeys(
+            ("generate", "clients", "aggregate", "adapt", "evaluate", "measure", "total"), 0.0
+        )
     )
     bytes_down: int = 0
     bytes_up: int = 0
@@ -44,6 +48,7 @@ class RoundRecord:
     missing: dict[str, str] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
+    evaluations: dict[str, FinalEvaluation] = field(default_factory=dict)
     generator_loss: float | None = None
     alignment: float | None = None
     frechet: float | None = None
@@ -90,6 +95,7 @@ class RoundRecord:
             for report in self.reports
         }
         modalities = sorted({report.modality for report in self.reports})
+        final = {"evaluation": _evaluation_to_json(self.evaluations)} if self.evaluations else {}
         return {
             "round": self.round,
             "clients": {
@@ -110,4 +116,36 @@ class RoundRecord:
                 "gone": sorted(self.gone),
                 "reasons": self.rejected | self.missing,
             },
-        }
+        } | final
+
+
+def _evaluation_to_json(evaluations: Mapping[str, FinalEvaluation]) -> dict[str, Any]:
+    """Return each client's measures by class, its accuracies that follow from them, and the means over the clients."""
+    per_client = {name: _client_to_json(evaluations[name]) for name in sorted(evaluations)}
+    keys = ("accuracy", "personal", "alone", "alone_personal")
+    values = {key: [client[key] for client in per_client.values() if client.get(key) is not None] for key in keys}
+    return {key: float(np.mean(found)) for key, found in values.items() if found} | {"per_client": per_client}
+
+
+def _client_to_json(evaluation: FinalEvaluation) -> dict[str, Any]:
+    examples_C, tested_C = evaluation.examples_C, evaluation.tested_C
+    measures: dict[str, Any] = {"examples": examples_C.tolist(), "tested": tested_C.tolist()}
+    for prefix, correct_C in (("", evaluation.correct_C), ("alone_", evaluation.alone_correct_C)):
+        if correct_C is not None:
+            measures |= {
+                f"{prefix}correct": correct_C.tolist(),
+                prefix.rstrip("_") or "accuracy": float(correct_C.sum() / tested_C.sum()),
+                f"{prefix}personal": personal_accuracy(correct_C, tested_C, examples_C),
+            }
+    return measures
+
+
+def personal_accuracy(correct_C: np.ndarray, tested_C: np.ndarray, examples_C: np.ndarray) -> float | None:
+    """Return the accuracy by class, weighted by a client's own class distribution.
+
+    Classes without test examples are left out; None if the client holds no other class.
+    """
+    weights_C = np.where(tested_C > 0, examples_C, 0)
+    if not weights_C.any():
+        return None
+    return float((weights_C * correct_C / np.maximum(tested_C, 1)).sum() / weights_C.sum())

@@ -104,6 +104,9 @@ class RunFolder:
                 if number <= last:
                     folder.images.mkdir(exist_ok=True)
                     shutil.copy2(picture, folder.images)
+            for file in (earlier.captions, earlier.real_images):
+                if file.exists():
+                    shutil.copy2(file, folder.images)
             for line in lines:
                 folder.append_metrics(line)
             return folder
@@ -155,6 +158,16 @@ class RunFolder:
     def images(self) -> Path:
         """Folder of the pictures, one per round."""
         return self.path / "images"
+
+    @property
+    def captions(self) -> Path:
+        """File of the prompts of the pictures (JSON), with the columns of a grid and the class of each row."""
+        return self.images / "prompts.json"
+
+    @property
+    def real_images(self) -> Path:
+        """Picture of real test images, one for each row of the grids."""
+        return self.images / "real.png"
 
     @property
     def lora(self) -> Path:
@@ -242,10 +255,42 @@ class RunFolder:
         OSError
             If it could not be written. The old content is then kept.
         """
-        grid = _grid(images, columns)
         path = self.images / f"round-{round:03d}.png"
-        write_atomically(path, lambda temporary: grid.save(temporary, format="PNG"))
+        _write_grid(path, images, columns)
         return path
+
+    def write_captions(
+        self, prompts: Sequence[str], columns: int, rows: Sequence[str], real: Sequence[Image.Image] = ()
+    ) -> None:
+        """Write what the grids show.
+
+        Parameters
+        ----------
+        prompts : sequence of str
+            One per picture of a grid.
+        columns : int
+            Pictures per row.
+        rows : sequence of str
+            The class of each row; empty for a row of several.
+        real : sequence of PIL.Image.Image
+            Real images, one per row, of the size of the pictures; none if they are not known.
+
+        Raises
+        ------
+        OSError
+            If it could not be written. The old content is then kept.
+        """
+        described = {"columns": columns, "prompts": list(prompts), "rows": list(rows)}
+        write_text(self.captions, json.dumps(described, indent=2) + "\n")
+        if real:
+            _write_grid(self.real_images, real, columns=1)
+
+    def read_captions(self) -> dict[str, Any]:
+        """Read what the grids show; empty for a run of an earlier version."""
+        if not self.captions.exists():
+            return {}
+        described: dict[str, Any] = json.loads(self.captions.read_text(encoding="utf-8"))
+        return described
 
     def close(self) -> None:
         """Close the TensorBoard events; a later `append_metrics` opens new ones."""
@@ -307,6 +352,11 @@ def _numbers(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(content, f"{tag}/{key}" if tag else str(key))
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield tag, value
+
+
+def _write_grid(path: Path, images: Sequence[Image.Image], columns: int) -> None:
+    grid = _grid(images, columns)
+    write_atomically(path, lambda temporary: grid.save(temporary, format="PNG"))
 
 
 def _grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fedmmkt.common.payloads import (
     ClientReport,
     DistillationPayload,
+    FinalEvaluation,
     Instructions,
     PayloadError,
     Request,
@@ -85,6 +86,37 @@ def test_a_report_survives_the_wire_and_shows_its_numbers_as_metrics():
     records = RecordDict(report.to_records("report"))
     assert dict(records["report.metrics"]) == {"examples": 3, "accuracy": 0.5, "loss": 1.25}
     assert ClientReport.from_records(records, "report") == report
+
+
+def make_evaluation(**changes):
+    counts = {"examples_C": [5, 0], "tested_C": [4, 6], "correct_C": [4, 3], "alone_correct_C": [4, 0]} | changes
+    return FinalEvaluation(**{name: np.array(values) for name, values in counts.items()})
+
+
+def test_a_final_evaluation_survives_the_wire():
+    evaluation = make_evaluation()
+
+    parsed = FinalEvaluation.from_records(RecordDict(evaluation.to_records("evaluation")), "evaluation")
+
+    assert equal(parsed, evaluation)
+    parsed.check_classes(2)
+    with pytest.raises(PayloadError, match="has 2 classes; expected 3"):
+        parsed.check_classes(3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"correct_C": [5, 3]}, "correct_C exceeds tested_C"),
+        ({"alone_correct_C": [4, -1]}, "alone_correct_C has a negative count"),
+        ({"examples_C": [5]}, "examples_C has 1 classes, tested_C 2"),
+        ({"examples_C": [0, 0]}, "no private example"),
+        ({"tested_C": [0, 0], "correct_C": [0, 0], "alone_correct_C": [0, 0]}, "no test example"),
+    ],
+)
+def test_a_final_evaluation_that_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_evaluation(**changes)
 
 
 def test_a_text_client_is_sent_no_image():

@@ -76,9 +76,9 @@ def read(reply: Message) -> Answer:
     return Answer(ClientReport.from_records(reply.content, "report"))
 
 
-def exchanged(grid, messages, read=read, admit=None, quorum=1.0, deadline=60, overdue=None):
+def exchanged(grid, messages, read=read, admit=None, quorum=1.0, deadline=60, overdue=None, least_valid=1):
     admit = admit or (lambda node_id, report: None)
-    return exchange(grid, messages, read, admit, deadline, quorum, overdue or {}, most_bytes=1_000_000)
+    return exchange(grid, messages, read, admit, deadline, quorum, overdue or {}, 1_000_000, least_valid)
 
 
 def ask(grid, fates, quorum, ledger, round_):
@@ -132,6 +132,14 @@ def test_replies_are_given_as_they_come():
     assert next(replies).node_id == 1
     assert grid.polls.total() == 1
     assert [reply.node_id for reply in replies] == [2]
+
+
+def test_an_exchange_that_needs_no_reply_closes_at_the_deadline_without_any():
+    grid = FatefulGrid(1)
+
+    replies = exchanged(grid, grid.send_as([Fate(NEVER, "valid")]), deadline=0, quorum=0, least_valid=0)
+
+    assert [reply.kind for reply in replies] == ["unanswered"]
 
 
 def test_a_node_that_is_not_admitted_is_refused_and_others_are_heard():

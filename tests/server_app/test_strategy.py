@@ -38,27 +38,36 @@ def without_seconds(lines):
 
 
 def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
-    run_config = tiny_run(tensorboard=True, judge=True)
+    run_config = tiny_run(tensorboard=True, judge=True, local_only_control=True)
 
     strategy, result, lines = run(run_config, make_grid(run_config))
 
     assert [line["round"] for line in lines] == [0, 1, 2]
     last = lines[-1]
-    assert set(last) == {"round", "clients", "generator", "bytes", "seconds", "replies"}
+    assert set(last) == {"round", "clients", "generator", "bytes", "seconds", "replies", "evaluation"}
+    assert all("evaluation" not in line for line in lines[:-1])
     clients = ["cnn-0", "dual-5", "mlp-1", "resnet-3", "text-4", "vit-2"]
     counts = {"received": 6, "rejected": 0, "missing": 0, "reasons": {}}
     assert last["replies"] == counts | {"asked": clients, "answered": clients, "late": [], "gone": []}
-    assert set(last["seconds"]) == {"generate", "clients", "aggregate", "adapt", "measure", "total"}
+    assert set(last["seconds"]) == {"generate", "clients", "aggregate", "adapt", "evaluate", "measure", "total"}
     assert len(last["clients"]["per_client"]) == 6
     accuracies = [client["accuracy"] for client in last["clients"]["per_client"].values()]
     assert last["clients"]["accuracy"] == pytest.approx(np.mean(accuracies))
+    final = last["evaluation"]["per_client"]
+    assert [final[name]["accuracy"] for name in clients] == pytest.approx(accuracies)
+    assert all(sum(client["tested"]) == 359 and len(client["alone_correct"]) == 10 for client in final.values())
     assert 0 <= last["generator"]["alignment"] <= 1
     assert last["generator"]["frechet"] > 0
     assert last["bytes"]["down"] > last["bytes"]["up"] > 0
     folder = tmp_path / "run"
-    assert {path.name for path in (folder / "images").iterdir()} == {f"round-{i:03d}.png" for i in range(3)}
+    pictures = {f"round-{i:03d}.png" for i in range(3)}
+    assert {path.name for path in (folder / "images").iterdir()} == pictures | {"prompts.json"}
     assert (folder / "report.html").stat().st_size > 10_000
-    assert json.loads((folder / "config.json").read_text())["config"]["rounds"] == 2
+    described = json.loads((folder / "config.json").read_text())
+    assert described["config"]["rounds"] == 2
+    assert 0.9 < described["judge"]["accuracy"] <= 1
+    assert described["versions"]["torch"] == torch.__version__
+    assert described["hardware"]["cores"] >= 1
     assert list(folder.rglob("events.out.tfevents*"))
     state = strategy.generator.adapter.state()
     assert set(result.arrays) == set(state)
@@ -101,9 +110,28 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(tiny_run, 
     assert lines[0] != lines[2]
 
 
+def test_the_control_equals_a_run_without_transfer_and_changes_no_other_number(tiny_run, make_grid):
+    common = {"client__models": "cnn,mlp", "client__local_epochs": 2}
+    isolated = {f"client__{name}_weight": 0.0 for name in ("distillation", "prompt", "alignment")}
+    configs = [
+        tiny_run(name="with", local_only_control=True, **common),
+        tiny_run(name="without", **common),
+        tiny_run(name="isolated", t2i__scores="none", **isolated, **common),
+    ]
+
+    with_control, without, alone = (without_seconds(run(config, make_grid(config, nodes=2))[2]) for config in configs)
+
+    final = with_control[-1].pop("evaluation")["per_client"]
+    assert {name: client["alone"] for name, client in final.items()} == {
+        name: client["accuracy"] for name, client in alone[-1]["clients"]["per_client"].items()
+    }
+    assert all("alone" not in client for client in without[-1].pop("evaluation")["per_client"].values())
+    assert with_control == without
+
+
 @pytest.mark.parametrize("feedback", ["logits", "logits+votes"])
 def test_nothing_but_the_named_payload_leaves_a_client(tiny_run, make_grid, feedback):
-    run_config = tiny_run(feedback=feedback)
+    run_config = tiny_run(feedback=feedback, local_only_control=True)
     grid = make_grid(run_config, nodes=7)
     models = ["cnn", "mlp", "vit", "resnet", "text", "text-transformer", "dual"]
     for context, model in zip(grid.contexts.values(), models, strict=True):
@@ -114,15 +142,20 @@ def test_nothing_but_the_named_payload_leaves_a_client(tiny_run, make_grid, feed
 
     run(run_config, grid)
 
-    assert len(sent) == 7 * (1 + 2 + 1)
+    assert len(sent) == 7 * (1 + 2 + 1 + 1)
     for reply in sent:
         kind, content = reply.metadata.message_type, reply.content
-        expected = {"report", "report.metrics"} | ({"payload", "payload.arrays"} if kind == "train" else set())
-        assert set(content) == expected
+        added = {"train": "payload", "evaluate.final": "evaluation"}.get(kind)
+        assert set(content) == {"report", "report.metrics"} | ({added, f"{added}.arrays"} if added else set())
         report, numbers = content["report"], content["report.metrics"]
         assert set(report) == {"client", "model", "modality", "kept", "awaiting"}
         assert set(numbers) == {"examples", "accuracy", "loss"}
         assert all(isinstance(value, int | float) for value in numbers.values())
+        if kind == "evaluate.final":
+            assert dict(content["evaluation"]) == {}
+            shapes = {name: (array.dtype, tuple(array.shape)) for name, array in content["evaluation.arrays"].items()}
+            counts = ("examples_C", "tested_C", "correct_C", "alone_correct_C")
+            assert shapes == dict.fromkeys(counts, ("int64", (10,)))
         if kind != "train":
             continue
         assert set(content["payload"]) == {"batch_id"}
@@ -225,6 +258,7 @@ def test_bad_clients_are_named_and_change_nothing_for_the_others(tiny_run, make_
     replies = lines[1]["replies"]
     assert replies["received"] == 1
     assert replies["rejected"] == 9
+    assert "evaluation" not in lines[-1]  # None of them knows the message, as a client of an earlier version.
     expected = {
         "mlp-1": "the disk of this hospital is on fire",
         "mlp-2": "300 of 300 values are not finite",

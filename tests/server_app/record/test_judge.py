@@ -42,3 +42,12 @@ def test_the_judge_recognises_prompted_classes():
 @pytest.mark.parametrize(("examples", "epochs"), [(1, 25), (8_000, 25), (40_000, 5), (300_000, 1)])
 def test_the_judge_sees_the_examples_of_a_large_dataset_less_often(examples, epochs):
     assert judge_epochs(examples) == epochs
+
+
+def test_the_judge_keeps_a_real_image_of_each_class():
+    labels_N = np.array([1, 1, 0])
+    images_NHWC = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
+
+    judge = Judge(images_NHWC, labels_N, images_NHWC, labels_N, 3, seed=0)
+
+    assert {index: image.max() for index, image in judge.real_images.items()} == {0: 2, 1: 0}
