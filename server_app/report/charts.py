@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-from markupsafe import Markup
+import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fedmmkt.server_app.report.measures import (
+    ClientRow,
     Line,
+    Measure,
     accuracy_of_client,
     client_rows,
     mean_accuracy,
     of_generator,
     points_of,
 )
+from fedmmkt.server_app.report.numbers import number, percent, seconds, size
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish. The page has its own shades for dark mode.
 COLOURS = {"blue": "#0072b2", "orange": "#d55e00", "green": "#009e73", "pink": "#cc79a7", "yellow": "#e69f00"}
@@ -27,9 +31,12 @@ COLOURS |= {"sky": "#56b4e9", "grey": "#8a8f98"}
 INK = "#010203"  # placeholder for the page's text colour
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "p": "⬟", "h": "⬢"}
 DISTINCT_CLIENTS = len(MARKERS)  # more clients than this are coloured by modality
+MOST_CURVES = 30  # of more clients than this, the spread is drawn instead of curves
 MODALITIES = {"image": "blue", "text": "orange", "image+text": "green"}
 STAGES = {"generate": "blue", "clients": "orange", "aggregate": "pink", "adapt": "green", "measure": "yellow"}
+STAGES |= {"evaluate": "sky"}
 FEWEST_ROUNDS = 4  # a chart has room for at least this many
+MOST_LABELLED_ROUNDS = 12
 MOST_MARKED_ROUNDS = 40  # with more rounds, curves have no markers
 
 CHART_SIZE = (4.6, 2.6)  # inches; small, so that the text stays readable on a phone
@@ -68,34 +75,59 @@ class Legend:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: title, inline SVG without any text from the run, and legend."""
+    """A chart: title, inline SVG with the values of each round to point at, and legend."""
 
     title: str
     svg: Markup
     legend: Sequence[Legend] = ()
 
 
-def charts_of(lines: list[Line]) -> list[Chart]:
-    """Draw one chart for each measure that the rounds have."""
-    alignment, frechet, loss = (points_of(lines, of_generator(key)) for key in ("alignment", "frechet", "loss"))
+def charts_of(lines: list[Line], chance: float | None = None) -> list[Chart]:
+    """Draw one chart for each measure that the rounds have.
+
+    Parameters
+    ----------
+    lines : list of dict
+        The rounds.
+    chance : float, optional
+        The accuracy of guessing, drawn as a line.
+    """
+    rows = client_rows(lines)
     with matplotlib.rc_context(CHART_STYLE):
         charts = [
-            _accuracy_chart(lines),
-            _line_chart("T2I alignment", alignment, "green", percent=True),
-            _line_chart("T2I Fréchet distance", frechet, "pink"),
-            _line_chart("LoRA loss", loss, "orange"),
+            _accuracy_chart(lines, rows, chance),
+            _gains_chart(rows) if len(rows) > MOST_CURVES else None,
+            _line_chart("T2I alignment", lines, of_generator("alignment"), "green", in_percent=True),
+            _line_chart("T2I Fréchet distance", lines, of_generator("frechet"), "pink"),
+            _line_chart("LoRA loss", lines, of_generator("loss"), "orange"),
             _bytes_chart(lines),
             _seconds_chart(lines),
         ]
     return [chart for chart in charts if chart is not None]
 
 
-def _accuracy_chart(lines: list[Line]) -> Chart:
-    clients = client_rows(lines)
-    few = len(clients) <= DISTINCT_CLIENTS
+def _accuracy_chart(lines: list[Line], rows: Sequence[ClientRow], chance: float | None) -> Chart:
     figure, axes = _axes(lines, percent=True)
+    draw = _draw_curves if len(rows) <= MOST_CURVES else _draw_spread
+    legend = draw(axes, lines, rows)
+    mean = points_of(lines, mean_accuracy)
+    if mean:
+        axes.plot(*zip(*mean, strict=True), color=INK, linewidth=3, marker=_marker(mean), markersize=5)
+        legend.append(Legend("●", "ink", "mean"))
+    if chance is not None:
+        axes.axhline(chance, color=COLOURS["grey"], linestyle=(0, (4, 3)), linewidth=1.2)
+        legend.append(Legend("┄", "grey", f"chance, {percent(chance)}"))
+    readings = {line["round"]: _accuracies(line, few=len(rows) <= DISTINCT_CLIENTS) for line in lines}
+    label = "Accuracy of each client" if len(rows) <= MOST_CURVES else f"Accuracy of {len(rows)} clients"
+    summary = _summary("mean accuracy", [(number, percent(value)) for number, value in mean])
+    return Chart(label, _svg(figure, f"{label}: {summary}", readings), list(dict.fromkeys(legend)))
+
+
+def _draw_curves(axes: Any, lines: list[Line], rows: Sequence[ClientRow]) -> list[Legend]:
+    """Draw a curve for each client; many clients are coloured by modality."""
+    few = len(rows) <= DISTINCT_CLIENTS
     legend = []
-    for index, client in enumerate(clients):
+    for index, client in enumerate(rows):
         colour = list(COLOURS)[index] if few else MODALITIES.get(client.modality, "grey")
         marker = list(MARKERS)[index] if few else "o"
         points = points_of(lines, accuracy_of_client(client.name))
@@ -106,21 +138,42 @@ def _accuracy_chart(lines: list[Line]) -> Chart:
             alpha=0.9 if few else 0.45,
         )
         legend.append(Legend(MARKERS[marker], colour, client.name if few else f"{client.modality} clients"))
-    mean = points_of(lines, mean_accuracy)
-    if mean:
-        axes.plot(*zip(*mean, strict=True), color=INK, linewidth=3, marker=_marker(mean), markersize=5)
-        legend.append(Legend("●", "ink", "mean"))
-    return Chart("Accuracy of each client", _svg(figure), list(dict.fromkeys(legend)))
+    return legend
 
 
-def _line_chart(title: str, points: list[tuple[int, float]], colour: str, percent: bool = False) -> Chart | None:
+def _draw_spread(axes: Any, lines: list[Line], rows: Sequence[ClientRow]) -> list[Legend]:
+    """Draw the range of all clients' accuracies in each round, and that of the middle four fifths."""
+    measured = [(line["round"], _values(line)) for line in lines if line["clients"]["per_client"]]
+    rounds = [number for number, _ in measured]
+    for low, high, alpha in ((0, 100, 0.18), (10, 90, 0.35)):
+        edges = np.array([np.percentile(values, (low, high)) for _, values in measured])
+        axes.fill_between(rounds, *edges.T, color=COLOURS["blue"], alpha=alpha, linewidth=0)
+    return [Legend("■", "blue", "all clients, and the middle four fifths")]
+
+
+def _gains_chart(rows: Sequence[ClientRow]) -> Chart:
+    """Draw how many clients gain how much."""
+    figure, axes = _empty_axes()
+    gains = [100 * row.gain for row in rows]
+    heights, edges = np.histogram(gains, bins=20)
+    axes.stairs(heights, edges, fill=True, color=COLOURS["blue"])
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_xlabel("gain in points")
+    label = "Number of clients by their gain"
+    summary = f"from {min(gains):+.1f} to {max(gains):+.1f} points, median {np.median(gains):+.1f}"
+    return Chart(label, _svg(figure, f"{label}: {summary}"))
+
+
+def _line_chart(title: str, lines: list[Line], measure: Measure, colour: str, in_percent: bool = False) -> Chart | None:
+    points = points_of(lines, measure)
     if not points:
         return None
-    figure, axes = _axes([{"round": number} for number, _ in points], percent)
+    figure, axes = _axes([{"round": round} for round, _ in points], in_percent)
     axes.plot(*zip(*points, strict=True), color=COLOURS[colour], marker=_marker(points), linewidth=2)
-    if not percent:
+    if not in_percent:
         axes.set_ylim(bottom=min(0, *(value for _, value in points)))
-    return Chart(title, _svg(figure))
+    texts = [(round, (percent if in_percent else number)(value)) for round, value in points]
+    return Chart(title, _svg(figure, f"{title}: {_summary('value', texts)}", dict(texts)))
 
 
 def _bytes_chart(lines: list[Line]) -> Chart:
@@ -132,14 +185,20 @@ def _bytes_chart(lines: list[Line]) -> Chart:
         heights = [line["bytes"][way] / scale for line in lines]
         _bars(axes, [number + shift for number in rounds], 0.4, heights, [0.0] * len(rounds), COLOURS[colour])
     legend = [Legend("■", "sky", "to clients"), Legend("■", "orange", "from clients")]
-    return Chart(f"Traffic of a round, {unit}", _svg(figure), legend)
+    title = f"Traffic of a round, {unit}"
+    readings = {
+        line["round"]: f"{size(line['bytes']['down'])} to clients, {size(line['bytes']['up'])} from clients"
+        for line in lines
+    }
+    return Chart(title, _svg(figure, f"{title}: {_summary('traffic', list(readings.items()))}", readings), legend)
 
 
 def _seconds_chart(lines: list[Line]) -> Chart:
     figure, axes = _axes(lines)
     rounds = [line["round"] for line in lines]
     stages = {stage: [line["seconds"].get(stage, 0) for line in lines] for stage in STAGES}
-    sums = [sum(heights) for heights in zip(*stages.values(), strict=True)]
+    stages = {stage: values for stage, values in stages.items() if any(values)}
+    sums = [sum(heights) for heights in zip(*stages.values(), strict=True)] or [0] * len(lines)
     stages["other"] = [max(0, line["seconds"]["total"] - named) for line, named in zip(lines, sums, strict=True)]
     bottom = [0.0] * len(lines)
     colours = {**STAGES, "other": "grey"}
@@ -147,7 +206,38 @@ def _seconds_chart(lines: list[Line]) -> Chart:
         top = [low + height for low, height in zip(bottom, heights, strict=True)]
         _bars(axes, rounds, 0.7, top, bottom, COLOURS[colours[stage]])
         bottom = top
-    return Chart("Seconds of a round", _svg(figure), [Legend("■", colour, stage) for stage, colour in colours.items()])
+    readings = {
+        line["round"]: ", ".join(f"{stage} {seconds(values[index])}" for stage, values in stages.items())
+        for index, line in enumerate(lines)
+    }
+    title = "Seconds of a round"
+    summary = _summary("total", [(line["round"], seconds(line["seconds"]["total"])) for line in lines])
+    legend = [Legend("■", colours[stage], stage) for stage in stages]
+    return Chart(title, _svg(figure, f"{title}: {summary}", readings), legend)
+
+
+def _values(line: Line) -> list[float]:
+    return [client["accuracy"] for client in line["clients"]["per_client"].values()]
+
+
+def _accuracies(line: Line, few: bool) -> str:
+    """Say the accuracies of a round: of each client if they are few, else their range."""
+    clients, mean = line["clients"]["per_client"], line["clients"]["accuracy"]
+    if not clients:
+        return "no client"
+    if few:
+        named = [f"{name} {percent(client['accuracy'])}" for name, client in clients.items()]
+    else:
+        named = [f"lowest {percent(min(_values(line)))}", f"highest {percent(max(_values(line)))}"]
+    return ", ".join([f"mean {percent(mean)}", *named])
+
+
+def _summary(what: str, texts: Sequence[tuple[int, str]]) -> str:
+    """Say the first and the last value of a curve, for those who do not see it."""
+    if not texts:
+        return "no values"
+    (first, before), (last, after) = texts[0], texts[-1]
+    return f"{what} {before} in round {first}" + (f", {after} in round {last}" if first != last else "")
 
 
 def _marker(points: Sequence[object], marker: str = "o") -> str | None:
@@ -164,25 +254,40 @@ def _bars(
 
 
 def _axes(lines: Sequence[Line], percent: bool = False) -> tuple[Any, Any]:
-    """Make a figure with empty axes; the x axis shows the rounds."""
-    width, height = CHART_SIZE
-    figure = Figure(figsize=(width, height))
-    left = 0.5 / width
-    axes = figure.add_axes((left, 0.42 / height, 1 - left - 0.08 / width, 1 - 0.5 / height))
-    rounds = [line["round"] for line in lines]
-    axes.set_xlim(min(rounds) - 0.5, max(*rounds, min(rounds) + FEWEST_ROUNDS - 1) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    """Make a figure with empty axes; the x axis shows the rounds that there are."""
+    figure, axes = _empty_axes()
+    rounds = sorted({line["round"] for line in lines})
+    axes.set_xlim(rounds[0] - 0.5, max(rounds[-1], rounds[0] + FEWEST_ROUNDS - 1) + 0.5)
+    axes.set_xticks(rounds[:: -(-len(rounds) // MOST_LABELLED_ROUNDS)])
     axes.set_xlabel("round")
-    axes.grid(axis="y")
     if percent:
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return figure, axes
 
 
-def _svg(figure: Any) -> Markup:
-    """Return the figure as inline SVG; its colours follow the page's light or dark mode."""
+def _empty_axes() -> tuple[Any, Any]:
+    width, height = CHART_SIZE
+    figure = Figure(figsize=(width, height))
+    left = 0.5 / width
+    axes = figure.add_axes((left, 0.42 / height, 1 - left - 0.08 / width, 1 - 0.5 / height))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.grid(axis="y")
+    return figure, axes
+
+
+def _svg(figure: Any, label: str = "", readings: Mapping[int, str] | None = None) -> Markup:
+    """Return the figure as inline SVG; its colours follow the page's light or dark mode.
+
+    Parameters
+    ----------
+    figure : Figure
+        A figure with one axes.
+    label : str
+        Text for those who do not see the chart.
+    readings : mapping of int to str, optional
+        The values of each round, shown where the reader points.
+    """
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -191,4 +296,22 @@ def _svg(figure: Any) -> Markup:
     drawn = drawn[drawn.index("<svg") :].replace(INK, "var(--ink)")
     for name, value in COLOURS.items():
         drawn = drawn.replace(value, f"var(--{name})")
-    return Markup(drawn)  # safe: matplotlib wrote it, and it contains no text from the run
+    if label:
+        drawn = drawn.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    before, end, after = drawn.rpartition("</svg>")
+    # Safe: matplotlib wrote the figure, and texts from the run are escaped.
+    return Markup(before + _hover_areas(figure, readings or {}) + end + after)
+
+
+def _hover_areas(figure: Any, readings: Mapping[int, str]) -> str:
+    """Return an invisible area for each round, with its values as a title, in the units of the SVG (points)."""
+    axes, scale = figure.axes[0], 72 / figure.dpi
+    _, height = figure.get_size_inches() * 72
+    areas = []
+    for round, text in readings.items():
+        left, right = (axes.transData.transform((round + side, 0))[0] * scale for side in (-0.5, 0.5))
+        areas.append(
+            f'<rect class="reading" x="{left:.1f}" y="0" width="{right - left:.1f}" height="{height:.1f}">'
+            f"<title>{escape(f'Round {round}: {text}')}</title></rect>"
+        )
+    return "".join(areas)

@@ -1,13 +1,14 @@
-"""Values from the lines of ``metrics.jsonl``: by round, before and after, and per client."""
+"""Values from the lines of ``metrics.jsonl``: by round, by client, and untrained, alone and federated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fedmmkt.common.natural_order import natural_key
-from fedmmkt.server_app.report.numbers import counted, number, percent
+from fedmmkt.server_app.report.noise import Share, Verdict, mean_share, share, verdict
+from fedmmkt.server_app.report.numbers import counted, number, percent, points
 
 Line = dict[str, Any]
 Measure = Callable[[Line], float | None]
@@ -15,36 +16,105 @@ Measure = Callable[[Line], float | None]
 
 @dataclass(frozen=True)
 class Headline:
-    """A measure at its first and at its last value.
+    """A measure before and after learning.
 
     Attributes
     ----------
-    title, before, after, change, note : str
-        Texts to show. ``before`` and ``change`` are empty if there is only one round.
-    better : bool or None
-        Whether the change is an improvement; None if there is no change.
+    title : str
+        What is measured.
+    values : tuple of (str, str)
+        Names and texts of the values, the final one last.
+    change : str
+        The change to the final value; empty if there is none to compare with.
+    verdict : str
+        Whether the change is an improvement beyond noise; empty if the noise is not known.
+    note : str
+        How many clients and which rounds.
     """
 
     title: str
-    before: str
-    after: str
+    values: tuple[tuple[str, str], ...]
     change: str
-    better: bool | None
+    verdict: Verdict
     note: str
 
 
 @dataclass(frozen=True)
 class ClientRow:
-    """A client's first and last accuracy, with their rounds, and its description."""
+    """A client's description and its accuracies, which are None where they are not known.
+
+    Attributes
+    ----------
+    name, model, modality, examples
+        Its last description.
+    before, alone, after : Share or None
+        Its accuracy in its first round, alone, and in its last round.
+    first, last : int
+        These rounds.
+    personal, alone_personal : float or None
+        The accuracy weighted by the client's own class distribution, federated and alone.
+    """
 
     name: str
     model: str
     modality: str
     examples: int
-    before: float
-    after: float
+    before: Share
+    alone: Share | None
+    after: Share
     first: int
     last: int
+    personal: float | None
+    alone_personal: float | None
+
+    @property
+    def base(self) -> Share:
+        """What the client is compared with: itself alone, or in its first round if that is not known."""
+        return self.alone or self.before
+
+    @property
+    def gain(self) -> float:
+        """Difference of its last accuracy to its base."""
+        return self.after.value - self.base.value
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the client gains beyond noise."""
+        return verdict(self.base, self.after)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The accuracy of clients without the federation, by name.
+
+    Attributes
+    ----------
+    accuracies : dict of str to float
+        By client.
+    source : str
+        ``control``: a model that learned from private data alone, in as many private epochs. ``warm-up``: the client's
+        own model in round 1, before its first distillation. Empty if it is not known.
+    """
+
+    accuracies: dict[str, float]
+    source: Literal["control", "warm-up", ""]
+
+
+def alone_of(lines: Sequence[Line]) -> Alone:
+    """Return what clients reach alone: the local-only control if the run has one, else the accuracy after warm-up."""
+    control = {name: client["alone"] for name, client in evaluations_of(lines).items() if "alone" in client}
+    if control:
+        return Alone(control, "control")
+    if len(lines) > 2 and lines[1]["round"] == 1:  # With one round only, its report follows the distillation.
+        per_client = lines[1]["clients"]["per_client"]
+        return Alone({name: client["accuracy"] for name, client in per_client.items()}, "warm-up")
+    return Alone({}, "")
+
+
+def evaluations_of(lines: Sequence[Line]) -> dict[str, Any]:
+    """Return the clients' final evaluations by name; empty before the end, and for runs of earlier versions."""
+    evaluations: dict[str, Any] = lines[-1].get("evaluation", {}).get("per_client", {}) if lines else {}
+    return evaluations
 
 
 def points_of(lines: Iterable[Line], measure: Measure) -> list[tuple[int, float]]:
@@ -79,47 +149,78 @@ def of_generator(key: str) -> Measure:
     return lambda line: line["generator"][key]
 
 
-def headlines_of(lines: list[Line]) -> list[Headline]:
-    """Compare each measure's first value with its last."""
+def headlines_of(lines: list[Line], alignment_samples: int | None = None) -> list[Headline]:
+    """Compare untrained, alone and federated clients, and the T2I model before and after.
+
+    Parameters
+    ----------
+    lines : list of dict
+        The rounds.
+    alignment_samples : int, optional
+        Number of images of which the alignment is a share.
+    """
     modalities = sorted({client["modality"] for line in lines for client in line["clients"]["per_client"].values()})
     title = "{} clients, mean accuracy".format
-    found = [_headline(title("All"), lines, mean_accuracy, _counts(lines))]
+    found = [_clients_headline(title("All"), lines, mean_accuracy)]
     if len(modalities) > 1:
         found += [
-            _headline(title(name.capitalize()), lines, accuracy_of_modality(name), _counts(lines, name))
-            for name in modalities
+            _clients_headline(title(name.capitalize()), lines, accuracy_of_modality(name), name) for name in modalities
         ]
-    found += [
-        _headline("T2I alignment", lines, of_generator("alignment"), "recognised as prompted"),
-        _headline("T2I Fréchet distance", lines, of_generator("frechet"), "lower is better", sign=-1),
-    ]
+    found += [_alignment_headline(lines, alignment_samples), _frechet_headline(lines)]
     return [headline for headline in found if headline is not None]
 
 
-def _headline(title: str, lines: list[Line], measure: Measure, note: str, sign: int = 1) -> Headline | None:
-    """Compare a measure's first value with its last.
-
-    ``sign`` is -1 if lower is better. The values are then shown as numbers, not as percentages.
-    """
-    points = points_of(lines, measure)
-    if not points:
+def _clients_headline(title: str, lines: list[Line], measure: Measure, modality: str | None = None) -> Headline | None:
+    measured = points_of(lines, measure)
+    if not measured:
         return None
-    (first, before), (last, after) = points[0], points[-1]
-    difference = after - before
-    show, change = (percent, f"{100 * difference:+.1f} points") if sign > 0 else (number, _relative(before, after))
-    rounds = f"round {first}" if first == last else f"rounds {first} to {last}"
-    return Headline(
-        title,
-        show(before) if len(points) > 1 else "",
-        show(after),
-        change.replace("-", "−") if len(points) > 1 else "",
-        None if difference == 0 else sign * difference > 0,
-        f"{note}, {rounds}",
+    (first, before), (last, after) = measured[0], measured[-1]
+    note = f"{_counts(lines, modality)}, {_rounds(first, last)}"
+    values = [("untrained" if first == 0 else f"round {first}", percent(before))]
+    if first == last:
+        return Headline(title, tuple(values), "", "", note)
+    rows = [row for row in client_rows(lines) if modality in (None, row.modality) and row.last == last]
+    alone = [row.alone for row in rows if row.alone is not None]
+    base, federated = (
+        mean_share(alone) or mean_share([row.before for row in rows]),
+        mean_share([row.after for row in rows]),
     )
+    change = points(after - before)
+    if base and alone:
+        values.append(("alone", percent(base.value)))
+        change = f"{points(after - base.value)} than alone"
+        note += f", {len(alone)} of them alone" if len(alone) < len(rows) else ""
+    return Headline(title, (*values, ("federated", percent(after))), change, verdict(base, federated), note)
 
 
-def _relative(before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.0f} %" if before else f"{after - before:+.3g}"
+def _alignment_headline(lines: list[Line], samples: int | None) -> Headline | None:
+    measured = points_of(lines, of_generator("alignment"))
+    if not measured:
+        return None
+    (first, before), (last, after) = measured[0], measured[-1]
+    note = f"recognised as prompted, {_rounds(first, last)}"
+    if first == last:
+        return Headline("T2I alignment", (("before", percent(before)),), "", "", note)
+    values = (("before", percent(before)), ("after", percent(after)))
+    judged = verdict(share(before, samples), share(after, samples))
+    return Headline("T2I alignment", values, points(after - before), judged, note)
+
+
+def _frechet_headline(lines: list[Line]) -> Headline | None:
+    measured = points_of(lines, of_generator("frechet"))
+    if not measured:
+        return None
+    (first, before), (last, after) = measured[0], measured[-1]
+    note = f"lower is better, {_rounds(first, last)}"
+    if first == last:
+        return Headline("T2I Fréchet distance", (("before", number(before)),), "", "", note)
+    change = f"{100 * (after / before - 1):+.0f} %" if before else f"{after - before:+.3g}"
+    values = (("before", number(before)), ("after", number(after)))
+    return Headline("T2I Fréchet distance", values, change.replace("-", "−"), "", note)
+
+
+def _rounds(first: int, last: int) -> str:
+    return f"round {first}" if first == last else f"rounds {first} to {last}"
 
 
 def _counts(lines: list[Line], modality: str | None = None) -> str:
@@ -136,11 +237,47 @@ def client_rows(lines: list[Line]) -> list[ClientRow]:
     for line in lines:
         for name, client in line["clients"]["per_client"].items():
             seen.setdefault(name, []).append((line["round"], client))
+    alone, evaluations = alone_of(lines).accuracies, evaluations_of(lines)
     rows = []
     for name, reports in seen.items():
         (first, before), (last, after) = reports[0], reports[-1]
-        described = {key: after[key] for key in ("model", "modality", "examples")}
+        evaluation = evaluations.get(name, {})
+        tested = sum(evaluation.get("tested", ())) or None
         rows.append(
-            ClientRow(name, **described, before=before["accuracy"], after=after["accuracy"], first=first, last=last)
+            ClientRow(
+                name,
+                **{key: after[key] for key in ("model", "modality", "examples")},
+                before=share(before["accuracy"], tested),
+                alone=share(alone[name], tested) if name in alone else None,
+                after=share(after["accuracy"], tested),
+                first=first,
+                last=last,
+                personal=evaluation.get("personal"),
+                alone_personal=evaluation.get("alone_personal"),
+            )
         )
     return sorted(rows, key=lambda row: (row.modality, natural_key(row.name)))
+
+
+def summary_of(rows: Sequence[ClientRow]) -> list[str]:
+    """Say in sentences how many clients gain, which gains least, and which has the lowest accuracy."""
+    compared = [row for row in rows if row.alone is not None or row.first != row.last]
+    if not compared:
+        return []
+    least, lowest = min(compared, key=lambda row: row.gain), min(compared, key=lambda row: row.after.value)
+    base = "alone" if least.alone else "before"
+    sentences = []
+    if all(row.verdict for row in compared):
+        counts = {said: sum(row.verdict == said for row in compared) for said in ("better", "worse", "within noise")}
+        sentences.append(
+            f"Of {counted(len(compared), 'client')}, {counts['better']} are better federated than {base} beyond noise, "
+            f"{counts['worse']} worse, {counts['within noise']} within noise."
+        )
+    judged = f", {least.verdict}" if least.verdict == "within noise" else ""
+    sentences += [
+        f"{least.name} gains least: {points(least.gain)} "
+        f"(from {percent(least.base.value)} to {percent(least.after.value)}{judged}).",
+        f"{lowest.name} has the lowest accuracy: {percent(lowest.after.value)}, with "
+        f"{counted(lowest.examples, 'private example')} ({base} {percent(lowest.base.value)}).",
+    ]
+    return sentences

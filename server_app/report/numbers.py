@@ -12,6 +12,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def points(difference: float) -> str:
+    """Format a difference of fractions in percentage points."""
+    return f"{100 * difference:+.1f} points".replace("-", "−")
+
+
 def number(value: float | None) -> str:
     """Format a number with three significant digits, or as an integer from 100 on."""
     return "–" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

@@ -14,9 +14,21 @@ from fedmmkt.common.files import write_text
 from fedmmkt.common.installed import installed
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.report.charts import COLOURS, charts_of
-from fedmmkt.server_app.report.measures import Line, client_rows, headlines_of
-from fedmmkt.server_app.report.numbers import counted, flat, number, percent, seconds, size
-from fedmmkt.server_app.report.pictures import Picture, pictures_of
+from fedmmkt.server_app.report.heat import heat_maps_of
+from fedmmkt.server_app.report.measures import (
+    ClientRow,
+    Line,
+    alone_of,
+    client_rows,
+    evaluations_of,
+    headlines_of,
+    summary_of,
+)
+from fedmmkt.server_app.report.numbers import counted, flat, number, percent, points, seconds, size
+from fedmmkt.server_app.report.pictures import Captions, Picture, captions_of, pictures_of
+from fedmmkt.server_app.report.settings import Setting, repeating_run_config, settings_of
+
+MOST_CLIENT_ROWS = 40  # of more clients, those that gain least and those that gain most are listed
 
 
 def write_report(folder: Path) -> Path:
@@ -38,7 +50,8 @@ def write_report(folder: Path) -> Path:
         If ``config.json`` is missing or the page could not be written. An earlier page is then kept.
     """
     run = RunFolder(folder)
-    write_text(run.report, _render(run.read_config(), run.read_metrics(), pictures_of(run), _last_change(run)))
+    page = _render(run.read_config(), run.read_metrics(), pictures_of(run), captions_of(run), _last_change(run))
+    write_text(run.report, page)
     return run.report
 
 
@@ -54,32 +67,108 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _render(described: Mapping[str, Any], lines: list[Line], pictures: list[Picture], changed: str) -> str:
-    config = described["config"]
+def _render(
+    described: Mapping[str, Any], lines: list[Line], pictures: list[Picture], captions: Captions, changed: datetime
+) -> str:
+    config, classes = described["config"], described["classes"]
     planned = config["rounds"]
     done = lines[-1]["round"] if lines else None
     folder = installed("server_app/report/page.html").parent  # An app bundle contains no HTML.
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "number": number, "size": size, "seconds": seconds}
+    environment.filters |= {"percent": percent, "number": number, "points": points, "size": size, "seconds": seconds}
+    clients = client_rows(lines)
     return environment.get_template("page.html").render(
+        title=_title(described, changed),
         run_id=described["run_id"],
-        facts=_facts(config, described["classes"], lines),
+        facts=_facts(config, classes, clients),
+        totals=_totals(lines),
+        machine=_machine(described),
+        command=repeating_run_config(config),
+        nodes=len(clients),
         done=done,
         planned=planned,
         finished=done is not None and done >= planned,
-        changed=changed,
-        headlines=headlines_of(lines),
+        changed=f"{changed:%Y-%m-%d %H:%M:%S}",
+        headlines=headlines_of(lines, _judged_samples(config)),
+        summary=summary_of(clients),
+        alone=alone_of(lines).source,
+        warmup_epochs=config["client"]["warmup-epochs"],
+        private_epochs=config["client"]["warmup-epochs"] + planned * config["client"]["local-epochs"],
+        chance=1 / len(classes),
+        tested=_tested(lines),
         judged=any(line["generator"]["frechet"] is not None for line in lines),
+        judge_accuracy=described.get("judge", {}).get("accuracy"),
         pictures=pictures,
-        charts=charts_of(lines) if lines else [],
-        clients=client_rows(lines),
+        captions=captions,
+        charts=charts_of(lines, 1 / len(classes)) if lines else [],
+        heat_maps=heat_maps_of(lines, classes),
+        clients=_shown_clients(clients),
+        client_count=len(clients),
+        class_count=len(classes),
         lines=lines,
         troubles=[(line["round"], *item) for line in lines for item in _troubles(line["replies"])],
         replies={kind: sum(line["replies"][kind] for line in lines) for kind in ("received", "rejected", "missing")},
-        settings=list(flat(config)),
-        environment=list(flat({key: value for key, value in described.items() if key != "config"})),
+        settings=settings_of(config),
+        environment=[
+            Setting(key, value, None)
+            for key, value in flat({key: value for key, value in described.items() if key != "config"})
+        ],
         colours=COLOURS,
     )
+
+
+def _title(described: Mapping[str, Any], changed: datetime) -> str:
+    """Name a run by its dataset, its T2I model and its date."""
+    config = described["config"]
+    started = described.get("started")
+    date = datetime.fromisoformat(started) if started else changed
+    dataset, model = (
+        text.rstrip("/").rpartition("/")[2] for text in (config["data"]["dataset"], config["t2i"]["model"])
+    )
+    return f"{dataset}, T2I {model}, {date:%Y-%m-%d}"
+
+
+def _totals(lines: Sequence[Line]) -> list[tuple[str, str]]:
+    """Return the time and the bytes of all rounds."""
+    if not lines:
+        return []
+    down, up = (sum(line["bytes"][way] for line in lines) for way in ("down", "up"))
+    time = seconds(sum(line["seconds"]["total"] for line in lines))
+    return [("time of all rounds", time), ("to clients", size(down)), ("from clients", size(up))]
+
+
+def _machine(described: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return where the server ran, as far as the run recorded it."""
+    hardware, versions = described.get("hardware", {}), described.get("versions", {})
+    cores = [counted(hardware["cores"], "core")] if hardware else []
+    parts = [hardware.get("processor"), *cores, hardware.get("memory"), *hardware.get("gpus", ())]
+    named = {
+        "hardware of the server": ", ".join(part for part in parts if part),
+        "system": hardware.get("system", ""),
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
+        "commit": described.get("commit", ""),
+    }
+    return [(name, text) for name, text in named.items() if text]
+
+
+def _judged_samples(config: Mapping[str, Any]) -> int | None:
+    """Return of how many images the alignment is a share; a file of prompts may have some without a class."""
+    t2i = config["t2i"]
+    return t2i["evaluation-samples"] if t2i["prompts"] == "templates" else None
+
+
+def _tested(lines: Sequence[Line]) -> str:
+    """Return the number of test examples of a client, or their range."""
+    counts = sorted({sum(evaluation["tested"]) for evaluation in evaluations_of(lines).values()})
+    return " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) if counts else ""
+
+
+def _shown_clients(rows: list[ClientRow]) -> list[ClientRow]:
+    """Return the rows of the table; of many clients, those that gain least and those that gain most."""
+    if len(rows) <= MOST_CLIENT_ROWS:
+        return rows
+    by_gain = sorted(rows, key=lambda row: row.gain)
+    return [*by_gain[: MOST_CLIENT_ROWS // 2], *by_gain[-MOST_CLIENT_ROWS // 2 :]]
 
 
 def _troubles(replies: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -95,14 +184,13 @@ def _troubles(replies: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             yield name, "not connected"
 
 
-def _facts(config: Mapping[str, Any], classes: Sequence[str], lines: list[Line]) -> list[str]:
+def _facts(config: Mapping[str, Any], classes: Sequence[str], clients: Sequence[ClientRow]) -> list[str]:
     """Return a few facts about the run: dataset, T2I model, feedback and number of clients."""
-    clients = {name for line in lines for name in line["clients"]["per_client"]}
     data, t2i = config["data"], config["t2i"]
     facts = [f"{data['dataset']}, {len(classes)} classes", f"T2I {t2i['model']}", f"feedback {config['feedback']}"]
     return [*facts, counted(len(clients), "client")] if clients else facts
 
 
-def _last_change(run: RunFolder) -> str:
+def _last_change(run: RunFolder) -> datetime:
     source = run.metrics if run.metrics.exists() else run.config
-    return f"{datetime.fromtimestamp(source.stat().st_mtime):%Y-%m-%d %H:%M:%S}"
+    return datetime.fromtimestamp(source.stat().st_mtime)

@@ -26,6 +26,40 @@ class Picture:
     pixelated: bool
 
 
+@dataclass(frozen=True)
+class Captions:
+    """What the picture grids show.
+
+    Attributes
+    ----------
+    columns : int
+        Pictures per row; 0 if it is not known.
+    prompts : tuple of str
+        One per picture.
+    rows : tuple of str
+        The class of each row; empty for a row of several.
+    real : Picture or None
+        A real test image for each row.
+    """
+
+    columns: int = 0
+    prompts: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    real: Picture | None = None
+
+    def prompts_of_row(self, row: int) -> list[str]:
+        """Return the different prompts of a row, in order."""
+        return list(dict.fromkeys(self.prompts[row * self.columns : (row + 1) * self.columns]))
+
+
+def captions_of(run: RunFolder) -> Captions:
+    """Return what the picture grids show; runs of earlier versions did not record it."""
+    if not (described := run.read_captions()):
+        return Captions()
+    real = _picture(0, run.real_images) if run.real_images.exists() else None
+    return Captions(described["columns"], tuple(described["prompts"]), tuple(described["rows"]), real)
+
+
 def pictures_of(run: RunFolder) -> list[Picture]:
     """Return the picture grids in order of rounds; if there are many, the first, the last and some between."""
     found = run.pictures()

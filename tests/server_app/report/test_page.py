@@ -77,37 +77,133 @@ def pixels_of(html: str, label: str) -> tuple[int, ...]:
         return image.convert("RGB").getpixel((0, 0))
 
 
-def test_before_and_after_are_shown_for_each_side(tmp_path):
+def make_finished(path: Path, tested: tuple[int, int] = (50, 50)) -> RunFolder:
+    """Make a run of one round with final evaluations: cnn-0 knows one class alone; text-1 gains nothing."""
+    lines = [make_line(0, {"cnn-0": 0.1, "text-1": 0.2}), make_line(1, {"cnn-0": 0.9, "text-1": 0.5})]
+    common = {"tested": list(tested), "accuracy": 0.9, "alone": 0.5}
+    cnn = common | {"examples": [40, 0], "correct": [40, 50], "alone_correct": [50, 0]}
+    text = common | {"examples": [20, 20], "correct": [25, 25], "alone_correct": [26, 24], "accuracy": 0.5}
+    cnn |= {"personal": 0.8, "alone_personal": 1.0}
+    text |= {"personal": 0.5, "alone_personal": 0.5}
+    lines[-1]["evaluation"] = {"per_client": {"cnn-0": cnn, "text-1": text}}
+    return make_run(path, lines, rounds=1)
+
+
+def test_untrained_alone_and_federated_are_shown_for_each_side(tmp_path):
     page = text_of(write_report(make_two_rounds(tmp_path / "run").path).read_text())
 
-    assert "All clients, mean accuracy 15.0 % → 60.0 % +45.0 points, better 2 clients, rounds 0 to 2" in page
-    assert "Image clients, mean accuracy 10.0 % → 70.0 % +60.0 points, better" in page
-    assert "Text clients, mean accuracy 20.0 % → 50.0 % +30.0 points, better" in page
-    assert "T2I alignment 50.0 % → 90.0 % +40.0 points, better" in page
-    assert "T2I Fréchet distance 200 → 50 −75 %, better" in page
+    # Alone is round 1, before the first distillation.
+    found = "untrained 15.0 % alone 35.0 % federated 60.0 % +25.0 points than alone 2 clients, rounds 0 to 2"
+    assert f"All clients, mean accuracy {found}" in page
+    assert "Image clients, mean accuracy untrained 10.0 % alone 40.0 % federated 70.0 % +30.0 points than alone" in page
+    assert "Text clients, mean accuracy untrained 20.0 % alone 30.0 % federated 50.0 % +20.0 points than alone" in page
+    assert "T2I alignment before 50.0 % after 90.0 % +40.0 points, better" in page
+    assert "T2I Fréchet distance before 200 after 50 −75 %" in page
+    assert "Alone is the client's model in round 1: after 8 epochs on its private data" in page
+    assert "Guessing gives 50.0 % (chance)" in page
+    assert "text-1 gains least: +20.0 points (from 30.0 % to 50.0 %)." in page
+    assert "text-1 has the lowest accuracy: 50.0 %, with 40 private examples (alone 30.0 %)." in page
 
 
-def test_a_fall_is_called_worse(tmp_path):
+def test_the_control_is_what_clients_are_compared_with(tmp_path):
+    page = text_of(write_report(make_finished(tmp_path / "run").path).read_text())
+
+    assert "untrained 15.0 % alone 50.0 % federated 70.0 % +20.0 points than alone, better 2 clients" in page
+    assert "equally many private epochs (10)" in page  # 8 + 1 * 2
+    assert "Each client is tested on 100 examples." in page
+    assert "Of 2 clients, 1 are better federated than alone beyond noise, 0 worse, 1 within noise." in page
+    assert "text-1 gains least: +0.0 points (from 50.0 % to 50.0 %, within noise)." in page
+    assert "cnn-0 cnn image 40 10.0 % 50.0 % 90.0 % +40.0 100.0 % → 80.0 %" in page
+
+
+def test_accuracy_by_class_is_shown_alone_and_federated(tmp_path):
+    html = write_report(make_finished(tmp_path / "run").path).read_text()
+
+    alone, federated = (text_of(table) for table in re.findall(r'<table class="heat">.*?</table>', html, flags=re.S))
+    assert alone == "Alone Client zero one all clients 76 24 cnn-0 100 0 text-1 52 48"
+    assert federated == "Federated Client zero one all clients 65 75 cnn-0 80 100 text-1 50 50"
+    assert 'title="50 of 50 test examples, 40 private examples"' in html
+
+
+def test_a_fall_beyond_noise_is_called_worse(tmp_path):
     lines = [
-        make_line(0, {"cnn-0": 0.5}, generator={"alignment": None, "frechet": 50.0, "loss": None}),
-        make_line(1, {"cnn-0": 0.4}, generator={"alignment": None, "frechet": 60.0, "loss": None}),
+        make_line(0, {"cnn-0": 0.5}, generator={"alignment": 0.9, "frechet": 50.0, "loss": None}),
+        make_line(1, {"cnn-0": 0.4}, generator={"alignment": 0.5, "frechet": 60.0, "loss": None}),
     ]
 
     page = text_of(write_report(make_run(tmp_path / "run", lines).path).read_text())
 
-    assert "50.0 % → 40.0 % −10.0 points, worse" in page
-    assert "50 → 60 +20 %, worse" in page
+    assert "untrained 50.0 % federated 40.0 % −10.0 points 1 client" in page  # the test set is not known
+    assert "before 90.0 % after 50.0 % −40.0 points, worse" in page
+    assert "before 50 after 60 +20 %" in page
 
 
 def test_rounds_clients_and_configuration_are_tabled(tmp_path):
     page = text_of(write_report(make_two_rounds(tmp_path / "run").path).read_text())
 
-    assert "cnn-0 cnn image 40 10.0 % 70.0 % +60.0" in page
+    assert "cnn-0 cnn image 40 10.0 % 40.0 % 70.0 % +30.0" in page
     assert "1 35.0 % 60.0 % 90 0.25 2.0 MiB 1.0 KiB 8.0 s 2 0 0" in page
+    assert "time of all rounds 24.0 s to clients 6.0 MiB from clients 3.0 KiB" in page
     assert "client.learning-rate 0.001" in page
     assert "t2i.guidance 1.5, 1.0" in page
+    assert "rounds 2 changed; default 8" in page
     assert "versions.flwr 1.39.0" in page
     assert "classes zero, one" in page
+
+
+def test_the_command_that_repeats_the_run_is_shown(tmp_path):
+    page = text_of(write_report(make_two_rounds(tmp_path / "run").path).read_text())
+
+    assert "fedmmkt demo --nodes 2 --run-config rounds=2" in page
+    assert "flwr run . --stream --run-config rounds=2" in page
+
+
+def test_the_title_says_dataset_model_and_date(tmp_path):
+    folder = make_two_rounds(tmp_path / "run")
+    folder.write_config(folder.read_config() | {"started": "2026-03-04T05:06:07"})
+
+    html = write_report(folder.path).read_text()
+
+    assert "<title>FedMMKT: digits, T2I starter, 2026-03-04</title>" in html
+
+
+def test_the_machine_is_described(tmp_path):
+    folder = make_two_rounds(tmp_path / "run")
+    hardware = {"processor": "A CPU", "cores": 2, "memory": "8.0 GiB", "gpus": ["A GPU"], "system": "Linux"}
+    folder.write_config(folder.read_config() | {"hardware": hardware, "commit": "0123456789ab"})
+
+    page = text_of(write_report(folder.path).read_text())
+
+    assert "hardware of the server A CPU, 2 cores, 8.0 GiB, A GPU system Linux" in page
+    assert "commit 0123456789ab" in page
+
+
+def test_prompts_and_real_images_stand_beside_the_pictures(tmp_path):
+    folder = make_two_rounds(tmp_path / "run")
+    real = [Image.new("RGB", (8, 8), (0, 0, 250))]
+    folder.write_captions(["a <zero>", "the zero"], columns=2, rows=["zero"], real=real)
+
+    html = write_report(folder.path).read_text()
+
+    assert "<li>zero</li>" in html
+    assert "<li>a &lt;zero&gt; · the zero</li>" in html
+    assert 'data-prompts=\'["a \\u003czero\\u003e", "the zero"]\'' in html
+    assert pixels_of(html, "Real test images") == (0, 0, 250)
+
+
+def test_many_clients_are_shown_by_their_spread_and_their_extremes(tmp_path):
+    accuracies = [{f"cnn-{index}": 0.1 + level * index / 1000 for index in range(200)} for level in (0, 1, 4)]
+    lines = [make_line(number, clients) for number, clients in enumerate(accuracies)]
+
+    html = write_report(make_run(tmp_path / "run", lines).path).read_text()
+
+    page = text_of(html)
+    assert "Of 200 clients, the 20 that gain least and the 20 that gain most." in page
+    assert "cnn-0 cnn image" in page
+    assert "cnn-199 cnn image" in page
+    assert "cnn-100 cnn image" not in page
+    assert "Number of clients by their gain" in page
+    assert len(html) < 150_000
 
 
 def test_the_page_refers_to_nothing_outside_itself(tmp_path):
@@ -190,7 +286,7 @@ def test_round_0_alone_without_a_judge_is_enough(tmp_path):
 
     page = text_of(html)
     assert "Round 0 of 2" in page
-    assert "All clients, mean accuracy 15.0 % 2 clients, round 0" in page
+    assert "All clients, mean accuracy untrained 15.0 % 2 clients, round 0" in page
     assert "No judge measures the T2I model" in page
     assert "T2I alignment" not in page
     assert "LoRA loss" not in re.findall(r"<h3>(.*?)</h3>", html)
@@ -209,9 +305,9 @@ def test_the_page_reloads_itself_until_the_last_round(tmp_path):
     running = write_report(make_run(tmp_path / "running", lines[:2]).path).read_text()
     finished = write_report(make_run(tmp_path / "finished", lines).path).read_text()
 
-    assert '<meta http-equiv="refresh" content="10">' in running
+    assert "location.reload()" in running
     assert "Round 1 of 2" in running
-    assert "http-equiv" not in finished
+    assert "location.reload()" not in finished
     assert "Finished: 2 of 2 rounds" in finished
 
 
@@ -225,19 +321,34 @@ def test_clients_that_come_late_or_miss_rounds_are_shown_with_their_rounds(tmp_p
 
     page = text_of(write_report(make_run(tmp_path / "run", lines).path).read_text())
 
-    assert "10.0 % → 60.0 % +50.0 points, better 1 → 2 clients, rounds 0 to 2" in page
-    assert "cnn-0 cnn image 40 10.0 % 40.0 % round 1 +30.0" in page
-    assert page.index("cnn-2 cnn image 40 20.0 % round 1 60.0 % +40.0") < page.index("cnn-10 cnn image")
+    found = "untrained 10.0 % alone 20.0 % federated 60.0 % +40.0 points than alone 1 → 2 clients, rounds 0 to 2"
+    assert found in page
+    assert "cnn-0 cnn image 40 10.0 % 40.0 % 40.0 % round 1 +0.0" in page
+    assert page.index("cnn-2 cnn image 40 20.0 % round 1 20.0 % 60.0 % +40.0") < page.index("cnn-10 cnn image")
     assert "5 received, 0 rejected, 1 missing." in page
     assert "2 cnn-0 no answer" in page
 
 
-def test_charts_are_drawn_in_the_colours_of_the_page(tmp_path):
+def test_charts_are_drawn_in_the_colours_of_the_page_and_say_their_values(tmp_path):
     html = write_report(make_two_rounds(tmp_path / "run").path).read_text()
 
     drawn = re.findall(r"<svg.*?</svg>", html, flags=re.S)
     assert len(drawn) == 6
-    assert all("var(--ink)" in svg and "#010203" not in svg for svg in drawn)
+    assert all("var(--ink)" in svg and "#010203" not in svg and 'role="img"' in svg for svg in drawn)
+    label = "Accuracy of each client: mean accuracy 15.0 % in round 0, 60.0 % in round 2"
+    assert f'aria-label="{label}"' in drawn[0]
+    assert "<title>Round 1: mean 35.0 %, cnn-0 40.0 %, text-1 30.0 %</title>" in drawn[0]
+    assert "<title>Round 2: 90.0 %</title>" in drawn[1]
+
+
+def test_axes_name_no_round_that_is_not_there(tmp_path):
+    html = write_report(make_run(tmp_path / "run", [make_line(0, {"cnn-0": 0.5})]).path).read_text()
+
+    accuracy = re.search(r"<svg.*?</svg>", html, flags=re.S)
+    assert accuracy
+    horizontal = re.search(r'<g id="matplotlib.axis_1">.*?<g id="matplotlib.axis_2">', accuracy[0], flags=re.S)
+    assert horizontal
+    assert re.findall(r"<text[^>]*>(.*?)</text>", horizontal[0]) == ["0", "round"]
 
 
 def test_the_command_line_rebuilds_a_report(tmp_path):
