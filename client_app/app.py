@@ -1,22 +1,61 @@
 """The ClientApp: it gets one message per round and answers with logits.
 
 ``train`` learns and answers the new batch. ``train.distill`` learns a last time. ``evaluate`` changes nothing.
-``evaluate.final`` measures by class, at the end of a run. ``query.classes`` returns the client's classes, if a node with
-data of its own shares them.
+``evaluate.final`` measures by class, at the end of a run. ``query.classes`` returns the client's classes, if a node
+with data of its own shares them.
 """
 
 from __future__ import annotations
 
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
+from contextlib import suppress
+from logging import DEBUG, ERROR, getLogger
+from pathlib import Path
 
-from fedmmkt.client_app.client import Client
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common.constant import ErrorCode
+from flwr.supercore.logger import update_console_handler
+
+from fedmmkt.client_app.client import Client, state_folders
 from fedmmkt.client_app.data.private_data import held_classes
+from fedmmkt.client_app.memory import DEFAULT_FOLDER, plain_name
 from fedmmkt.client_app.refusals import RefusedError, discreet, refused_as
-from fedmmkt.common.config import NodeConfig, RunConfig
+from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
+from fedmmkt.common.failures import describe, write_traceback
 from fedmmkt.common.payloads import ClassReport, PayloadError, Request
 
-app = ClientApp()
+logger = getLogger("flwr")
+
+
+def answer_failures(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Answer an exception with its text in one line; the node's state folder gets the traceback.
+
+    An exception that leaves the app makes Flower log its traceback several times.
+    """
+    update_console_handler(timestamps=True, colored=False)  # Its output may be a log file.
+    try:
+        return call_next(message, context)
+    except Exception as error:
+        reason, file = describe(error), _traceback_file(context)
+        kept = write_traceback(file, error)
+        # In simulation, the server's log is the same, and it says the reason.
+        level = DEBUG if "partition-id" in context.node_config else ERROR
+        logger.log(level, "%s (%s)", reason, f"traceback: {file}" if kept else "no traceback could be kept")
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _traceback_file(context: Context) -> Path:
+    """Return the file of a node's last traceback, below its state folder as far as the settings can be read."""
+    folder, name = DEFAULT_FOLDER, f"node-{context.node_config.get('partition-id', context.node_id)}"
+    with suppress(ConfigError):
+        node = NodeConfig.from_flower(context.node_config)
+        name = plain_name(node.name) or name
+        folder = state_folders(RunConfig.from_flower(context.run_config), node)[0]
+    return folder.expanduser() / "errors" / f"{name}.txt"
+
+
+app = ClientApp(mods=[answer_failures])
 
 
 @app.train()

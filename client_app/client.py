@@ -27,7 +27,7 @@ from fedmmkt.client_app.learning.training import (
 )
 from fedmmkt.client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, remove_old_runs
 from fedmmkt.client_app.models.building import build_task_model, chosen_model, model_label
-from fedmmkt.client_app.models.task_model import Inputs, TaskModel, compact
+from fedmmkt.client_app.models.task_model import Inputs, compact
 from fedmmkt.client_app.refusals import refused_as
 from fedmmkt.common.config import NodeConfig, RunConfig
 from fedmmkt.common.datasets import Examples
@@ -79,7 +79,7 @@ class Client:
         with refused_as("model", context.node_config):
             self.model, self.optimizer = self._new_model()
         with refused_as("state folder", context.node_config):
-            state_folder, *other_folders = _state_folders(self.config, self.node)
+            state_folder, *other_folders = state_folders(self.config, self.node)
             ancestors = zip(instructions.ancestors, instructions.ancestor_rounds, strict=True)
             self.memory = ClientMemory(state_folder, instructions.run_key, self.name, ancestors, other_folders)
             self.is_new = not self.memory.load_model(self.model, self.optimizer)
@@ -279,7 +279,7 @@ class Client:
 _simulated_data = lru_cache(maxsize=64)(load_private_data)
 
 
-def _state_folders(config: RunConfig, node: NodeConfig) -> list[Path]:
+def state_folders(config: RunConfig, node: NodeConfig) -> list[Path]:
     """Return the folder of a client's memory, then other folders that may hold its memory of an earlier run.
 
     A node with data of its own keeps them where its node-config says, or in the default folder. Other clients, which

@@ -15,12 +15,14 @@ from typing import Any
 
 from flwr.app import Context, Message
 
+from fedmmkt.common.config import ConfigError
+
 logger = getLogger("flwr")
 
 Handler = Callable[[Message, Context], Message]
 
 
-class RefusedError(Exception):
+class RefusedError(ConfigError):
     """A node with data of its own refused; the text tells nothing of them."""
 
 
@@ -45,8 +47,8 @@ def refused_as(kind: str, node_config: Mapping[str, Any]) -> Iterator[None]:
         if not node_config.get("data-path"):
             raise
         number = secrets.token_hex(2)
-        logger.error("refused, %s, %s: %s", kind, number, error, exc_info=error)
-        raise RefusedError(f"the node refused: {kind} (see the node's log, {number})") from None
+        logger.error("refused, %s, %s: %s", kind, number, error)
+        raise RefusedError(f"the node refused: {kind} (see the node's log, {number})") from error
 
 
 def discreet(handler: Handler) -> Handler:

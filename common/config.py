@@ -203,7 +203,8 @@ class ClientConfig(_Section):
     threads: int = Field(1, ge=1, le=256, description="CPU threads per client process")
     state_dir: str = Field(
         "",
-        description="folder of simulated clients' models; empty: the run folder; a node with its own data has its own `state-dir`",
+        description="folder of simulated clients' models; empty: the run folder; a node with its own data has its own "
+        "`state-dir`",
     )
 
 
@@ -501,14 +502,23 @@ def _explain(cls: type[BaseModel], item: Any, source: str) -> str:
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         known = [_kebab(name) for name in _section_of(cls, location).model_fields]
-        close = get_close_matches(location[-1], known, n=1)
-        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        meant = _meant(cls, location, known)
         own = "; a setting of your own belongs in the table 'extra'" if cls is RunConfig else ""
         return f"{source} key {key!r} is unknown{meant}; allowed: {', '.join(known)}{own}"
     if item["type"] == "value_error":  # Our own words already.
         message = item["msg"].removeprefix("Value error, ")
         return f"{source} key {key!r} is {item['input']!r}; allowed: {message}" if location else f"{source}: {message}"
     return f"{source} key {key!r} is {item['input']!r}; allowed: {_allowed(_field_of(cls, location), item)}"
+
+
+def _meant(cls: type[BaseModel], location: list[str], known: list[str]) -> str:
+    """Suggest the key that was meant: one of the same section, else one of another."""
+    if close := get_close_matches(location[-1], known, n=1):
+        return f" (did you mean {'.'.join([*location[:-1], close[0]])!r}?)"
+    keys = list(to_flower(RunConfig())) if cls is RunConfig else []
+    names = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    close = get_close_matches(location[-1], names, n=1)
+    return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
 def _section_of(cls: type[BaseModel], location: list[str]) -> Any:

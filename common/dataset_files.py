@@ -15,7 +15,7 @@ import numpy as np
 
 from fedmmkt.common.config import ConfigError, DataConfig, OwnDataConfig
 from fedmmkt.common.image_folders import SPLIT_WORDS, divide_by_folders, image_suffixes, read_class_folders, split_of
-from fedmmkt.common.table_files import SAVED, is_lfs_pointer, kind_of, read_table, stem_of
+from fedmmkt.common.table_files import SAVED, is_lfs_pointer, kind_of, read_header, read_table, stem_of
 from fedmmkt.common.tables import ORIGIN, Table, joined, some, with_column, with_images
 
 if TYPE_CHECKING:
@@ -68,6 +68,24 @@ def read_tables(config: DataConfig) -> Parts:
 def read_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
     """Read a dataset as `read_tables` does; the tables of each split become one."""
     return {split: joined(tables, config) for split, tables in read_tables(config).items()}
+
+
+def size_of_tables(config: DataConfig) -> int:
+    """Return how many bytes of tables a local dataset has; 0 for all others."""
+    path = Path(config.dataset).expanduser()
+    files = _files_below(path) if path.is_dir() else [path] if path.is_file() else []
+    try:
+        return sum(file.stat().st_size for file in files if file.suffix.lower() not in image_suffixes())
+    except OSError:
+        return 0  # Whatever reads the files tells what is wrong.
+
+
+def columns_of(config: DataConfig) -> list[str]:
+    """Return the columns of a local dataset's first table by its header; none if only its rows tell them."""
+    path = Path(config.dataset).expanduser()
+    files = sorted(_files_below(path)) if path.is_dir() else [path]
+    tables = _choose_tables([file for file in files if file.suffix.lower() not in image_suffixes()], False)
+    return read_header(tables[0]) if tables else []
 
 
 def _local(path: Path, config: DataConfig, options: dict[str, Any]) -> Parts:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmmkt.common.config import ConfigError, DataConfig, OwnDataConfig
-from fedmmkt.common.dataset_files import read_tables
+from fedmmkt.common.dataset_files import columns_of, read_tables
 from fedmmkt.common.images import GreyError, Square, to_rgb_arrays, to_square
 from fedmmkt.common.labels import Labels, classes_of, indices_of, matched, named, read_labels, typed
 from fedmmkt.common.natural_order import natural_key, normal_form
@@ -101,6 +101,26 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     indexed = {split: _indexed(parts[split], found, classes, config) for split, found in labels.items()}
     train, test = indexed.values() if len(indexed) > 1 else _split(indexed["train"], config, seed)
     return Splits(train, test, classes)
+
+
+def check_header(config: DataConfig) -> list[str]:
+    """Check the columns of a local dataset by the header of its first table; return them, or none if it has no header.
+
+    Raises
+    ------
+    ConfigError
+        If the header cannot be read, or lacks the labels.
+    """
+    try:
+        columns = [normal_form(name) for name in columns_of(config)]
+    except Exception as error:  # Readers raise many kinds of errors.
+        raise ConfigError(f"{config.key('dataset')} is {config.dataset!r}, which cannot be read: {error}") from None
+    if columns and normal_form(config.label_column) not in columns:
+        raise ConfigError(
+            f"{config.key('label_column')} is {config.label_column!r}, and the dataset has no such column; "
+            f"allowed: {', '.join(columns)}"
+        )
+    return columns
 
 
 def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, texts: bool) -> Examples:

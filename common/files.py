@@ -55,6 +55,14 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_test_file(folder: Path) -> None:
+    """Raise OSError if a file cannot be written; permissions alone do not show a full or read-only disk."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def replaced_folder(path: Path, mode: int = 0o755) -> Iterator[Path]:
     """Yield an empty folder to fill; it replaces ``path`` if the block ends without an error.

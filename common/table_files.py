@@ -80,6 +80,25 @@ def read_table(file: Path, config: DataConfig, options: dict[str, Any]) -> datas
     return _with_names_of(rows, config)
 
 
+def read_header(file: Path) -> list[str]:
+    """Return the columns of a table without reading its rows; none for kinds whose header does not tell them.
+
+    Raises
+    ------
+    Exception
+        Whatever a reader raises on a damaged file.
+    """
+    kind = kind_of(file)
+    if kind == "parquet":
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_schema(file).names)
+    if kind not in ("csv", "tsv"):
+        return []
+    with _opened(file) as stream:
+        return next(csv.reader(stream, delimiter="\t" if kind == "tsv" else ","), [])
+
+
 def is_lfs_pointer(file: Path) -> bool:
     """Tell whether a file is what git-lfs leaves in place of a large file."""
     if not file.is_file():

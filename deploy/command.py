@@ -13,7 +13,8 @@ from typing import NoReturn
 from fedmmkt.common.config import ConfigError, Setting
 from fedmmkt.deploy.bundle import app_folder
 from fedmmkt.deploy.processes import StartError
-from fedmmkt.deploy.submission import COMPLETED, check_run, effective_config, parse_run_config
+from fedmmkt.deploy.run_checks import check_run
+from fedmmkt.deploy.submission import COMPLETED, effective_config, parse_run_config
 
 Runner = Callable[[Path, int, Path | None, Mapping[str, Setting]], str]
 
@@ -52,11 +53,13 @@ def run_command(
     options = _parse(name, description, nodes, out, arguments, parents)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
+    config: Mapping[str, Setting] = {}
     try:
         # `make` passes an empty string if no run-config was given.
         run_config = parse_run_config([text for text in options.run_config if text.strip()])
         with app_folder(options.app) as app:
-            check_run(app, options.nodes, effective_config(app, options.nodes, options.out, run_config))
+            config = effective_config(app, options.nodes, options.out, run_config)
+            check_run(app, options.nodes, config)
             return 0 if runner(app, options.nodes, options.out, run_config) == COMPLETED else 1
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -65,7 +68,7 @@ def run_command(
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print(f"stopped{_way_on(name, str(config.get('output-dir', '')))}", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -91,6 +94,14 @@ def _parse(
         help="changes to [tool.flwr.app.config], such as 'rounds=2 t2i.lora-rank=4', or a TOML file",
     )
     return parser.parse_args(arguments)
+
+
+def _way_on(name: str, folder: str) -> str:
+    """Say how to go on with a run that was stopped; nothing if it has no checkpoint."""
+    if not folder or not any((Path(folder) / "checkpoints").glob("round-*")):
+        return ""
+    changed = f'resume-from="{folder}"'
+    return f"; to go on after its last whole round: fedmmkt {name} --run-config '{changed}', with the settings it had"
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:

@@ -26,6 +26,7 @@ from fedmmkt.deploy.bundle import default_config, read_app
 from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from fedmmkt.deploy.command import run_command
 from fedmmkt.deploy.connection_checks import is_healthy
+from fedmmkt.deploy.console import Console
 from fedmmkt.deploy.partition import write_partitions
 from fedmmkt.deploy.processes import (
     FlowerProcesses,
@@ -196,11 +197,9 @@ class Federation:
         for node in self.nodes.values():
             _wait_healthy(node.health, node.process, node.processes, node.name)
 
-    def run(self, app: Path, config: Mapping[str, Setting], stream: TextIO | None = None) -> Outcome:
+    def run(self, app: Path, config: Mapping[str, Setting], output: TextIO | Console | None = None) -> Outcome:
         """Submit a run, follow it to its end, and return how it ended."""
-        outcome = self.submitter.run(app, config, stream or sys.stdout, connection=(CONNECTION,))
-        print(outcome, file=stream or sys.stdout, flush=True)
-        return outcome
+        return self.submitter.run(app, config, Console.on(output or sys.stdout), connection=(CONNECTION,))
 
     def stop(self) -> None:
         """Stop every process, nodes first."""
@@ -291,22 +290,22 @@ def federate(
     StartError
         If a part of the federation does not start.
     """
-    output = stream or sys.stdout
+    console = Console(stream or sys.stdout)
     changes = {"client.models": ",".join(MODELS), **run_config}
     effective = effective_config(app, nodes, out, changes)
     config = RunConfig.from_flower({**default_config(read_app(app)), **effective})
     with local_federation(home) as federation:
-        print("SuperLink is up, with TLS and node authentication", file=output, flush=True)
+        console.say("SuperLink is up, with TLS and node authentication")
         folders = write_partitions(config.data, nodes, config.seed, federation.home / "data")
         for index, folder in enumerate(folders):
             model = config.client.models[index % len(config.client.models)]
             name, state = f"{model}-{index}", federation.home / "state" / str(index)
             own = {"name": name, "model": model, "data-path": str(folder), "state-dir": str(state)}
             federation.add_node(f"node-{index}", own | consent(config.data))
-            print(f"SuperNode {name} is registered", file=output, flush=True)
+            console.say(f"SuperNode {name} is registered")
         federation.wait_for_nodes()
-        print("All SuperNodes are healthy", file=output, flush=True)
-        return federation.run(app, effective, output).status
+        console.say("All SuperNodes are healthy")
+        return federation.run(app, effective, console).status
 
 
 def consent(data: DataConfig) -> dict[str, Setting]:

@@ -87,11 +87,15 @@ def check_data(config: RunConfig, node: NodeConfig) -> str:
 
 
 def check_t2i(config: RunConfig) -> str:
-    """Check that the server's T2I model can be loaded and belongs to a supported family."""
+    """Check all that the server uses and reads, and that its T2I model can be loaded and is of a supported family."""
     from fedmmkt.common.devices import pick_devices
+    from fedmmkt.deploy.bundle import app_folder
+    from fedmmkt.deploy.run_checks import check_all, checks_of_server
     from fedmmkt.server_app.t2i.families import families, family_of
     from fedmmkt.server_app.t2i.generator import load_pipeline
 
+    with app_folder(None) as app:
+        check_all(checks_of_server(app, config))
     devices = pick_devices(config.t2i.device)
     pipeline = load_pipeline(config.t2i.model)
     name = config.t2i.family

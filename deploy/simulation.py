@@ -22,6 +22,7 @@ from urllib.request import ProxyHandler, build_opener
 
 from fedmmkt.common.config import Setting
 from fedmmkt.deploy.command import run_command
+from fedmmkt.deploy.console import Console
 from fedmmkt.deploy.processes import FlowerProcesses, StartError, flower_environment, free_port, signals_ignored
 from fedmmkt.deploy.submission import Outcome, Submitter, effective_config, format_run_config
 
@@ -51,8 +52,10 @@ def simulate(
     str
         The run's status; ``finished:completed`` on success.
     """
+    console = Console(stream or sys.stdout)
+    console.say("Starting Flower")
     with local_flower() as flower:
-        return flower.run(app, nodes, out, run_config, stream).status
+        return flower.run(app, nodes, out, run_config, console).status
 
 
 @contextlib.contextmanager
@@ -101,15 +104,14 @@ class LocalFlower:
         nodes: int,
         out: Path | None,
         run_config: Mapping[str, Setting],
-        stream: TextIO | None = None,
+        output: TextIO | Console | None = None,
     ) -> Outcome:
         """Run an app to its end and show its log; see :func:`simulate` for the parameters."""
-        output = stream or sys.stdout
         options = ["--federation-config", format_run_config(_federation(nodes))]
-        outcome = self._submitter.run(app, effective_config(app, nodes, out, run_config), output, options=options)
-        print(outcome, file=output, flush=True)
+        config, console = effective_config(app, nodes, out, run_config), Console.on(output or sys.stdout)
+        outcome = self._submitter.run(app, config, console, options=options)
         if outcome.status == "unknown":
-            print(f"The local SuperLink's last lines:\n{self._processes.log_tail('superlink')}", file=output)
+            console.say(f"The local SuperLink's last lines:\n{self._processes.log_tail('superlink')}")
         return outcome
 
     def stop(self) -> None:

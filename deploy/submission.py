@@ -6,29 +6,30 @@ import contextlib
 import json
 import re
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import click
 from flwr.common.config import parse_config_args
 
-from fedmmkt.client_app.models.building import check_task_model
-from fedmmkt.common.config import ConfigError, RunConfig, Setting
-from fedmmkt.common.registry import importable
-from fedmmkt.deploy.bundle import PROJECT, bundled_files, default_config, folder_to_submit, read_app, runs_fedmmkt
+from fedmmkt.client_app.models.building import TRANSFORMERS
+from fedmmkt.common.config import ConfigError, Setting
+from fedmmkt.deploy.bundle import default_config, folder_to_submit, read_app
+from fedmmkt.deploy.console import Console
 from fedmmkt.deploy.processes import script
-from fedmmkt.server_app.rules.checks import check_rules
 
 COMPLETED = "finished:completed"
+FOLDERS = ("output-dir", "resume-from", "client.state-dir")
+PATHS = ("data.dataset", "data.classes", "t2i.model", "t2i.adapter", "t2i.prompts")  # Or something else than a path.
+NO_PATHS = ("digits", "starter", "templates", "clients")
 RETRY_SECONDS = 2.0
+REFUSED = "Flower refused it, with the words above"
 LOST_AFTER = 30  # status requests without an answer after which a run counts as lost
 
 _PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own pattern; Flower drops text that does not match it
+_EXCEPTION = re.compile(r"(?:Simulation|ServerApp) failed with exception: ")
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
 
@@ -50,8 +51,10 @@ class Outcome:
     status: str
     details: str
 
-    def __str__(self) -> str:
-        return " ".join(filter(None, ["run", self.run_id, self.status, self.details]))
+    @property
+    def cause(self) -> str:
+        """Why the run failed, in the app's own words; the status if nobody said it."""
+        return _EXCEPTION.sub("", self.details, count=1).strip() or self.status
 
 
 def format_run_config(config: Mapping[str, Setting]) -> str:
@@ -99,73 +102,25 @@ def effective_config(app: Path, nodes: int, out: Path | None, run_config: Mappin
     ours: dict[str, Setting] = {"min-nodes": nodes}
     if out is not None:
         ours["output-dir"] = str(out.expanduser().absolute())
-    return {key: value for key, value in ours.items() if key in defaults} | dict(run_config)
+    changes = {key: _absolute(key, value) for key, value in run_config.items()}
+    return {key: value for key, value in ours.items() if key in defaults} | changes
 
 
-def check_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> None:
-    """Check the settings of a run before anything is started.
-
-    Raises
-    ------
-    ConfigError
-        If the configuration is wrong or the output folder cannot be written; the text names all wrong keys.
-    """
-    project = read_app(app)
-    defaults = default_config(project)
-    if nodes < 1:
-        raise ConfigError(f"--nodes is {nodes}; allowed: 1 or more")
-    if runs_fedmmkt(project):
-        check_names(app, RunConfig.from_flower({**defaults, **config}))
-    elif unknown := config.keys() - defaults.keys():
-        name = project.get("project", {}).get("name", "the app")
-        raise ConfigError(f"run-config keys unknown to {name}: {', '.join(sorted(unknown))}")
-    needed = config.get("min-nodes", 1)
-    if isinstance(needed, int) and needed > nodes:
-        raise ConfigError(f"min-nodes is {needed}, but only {nodes} nodes are simulated: the run would never start")
-    if folder := config.get("output-dir"):
-        _check_writable(Path(str(folder)).expanduser())
+def _absolute(key: str, value: Setting) -> Setting:
+    """Make a path that is relative to this folder absolute, since Flower's processes work elsewhere."""
+    if not isinstance(value, str) or not value:
+        return value
+    if key == "client.models":
+        return ",".join(map(_absolute_model, value.split(",")))
+    path = Path(value).expanduser()
+    is_path = key in FOLDERS or (key in PATHS and value not in NO_PATHS and path.exists())
+    return str(path.absolute()) if is_path else value
 
 
-def check_names(app: Path, config: RunConfig) -> None:
-    """Check that every part that a configuration names exists; the user's modules are imported from the app's folder.
-
-    Raises
-    ------
-    ConfigError
-        If a part does not exist; the text names the first one.
-    """
-    extra = config.extra.as_dict()
-    with importable(app):
-        for model in config.client.models:
-            check_task_model(model, extra)
-        check_rules(config)
-        # The imports of our own parts take seconds and cannot fail, so they are skipped.
-        if config.strategy != RunConfig().strategy:
-            from fedmmkt.server_app.strategy import strategies
-
-            strategies.get(config.strategy, extra)
-        if config.t2i.family != RunConfig().t2i.family:
-            from fedmmkt.server_app.t2i.families import families
-
-            families.get(config.t2i.family, extra)
-    names = [*config.client.models, config.t2i.aggregation, config.t2i.scores, config.t2i.update]
-    _check_bundled(app, [*names, config.strategy, config.t2i.family])
-
-
-def _check_bundled(app: Path, names: Sequence[str]) -> None:
-    """Check that modules which lie in the app's folder travel with it."""
-    bundled = None
-    for module in {name.partition(":")[0] for name in names if ":" in name and not name.startswith("transformers:")}:
-        file = Path(getattr(sys.modules.get(module), "__file__", None) or "/")
-        if not file.is_relative_to(app.resolve()):
-            continue
-        bundled = bundled_files(app) if bundled is None else bundled
-        if (own := file.relative_to(app.resolve()).as_posix()) not in bundled:
-            raise ConfigError(
-                f"{own} lies in the app {str(app.resolve())!r}, but is no part of its bundle (fab-include in its "
-                f"{PROJECT}), so that the run would not find {module!r}; put it into an app of your own, and name "
-                "that with --app"
-            )
+def _absolute_model(name: str) -> str:
+    source = name.strip().removeprefix(TRANSFORMERS)
+    is_path = source != name.strip() and Path(source).expanduser().exists()
+    return TRANSFORMERS + str(Path(source).expanduser().absolute()) if is_path else name
 
 
 class Submitter:
@@ -187,7 +142,7 @@ class Submitter:
         self,
         app: Path,
         config: Mapping[str, Setting],
-        output: TextIO,
+        console: Console,
         connection: Sequence[str] = (),
         options: Sequence[str] = (),
     ) -> Outcome:
@@ -199,8 +154,8 @@ class Submitter:
             Folder of the app.
         config : mapping
             Changes to the app's run-config.
-        output : TextIO
-            Where the log goes.
+        console : Console
+            Shows the log, and at last how the run ended.
         connection : sequence of str
             Name of a connection in Flower's ``config.toml``; empty for the local SuperLink.
         options : sequence of str
@@ -208,9 +163,18 @@ class Submitter:
         """
         with folder_to_submit(app, config) as folder:
             command = [script("flwr"), "run", str(folder.resolve()), *connection, "--stream", *options]
-            run_id = self._follow([*command, "--run-config", format_run_config(config)], output)
-        if not run_id:
-            return Outcome("", "not-started", "Flower refused the run; see above")
+            run_id = self._follow([*command, "--run-config", format_run_config(config)], console)
+        outcome = self._outcome_of(run_id, connection, console) if run_id else Outcome("", "not-started", REFUSED)
+        if out := config.get("output-dir"):
+            console.write_tracebacks(Path(str(out)) / "tracebacks.txt")
+        if outcome.status == COMPLETED:
+            console.say(f"Completed: run {run_id}")
+        elif not console.last.endswith(outcome.cause.splitlines()[-1]):
+            console.say(f"The run failed: {outcome.cause}")
+        return outcome
+
+    def _outcome_of(self, run_id: str, connection: Sequence[str], console: Console) -> Outcome:
+        """Follow a run to its end; return how it ended."""
         outcome = self.outcome(run_id, connection)
         silent = 0
         while not outcome.status.startswith("finished") and silent < LOST_AFTER:
@@ -219,19 +183,19 @@ class Submitter:
             time.sleep(RETRY_SECONDS)
             outcome = self.outcome(run_id, connection)
             if outcome.status == "running":
-                self._follow([script("flwr"), "log", run_id, *connection, "--stream"], output)
+                self._follow([script("flwr"), "log", run_id, *connection, "--stream"], console)
         return outcome
 
-    def _follow(self, command: list[str], output: TextIO) -> str:
+    def _follow(self, command: list[str], console: Console) -> str:
         """Show the output of a command; return the id of the run that it started, or an empty string."""
         run_id = ""
         with self._flwr(command) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                output.write(line)
-                output.flush()
+                console.relay(line)
                 if not run_id and (match := _STARTED.search(line)):
                     run_id = match[1]
+                    console.say("Flower has taken the run; its app is loading")
         return run_id
 
     def flwr(self, *arguments: str) -> str:
@@ -286,12 +250,3 @@ def _format_value(value: Setting) -> str:
 def _escape(character: str) -> str:
     special = character in '"\\\x7f' or ord(character) < 0x20
     return f"\\u{ord(character):04x}" if special else character
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output folder {str(folder)!r} cannot be written: {error.strerror}") from None

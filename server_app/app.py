@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
-from logging import ERROR, INFO
+from logging import ERROR, INFO, LogRecord
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
+from flwr.supercore.logger import FLOWER_LOGGER, update_console_handler
 
 from fedmmkt.common.config import ConfigError, RunConfig
 from fedmmkt.common.datasets import Splits, load_splits, read_class_names, to_examples
+from fedmmkt.common.failures import one_line, write_traceback
 from fedmmkt.server_app.class_space import FROM_CLIENTS, classes_of_clients
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.loop import RunError
 from fedmmkt.server_app.prompts import build_prompt_source
-from fedmmkt.server_app.record.checkpoint import check_resumable, find_state, remove_later_checkpoints
+from fedmmkt.server_app.record.checkpoint import check_resumable, checkpoints, find_state, remove_later_checkpoints
 from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.record.provenance import describe_machine
 from fedmmkt.server_app.record.run_folder import RunFolder
@@ -34,14 +38,49 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run FedMMKT with the given run-config."""
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="diffusers")
-    try:
+    update_console_handler(timestamps=True, colored=False)  # Flower passes the log on, to a file or to a terminal.
+    configured = (context.run_config.get(key) for key in ("output-dir", "resume-from"))
+    with _failing_in_one_line(_run_path(context.run_id, *configured)):
         config = RunConfig.from_flower(context.run_config)
         ask_clients = config.data.classes == FROM_CLIENTS and not config.resume_from
         classes = classes_of_clients(grid, config) if ask_clients else ()
         build_strategy(config, context.run_id, classes).start(grid)
-    except (ConfigError, RunError, OSError) as error:
-        log(ERROR, "%s", error)
+
+
+@contextmanager
+def _failing_in_one_line(folder: Path) -> Iterator[None]:
+    """Log why the block fails, as the last line of the run; an error that nobody expected leaves its traceback there.
+
+    Flower logs each traceback too, and an exit code of its own; both are silenced.
+    """
+    try:
+        yield
+    except (ConfigError, RunError) as error:
+        _tell_once(error)
         raise
+    except OSError as error:  # Such as a full disk; the text names the file.
+        goes_on = f"; once that is mended, it goes on with resume-from={str(folder)!r}"
+        is_resumable = any(checkpoints(RunFolder(folder).checkpoints))
+        what = str(error).removeprefix(f"[Errno {error.errno}] ")
+        failure = RunError(f"{what}{goes_on if is_resumable else ''}")
+        _tell_once(failure)
+        raise failure from error
+    except Exception as error:
+        file = folder / "traceback.txt"
+        kept = f"its traceback is in {file}" if write_traceback(file, error) else "no traceback could be kept"
+        failure = RunError(f"{one_line(error)}; {kept}")
+        _tell_once(failure)
+        raise failure from error
+
+
+def _tell_once(failure: Exception) -> None:
+    log(ERROR, "The run failed: %s", failure)
+
+    def is_new(record: LogRecord) -> bool:
+        is_repeated = record.exc_info is not None and record.exc_info[1] is failure
+        return not is_repeated and not record.getMessage().startswith("Exit Code:")
+
+    FLOWER_LOGGER.addFilter(is_new)
 
 
 def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()) -> FedMMKT:
@@ -69,7 +108,7 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     classes, splits = _classes_and_splits(config, classes or (state.classes if state else ()))
     if state:
         check_resumable(state, config, classes)
-    path = Path(config.output_dir or config.resume_from or f"~/.fedmmkt/runs/{run_id}").expanduser()
+    path = _run_path(run_id, config.output_dir, config.resume_from)
     if state:
         run_folder = RunFolder.resume(path, config.tensorboard, earlier, state.metrics)
         remove_later_checkpoints(run_folder.checkpoints, state.round)
@@ -93,6 +132,11 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
         ledger.restore(state.lineage(), state.clients, state.history, state.pool, state.identities)
         recorder.restore(state)
     return strategy(config, classes, generator, prompts, ledger, recorder)
+
+
+def _run_path(run_id: int, *configured: object) -> Path:
+    """Return the run folder: the first one that is configured, else one in the home folder."""
+    return Path(str(next(filter(None, configured), f"~/.fedmmkt/runs/{run_id}"))).expanduser()
 
 
 def _classes_and_splits(config: RunConfig, collected: tuple[str, ...]) -> tuple[tuple[str, ...], Splits | None]:

@@ -15,6 +15,7 @@ from fedmmkt.common.config import ConfigError, RunConfig
 from fedmmkt.common.natural_order import natural_key
 from fedmmkt.common.payloads import CLASS_RECORDS, ClassReport, PayloadError, check_keys
 from fedmmkt.common.plain_text import printable
+from fedmmkt.common.progress import FIRST_SECONDS, TRANSIENT, duration
 from fedmmkt.server_app.inbox import ask
 
 FROM_CLIENTS = ("clients",)
@@ -28,13 +29,18 @@ def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> None:
     ConfigError
         If too few nodes are connected after ``timeout`` seconds.
     """
-    closing = time.monotonic() + timeout
+    began = told = time.monotonic()
+    closing = began + timeout
     while (connected := len(list(grid.get_node_ids()))) < needed:
         if time.monotonic() > closing:
             raise ConfigError(
                 f"run-config key 'min-nodes' is {needed}, but {connected} node(s) connected within "
                 f"{timeout:g} s ('node-timeout'); start more (in simulation: num-supernodes), or lower min-nodes"
             )
+        if time.monotonic() - told > FIRST_SECONDS:
+            told = time.monotonic()
+            waited = duration(told - began)
+            log(INFO, "Waiting for nodes: %s of %s connected, %s%s", connected, needed, waited, TRANSIENT)
         time.sleep(0.5)
     log(INFO, "%s nodes connected", connected)
 

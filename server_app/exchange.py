@@ -7,7 +7,7 @@ message that it was asked for, and never from what the reply says.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,6 +20,7 @@ from fedmmkt.common.plain_text import printable
 from fedmmkt.server_app.inbox import pull_reply
 
 POLL_SECONDS = 0.1
+NAMED = 6  # Most clients that a line names.
 NOT_TAKEN = "Flower did not take the message to the node"
 NO_ANSWER = "no answer before the round closed"
 WENT_OFFLINE = "the node went offline during the round"
@@ -88,6 +89,7 @@ def exchange(
     overdue: Mapping[str, int],
     most_bytes: int,
     least_valid: int = 1,
+    waiting: Callable[[Collection[int]], object] = lambda node_ids: None,
 ) -> Iterator[Reply]:
     """Send messages and yield replies as they arrive, until all are there or the deadline passes with a quorum.
 
@@ -114,6 +116,8 @@ def exchange(
         Largest size of a reply.
     least_valid : int
         Valid replies without which the exchange does not close.
+    waiting : callable
+        Called again and again with the nodes that have not answered yet.
     """
     outgoing = list(messages)
     pending = _push(grid, outgoing)
@@ -141,9 +145,23 @@ def exchange(
         if valid >= least_valid and now - began > deadline and answered >= quorum * len(outgoing):
             break
         if pending and not any_arrived:
+            waiting(pending.values())
             time.sleep(max(POLL_SECONDS, now - swept))  # Each message is asked for: spare the SuperLink.
     for message_id, node_id in pending.items():
         yield Reply("unanswered", node_id, message_id, reason=NO_ANSWER)
+
+
+def causes_of(problems: Mapping[str, str], total: int) -> list[str]:
+    """Return a line for each distinct problem: how many of ``total`` clients have it, which, and what it is."""
+    clients = {reason: [name for name in problems if problems[name] == reason] for reason in problems.values()}
+    listed = {reason: f" ({names})" if (names := listed_names(found)) else "" for reason, found in clients.items()}
+    return [f"{len(found)} of {total} clients{listed[reason]}: {reason}" for reason, found in clients.items()]
+
+
+def listed_names(clients: Sequence[str]) -> str:
+    """List the first clients by name, without nodes that never told theirs: their long numbers say nothing."""
+    names = [name for name in clients if not name.startswith("node ")]
+    return ", ".join([*names[:NAMED], *(["..."] if len(names) > NAMED else [])])
 
 
 def _push(grid: Grid, messages: list[Message]) -> dict[str, int]:
@@ -172,7 +190,10 @@ def _read(reply: Reply, read: Callable[[Message], Answer], admit: Admit) -> Repl
         error = reply.message.error
         if error.code == ErrorCode.NODE_UNAVAILABLE:
             return replace(reply, kind="offline", message=None, reason=WENT_OFFLINE)
-        return replace(reply, kind="rejected", reason=printable(f"error {error.code}: {(error.reason or '').strip()}"))
+        reason = (error.reason or "").strip()
+        if error.code != ErrorCode.CLIENT_APP_RAISED_EXCEPTION or not reason:  # Else it is the client's own.
+            reason = f"error {error.code}: {reason}"
+        return replace(reply, kind="rejected", reason=printable(reason))
     try:
         answer = read(reply.message)
         admit(reply.node_id, answer.report)

@@ -67,7 +67,7 @@ def generate_or_vary(
     strength : float
         How much noise parents get before denoising, in (0, 1].
     progress : callable
-        Called with the number of new images; returns a function that is called with the number of finished images.
+        Called with a number of images; returns a function that is called with the number of finished images.
     image_size : int, optional
         Side in pixels to which images are resized as they are made.
     """
@@ -77,7 +77,7 @@ def generate_or_vary(
     if varied:
         latents_NCHW = torch.stack([parents[index] for index in varied])
         own = [texts[i] for i in varied], [seeds[i] for i in varied]
-        parts.append(generator.vary(latents_NCHW, *own, guidance, strength, image_size))
+        parts.append(generator.vary(latents_NCHW, *own, guidance, strength, progress(len(varied)), image_size))
     if new:
         own = [texts[i] for i in new], [seeds[i] for i in new]
         parts.append(generator.generate(*own, guidance, progress(len(new)), image_size))

@@ -6,7 +6,7 @@ strategy to change a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Protocol
@@ -18,7 +18,7 @@ from flwr.supercore import log
 
 from fedmmkt.common.payloads import EVALUATION_RECORDS, PAYLOAD_RECORDS, REPORT_RECORDS, check_keys
 from fedmmkt.server_app.class_space import wait_for_nodes
-from fedmmkt.server_app.exchange import Answer, Reply, exchange
+from fedmmkt.server_app.exchange import Answer, Reply, causes_of, exchange
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.recorder import Recorder
 
@@ -163,7 +163,7 @@ class Loop:
 
     def _round(self, server_round: int, result: Result) -> None:
         log(INFO, "")
-        log(INFO, "[ROUND %s/%s]", server_round, self.rounds)
+        log(INFO, "[ROUND %s/%s]%s", server_round, self.rounds, self.recorder.time_left(server_round, self.rounds))
         strategy = self.strategy
         with self.recorder.round(server_round, self.ledger):
             messages = strategy.configure_train(server_round, strategy.arrays(), self.train_config, self.grid)
@@ -209,9 +209,8 @@ class Loop:
                     problems[name] = reply.reason
         self.recorder.record_asked({self.ledger.name(message.metadata.dst_node_id) for message in outgoing})
         if not valid:
-            nodes = {reason: [node for node in problems if problems[node] == reason] for reason in problems.values()}
-            reasons = "; ".join(f"{', '.join(named)}: {reason}" for reason, named in nodes.items()) or "none was asked"
-            raise RunError(f"round {server_round}: none of {len(outgoing)} nodes gave a valid reply ({reasons})")
+            causes = "\n".join(causes_of(problems, len(outgoing))) or "none was asked"
+            raise RunError(f"round {server_round}: none of {len(outgoing)} nodes gave a valid reply\n{causes}")
         return [valid[client] for client in sorted(valid)]
 
     def _evaluate_finally(self, server_round: int) -> None:
@@ -248,7 +247,11 @@ class Loop:
             overdue=overdue,
             most_bytes=round(self.recorder.config.reply_limit * 1e6),
             least_valid=least_valid,
+            waiting=self._tell_waiting,
         )
+
+    def _tell_waiting(self, node_ids: Collection[int]) -> None:
+        self.recorder.log_waiting([self.ledger.name(node_id) for node_id in node_ids])
 
     def _evaluate_on_server(self, server_round: int, result: Result) -> None:
         metrics = self.evaluate_fn(server_round, self.strategy.arrays()) if self.evaluate_fn else None

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from logging import WARNING
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from flwr.supercore import log
@@ -17,6 +17,7 @@ from fedmmkt.common.dataset_files import DIGIT_NAMES
 STARTER_TEMPLATES = ("the digit {}", "the number {}", "a picture of the digit {}", "an image of a {}")
 OTHER_TEMPLATES = ("a picture of a {}",)
 STARTER_DRAWS = {*DIGIT_NAMES, *map(str, range(10))}
+_KEY = "run-config key 't2i.prompts'"
 NAMED_CLASSES = 5  # Most classes that a warning names.
 
 
@@ -90,25 +91,39 @@ class FilePrompts:
     """Draws prompts from a JSONL file with lines ``{"prompt": text}`` or ``{"prompt": text, "class": name}``."""
 
     def __init__(self, path: Path, classes: tuple[str, ...]) -> None:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"run-config key 't2i.prompts' is {str(path)!r}, which cannot be read ({error}); "
-                "allowed: 'templates', or the absolute path of a JSONL file"
-            ) from None
-        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        self.prompts = [_parse_line(path, number, line, classes) for number, line in numbered]
-        if not self.prompts:
-            raise ConfigError(f"run-config key 't2i.prompts': {path} holds no prompt")
+        self.prompts = [
+            _with_class(f"{_KEY}: {path}, line {number}", text, name, classes)
+            for number, text, name in read_prompts(path)
+        ]
 
     def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
         """Return ``count`` prompts; all prompts of the file are used equally often (at most one apart)."""
         return [self.prompts[index] for index in _balanced(np.arange(len(self.prompts)), count, rng)]
 
 
-def _parse_line(path: Path, number: int, line: str, classes: tuple[str, ...]) -> Prompt:
-    where = f"run-config key 't2i.prompts': {path}, line {number}"
+def read_prompts(path: Path) -> list[tuple[int, str, Any]]:
+    """Read a file of prompts: for each, the number of its line, its text, and the class that it names, if any.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, a line is no prompt, or there is none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{_KEY} is {str(path)!r}, which cannot be read ({error}); "
+            "allowed: 'templates', or the absolute path of a JSONL file"
+        ) from None
+    prompts = [_parse_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise ConfigError(f"{_KEY}: {path} holds no prompt")
+    return prompts
+
+
+def _parse_line(path: Path, number: int, line: str) -> tuple[int, str, Any]:
+    where = f"{_KEY}: {path}, line {number}"
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
@@ -116,7 +131,10 @@ def _parse_line(path: Path, number: int, line: str, classes: tuple[str, ...]) ->
     text = content.get("prompt") if isinstance(content, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f'{where} is {line!r}; allowed: {{"prompt": text, "class": name}}, the class optional')
-    name = content.get("class")
+    return number, text, content.get("class")
+
+
+def _with_class(where: str, text: str, name: Any, classes: tuple[str, ...]) -> Prompt:
     if name is None:
         return Prompt(text)
     if name not in classes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import INFO, WARNING
 from typing import Any
@@ -22,7 +22,8 @@ from torch import Tensor
 from fedmmkt.common.config import RunConfig
 from fedmmkt.common.images import resize_images
 from fedmmkt.common.payloads import record_bytes
-from fedmmkt.server_app.exchange import Reply
+from fedmmkt.common.progress import FIRST_SECONDS, GROWTH, TRANSIENT, Progress, duration
+from fedmmkt.server_app.exchange import Reply, causes_of, listed_names
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.prompts import Prompt, PromptSource
 from fedmmkt.server_app.record.checkpoint import ServerState, write_checkpoint
@@ -34,7 +35,6 @@ from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import sample_seeds
 
 GRID_ROWS, GRID_COLUMNS = 10, 6
-PROGRESS_SECONDS = 5.0
 
 
 class Recorder:
@@ -85,7 +85,7 @@ class Recorder:
         self._measured: tuple[float | None, float | None] = (None, None)
         self._measured_adapter: dict[str, Tensor] = {}
         self._pictures: list[Image.Image] = []
-        self._expected, self._answered, self._began = 0, 0, 0.0
+        self._expected, self._answered, self._began, self._told = 0, 0, 0.0, 0.0
 
     def restore(self, state: ServerState) -> None:
         """Continue after the round of a checkpoint."""
@@ -147,7 +147,8 @@ class Recorder:
         """Record the block as an exchange of these messages; call `note` for each reply inside the block."""
         record = self._record
         record.bytes_down += sum(record_bytes(message.content) for message in messages)
-        self._expected, self._answered, self._began = len(messages), 0, time.perf_counter()
+        self._expected, self._answered = len(messages), 0
+        self._began = self._told = time.perf_counter()
         missing = set(record.missing)
         with record.timed("clients"):
             yield
@@ -156,6 +157,7 @@ class Recorder:
 
     def record_reply(self, reply: Reply, name: str, sent_in: int) -> None:
         """Record and show the result of a message; ``name`` is the node's name, ``sent_in`` the message's round."""
+        known = dict(self._record.rejected)
         self._record.record_reply(reply, name)
         if reply.answer is not None:
             self._answered += 1
@@ -163,7 +165,8 @@ class Recorder:
             count = f"{self._answered}/{self._expected}"
             log(INFO, "  clients   %s  %-12s accuracy %.3f  (%.1f s)", count, name, accuracy, seconds)
         elif reply.kind == "rejected":
-            log(WARNING, "  clients   %s is left out of this round: %s", name, reply.reason)
+            same = next((other for other in known if other != name and known[other] == reply.reason), "")
+            log(WARNING, "  clients   %s is left out of this round: %s", name, f"as {same}" if same else reply.reason)
         elif reply.kind == "late" and reply.bytes:
             log(WARNING, "  clients   %s answered round %s too late; the reply is not counted", name, sent_in)
 
@@ -199,18 +202,24 @@ class Recorder:
         self._record.generator_loss = float(loss)
         log(INFO, "  adapt     loss %.4f  (%.1f s)", loss, self._record.seconds["adapt"])
 
+    def log_waiting(self, clients: Sequence[str]) -> None:
+        """Show which clients have not answered yet, unless something was shown a moment ago."""
+        now = time.perf_counter()
+        if now - self._told < max(FIRST_SECONDS, GROWTH * (now - self._began)):
+            return
+        self._told = now
+        waited = " for ".join(filter(None, [listed_names(clients), duration(now - self._began)]))
+        log(INFO, "  clients   waiting for %s of %s: %s%s", len(clients), self._expected, waited, TRANSIENT)
+
+    def time_left(self, server_round: int, rounds: int) -> str:
+        """Say how long the remaining rounds take if each takes as long as the last one; empty before round 2."""
+        seconds = self.run_folder.read_metrics()[-1]["seconds"]["total"] if server_round > 1 else 0.0
+        return f" about {duration(seconds * (rounds - server_round + 1))} left" if seconds else ""
+
     @staticmethod
-    def progress(total: int) -> Callable[[int], None]:
-        """Return a function that shows the progress of a generation, at most every `PROGRESS_SECONDS`."""
-        last = time.monotonic()
-
-        def progress(done: int) -> None:
-            nonlocal last
-            if done < total and time.monotonic() - last > PROGRESS_SECONDS:
-                last = time.monotonic()
-                log(INFO, "  generate  %s/%s images", done, total)
-
-        return progress
+    def progress(total: int) -> Progress:
+        """Return a function that shows the progress of a generation."""
+        return Progress("generate", total, "images")
 
     # ------------------------------------------------------------------ measures
 
@@ -234,7 +243,8 @@ class Recorder:
             made_for = range(count) if self.judge else shown
             texts = [prompts[index].text for index in made_for]
             guidance = self.config.t2i.evaluation_guidance
-            made = self.generator.generate(texts, [seeds[index] for index in made_for], guidance)
+            progress = Progress("measure", len(texts), "images")
+            made = self.generator.generate(texts, [seeds[index] for index in made_for], guidance, progress)
             if self.judge:
                 images_NHWC = resize_images(made.images_NHWC, self.config.data.image_size)
                 measures = self.judge.measure(images_NHWC, np.array([prompt.class_index for prompt in prompts]))
@@ -322,6 +332,10 @@ class Recorder:
             figures = _figure(before), _figure(alone.get(client)), _figure(values["accuracy"])
             log(INFO, "%-28s %8s %8s %8s", name, *figures)
         log(INFO, "")
+        reasons = {name: reason for line in lines for name, reason in line["replies"]["reasons"].items()}
+        known = {name for line in lines for name in line["replies"]["asked"]}
+        for cause in causes_of(reasons, len(known)):
+            log(WARNING, "Left out of a round or more: %s", cause)
         log(INFO, "Report: %s", self.run_folder.report)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from diffusers.utils import make_image_grid
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fedmmkt.common.progress import Progress
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 VOCABULARY = 512
@@ -132,6 +134,9 @@ def batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
         start += size
 
 
+_tell = partial(print, flush=True)  # The output may be a log file.
+
+
 def train_autoencoder(images_NCHW: Tensor, architecture: Architecture, steps: int, seed: int) -> AutoencoderKL:
     """Train the autoencoder with L1, L2 and a small KL loss, and set its scaling factor for unit variance."""
     vae = AutoencoderKL(
@@ -145,8 +150,8 @@ def train_autoencoder(images_NCHW: Tensor, architecture: Architecture, steps: in
     ).to(images_NCHW.device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    progress = tqdm(batches(len(images_NCHW), 32, steps, seed), total=steps, desc="autoencoder", mininterval=2)
-    for index in progress:
+    progress = Progress("autoencoder", steps, "steps", _tell)
+    for step, index in enumerate(batches(len(images_NCHW), 32, steps, seed), start=1):
         batch = images_NCHW[index]
         posterior = vae.encode(batch).latent_dist
         restored = vae.decode(posterior.sample()).sample
@@ -156,7 +161,7 @@ def train_autoencoder(images_NCHW: Tensor, architecture: Architecture, steps: in
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        progress(step, f"loss {loss.item():.4f}")
     latents_NCHW = encode(vae.eval(), images_NCHW[:2048])
     vae.register_to_config(scaling_factor=float(1 / latents_NCHW.std()))
     return vae
@@ -216,8 +221,8 @@ def train_diffusion(
     ).input_ids.to(device)
     empty_L = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids[0].to(device)
     generator = torch.Generator().manual_seed(seed)
-    progress = tqdm(batches(len(latents_NCHW), 64, steps, seed), total=steps, desc="diffusion", mininterval=2)
-    for index in progress:
+    progress = Progress("diffusion", steps, "steps", _tell)
+    for step, index in enumerate(batches(len(latents_NCHW), 64, steps, seed), start=1):
         latents = latents_NCHW[index]
         dropped_N1 = torch.rand(len(index), 1, generator=generator).to(device) < 0.1
         states = text_encoder(torch.where(dropped_N1, empty_L, tokens_NL[index])).last_hidden_state
@@ -231,7 +236,7 @@ def train_diffusion(
         optimizer.step()
         schedule.step()
         average.step(parameters)
-        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        progress(step, f"loss {loss.item():.4f}")
     average.copy_to(parameters)
     return unet.eval(), text_encoder.eval()
 

@@ -6,23 +6,33 @@ import inspect
 from collections.abc import Mapping
 
 import fedmmkt.client_app.models.small  # noqa: F401  Registers the built-in models.
-from fedmmkt.client_app.models.dry_run import check_dry_run, one_line
+from fedmmkt.client_app.models.dry_run import check_dry_run
 from fedmmkt.client_app.models.task_model import TaskModel, TaskModelFactory, task_models
 from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig, Setting
+from fedmmkt.common.failures import one_line
 
 TRANSFORMERS = "transformers:"
 
 
 def check_task_model(name: str, extra: Mapping[str, Setting] | None = None, where: str = "") -> None:
-    """Check that a model has a valid name; nothing is built, and names of transformers models are not checked.
+    """Check that a model has a valid name, and that a folder of transformers is there; nothing is built.
 
     Raises
     ------
     ConfigError
         If the name is not registered and does not lead to a function of the number of classes and the image size.
     """
-    if not name.startswith(TRANSFORMERS):
+    if name.startswith(TRANSFORMERS):
+        from fedmmkt.client_app.models.pretrained import check_source
+
+        check_source(name.removeprefix(TRANSFORMERS))
+    else:
         _find_factory(name, extra, where)
+
+
+def modality_of(name: str) -> str:
+    """Return what a registered model reads; an empty text for others, which would have to be loaded."""
+    return task_models.get(name)(2, 32).modality if name in task_models.names() else ""
 
 
 def build_task_model(

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from fedmmkt.client_app.models.task_model import Inputs, TaskModel
 from fedmmkt.common.config import ConfigError
+from fedmmkt.common.failures import one_line
 
 # Two samples, since several kinds of layers take one for none.
 EXAMPLE_TEXTS = ["an example of a text", "another"]
@@ -162,12 +163,6 @@ def _tried(call: Callable[[], object], failing: str, allowed: str) -> object:
         return call()
     except Exception as error:  # The user's model may raise anything.
         raise ConfigError(f"{failing} ({one_line(error)}); allowed: {allowed}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return the kind and the text of an error in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _described(value: object) -> str:

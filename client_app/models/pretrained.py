@@ -200,6 +200,25 @@ class TransformersModel(TaskModel):
         encoder.model.config.save_pretrained(folder)
 
 
+def check_source(source: str) -> Path:
+    """Check that a folder or configuration file is there; return the folder, which is none for a hub id.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such folder, or it has no ``config.json``.
+    """
+    name = f"client model {'transformers:' + source!r}"
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.parent
+    if _is_path(source) and not path.exists():
+        raise ConfigError(f"{name} is not there; allowed: a folder with config.json, or a hub id such as owner/name")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"{name} has no config.json; allowed: a folder that transformers saved, or a hub id")
+    return path
+
+
 def build_transformers_model(source: str, labels: tuple[str, ...], image_size: int) -> TransformersModel:
     """Load a model from transformers and give it a head for the run's classes.
 
@@ -223,11 +242,7 @@ def build_transformers_model(source: str, labels: tuple[str, ...], image_size: i
     from transformers.models.auto import modeling_auto
 
     name = f"client model {'transformers:' + source!r}"
-    path = Path(source).expanduser()
-    if path.is_file():
-        path = path.parent
-    if _is_path(source) and not path.exists():
-        raise ConfigError(f"{name} is not there; allowed: a folder with config.json, or a hub id such as owner/name")
+    path = check_source(source)
     place = str(path) if path.is_dir() else source
     loader: Any
     reads: tuple[str, ...]

@@ -165,8 +165,14 @@ def find_state(run: RunFolder) -> ServerState:
         except DamagedCheckpointError as error:
             damage = f" ({error})"
             log(WARNING, "A damaged checkpoint is skipped: %s", error)
-    raise ConfigError(
-        f"run-config key 'resume-from' is '{run.path}', which holds no checkpoint that can be read{damage}; "
+    raise nothing_to_resume(run.path, damage)
+
+
+def nothing_to_resume(folder: Path, damage: str = "") -> ConfigError:
+    """Return the error of a folder that no run can continue from."""
+    found = f"holds no checkpoint that can be read{damage}" if folder.is_dir() else "is not there"
+    return ConfigError(
+        f"run-config key 'resume-from' is '{folder}', which {found}; "
         "allowed: the folder of a run that ended its round 0 with checkpoints-kept above 0"
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedmmkt.common.augmentation import augment
+from fedmmkt.common.progress import Progress
 
 FEATURES = 64
 JUDGE_EPOCHS = 25
@@ -102,12 +103,15 @@ class Judge:
         network = nn.Sequential(self.features, self.head)
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(judge_epochs(len(labels_N))):
+        epochs = judge_epochs(len(labels_N))
+        progress = Progress("judge", epochs, "epochs of training")
+        for epoch in range(epochs):
             for index in torch.randperm(len(labels_N), generator=generator).split(64):
                 loss = F.cross_entropy(network(augment(images_NCHW[index], generator)), labels_N[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+            progress(epoch + 1)
         network.eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageOps
 
 from fedmmkt.common.config import ConfigError
-from fedmmkt.common.files import write_atomically, write_text
+from fedmmkt.common.files import write_atomically, write_test_file, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -68,7 +67,7 @@ class RunFolder:
             path = path.resolve()  # renaming a link would put the new run on another disk
             path.mkdir(parents=True, exist_ok=True)
             with cls(path).in_use():  # Also of a run that has written nothing yet.
-                _write_test_file(path)
+                write_test_file(path)
                 if (path / "metrics.jsonl").exists():
                     _move_aside(path)
             path.mkdir(exist_ok=True)
@@ -314,14 +313,6 @@ def _unusable(path: Path, problem: str) -> ConfigError:
         f"run-config key 'output-dir': the run folder '{path}' {problem}; allowed: an absolute path of a folder "
         "that can be made and written, or empty for ~/.fedmmkt/runs/<run id>"
     )
-
-
-def _write_test_file(folder: Path) -> None:
-    """Raise OSError if a file cannot be written; permissions alone do not show a full or read-only disk."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(4096))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _move_aside(path: Path) -> None:

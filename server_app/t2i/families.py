@@ -400,14 +400,18 @@ class Sana(MaskedFamily, FlowFamily):
 
 
 def family_of(pipeline: Any, model: str) -> type[Family]:
-    """Return the registered family of a pipeline.
+    """Return the registered family of a pipeline; see `family_called`."""
+    return family_called(type(pipeline).__name__, model)
+
+
+def family_called(name: str, model: str) -> type[Family]:
+    """Return the registered family of a pipeline's class; ``model`` is where the pipeline comes from.
 
     Raises
     ------
     ConfigError
         If no registered family supports the pipeline.
     """
-    name = type(pipeline).__name__
     registered = [families.get(family) for family in families.names()]
     for family in registered:
         if name in family.pipelines:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,16 +16,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fedmmkt.common.config import ConfigError, T2IConfig
+from fedmmkt.common.config import T2IConfig
 from fedmmkt.common.devices import pick_devices
 from fedmmkt.common.images import resize_images
-from fedmmkt.common.installed import installed
+from fedmmkt.common.progress import Progress
 from fedmmkt.server_app.rules.updates import Supervised, UpdateRule, rewards
 from fedmmkt.server_app.t2i.adapter import Adapter
 from fedmmkt.server_app.t2i.conditioning import PromptEncoder
 from fedmmkt.server_app.t2i.families import Conditioning, Family, family_of
 from fedmmkt.server_app.t2i.noising import DISTILLED
-from fedmmkt.server_app.t2i.pipeline_folder import BrokenFolderError, variant_to_load
+from fedmmkt.server_app.t2i.pipeline_folder import cannot_load, local_folder, variant_to_load
 from fedmmkt.server_app.t2i.samples import NO_CLASS, Samples
 
 logger = logging.getLogger("flwr")
@@ -151,6 +150,7 @@ class Generator:
         seeds: Sequence[int],
         guidance: float,
         strength: float,
+        progress: Callable[[int], object] = lambda done: None,
         image_size: int | None = None,
     ) -> Samples:
         """Generate variations of samples: add some noise and denoise again (SDEdit, arXiv 2108.01073).
@@ -166,6 +166,8 @@ class Generator:
         strength : float
             How much noise is added, in (0, 1], at least that of one denoising step. At 1, little of the original
             samples is left.
+        progress : callable
+            As in `generate`.
         """
         # Less noise than that of one denoising step would leave no step to make.
         strength = min(1.0, max(strength, 1.01 / self.config.inference_steps))
@@ -176,7 +178,7 @@ class Generator:
             prompts,
             seeds,
             guidance,
-            lambda done: None,
+            progress,
             image_size,
         )
 
@@ -251,6 +253,7 @@ class Generator:
         before = [parameter.detach().clone() for parameter in self.adapter.parameters]
         total, diverged = 0.0, ""
         self.denoiser.train()
+        progress = Progress("adapt", steps, "steps")
         for step, (losses, norm) in enumerate(self._steps(samples, scores_N, steps, seed, rule, before), start=1):
             for loss in losses:  # Not `sum`, which rounds otherwise from Python 3.12 on.
                 total += loss
@@ -258,6 +261,7 @@ class Generator:
                 what = f"loss {sum(losses):.4g}, gradients" if losses else f"loss {total / steps:.4g}, then predictions"
                 diverged = f"{what} of norm {norm:.4g} at step {min(step, steps)} of {steps}"
                 break
+            progress(step)
         self.denoiser.eval()
         if not diverged and not self.adapter.is_finite():
             diverged = f"loss {total / steps:.4g}, but an adapter that is not finite at step {steps}"
@@ -384,27 +388,11 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
     ConfigError
         If the pipeline cannot be loaded.
     """
-    key = "run-config key 't2i.model'"
-    path = installed("starter/model") if model == "starter" else Path(model).expanduser()
-    is_local = path.exists() or model.startswith(("/", "~", "."))
-    if is_local and not (path / "model_index.json").is_file():
-        raise ConfigError(
-            f"{key} is {model!r}, and {path} holds no model_index.json; "
-            "allowed: 'starter', a diffusers pipeline folder, or a hub id"
-        )
+    folder = local_folder(model)
     try:
-        return _load_folder(path, dtype) if is_local else _load_from_hub(model, dtype)
-    except BrokenFolderError as error:
-        raise ConfigError(f"{key} is {model!r}, but {error}") from None
+        return _load_from_hub(model, dtype) if folder is None else _load_folder(folder, dtype)
     except Exception as error:  # diffusers, transformers and tokenizers raise anything, plain `Exception` too.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = "; a folder that diffusers saved is whole if it loads with DiffusionPipeline.from_pretrained"
-        if not is_local:
-            remedy = (
-                f" (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}); allowed: 'starter', a folder, or "
-                "a hub id that this machine can reach (a gated one needs `hf auth login`) or has in its cache"
-            )
-        raise ConfigError(f"{key} is {model!r}, which diffusers cannot load: {reason}{remedy}") from None
+        raise cannot_load(model, error) from None
 
 
 def _load_folder(path: Path, dtype: torch.dtype) -> Any:

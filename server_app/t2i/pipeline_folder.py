@@ -6,6 +6,7 @@ diffusers and transformers name the broken file only sometimes, and load a pipel
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fedmmkt.common.config import ConfigError
+from fedmmkt.common.installed import installed
+
+KEY = "run-config key 't2i.model'"
 POINTER = b"version https://git-lfs.github.com/spec/"  # A git-lfs pointer begins so; it is smaller than 1 kB.
 WEIGHTS = (
     *(("diffusion_pytorch_model", "safetensors"), ("model", "safetensors")),
@@ -26,6 +31,63 @@ PULL = "allowed: the file itself; run `git lfs pull` in its repository"
 
 class BrokenFolderError(ValueError):
     """A pipeline's folder is not whole; the text names the file or component, and what helps."""
+
+
+def local_folder(model: str) -> Path | None:
+    """Return the folder of ``t2i.model``; None if it is a hub id.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds no pipeline.
+    """
+    path = installed("starter/model") if model == "starter" else Path(model).expanduser()
+    if not path.exists() and not model.startswith(("/", "~", ".")):
+        return None
+    if not (path / "model_index.json").is_file():
+        raise ConfigError(
+            f"{KEY} is {model!r}, and {path} {'holds no model_index.json' if path.is_dir() else 'is no folder'}; "
+            "allowed: 'starter', a diffusers pipeline folder, or a hub id"
+        )
+    return path
+
+
+def check_pipeline(model: str) -> str:
+    """Check that the files of ``t2i.model`` are there, without loading them; return the name of its pipeline's class.
+
+    Of a model on the hub, only the description is fetched.
+
+    Raises
+    ------
+    ConfigError
+        If a file is missing or broken, or the hub does not have the model.
+    """
+    folder = local_folder(model)
+    try:
+        if folder is not None:
+            variant_to_load(folder)
+            index = folder / "model_index.json"
+        else:
+            from huggingface_hub import hf_hub_download
+
+            index = Path(hf_hub_download(model, "model_index.json"))
+        return str(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
+    except Exception as error:  # The hub's library raises many kinds of errors.
+        raise cannot_load(model, error) from None
+
+
+def cannot_load(model: str, error: Exception) -> ConfigError:
+    """Return the error of a model that cannot be loaded; its text says why, and what helps."""
+    if isinstance(error, BrokenFolderError):
+        return ConfigError(f"{KEY} is {model!r}, but {error}")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    remedy = "; a folder that diffusers saved is whole if it loads with DiffusionPipeline.from_pretrained"
+    if local_folder(model) is None:
+        remedy = (
+            f" (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}); allowed: 'starter', a folder, or "
+            "a hub id that this machine can reach (a gated one needs `hf auth login`) or has in its cache"
+        )
+    return ConfigError(f"{KEY} is {model!r}, which diffusers cannot load: {reason}{remedy}")
 
 
 def variant_to_load(folder: Path) -> str | None:

@@ -35,7 +35,7 @@ def test_flat_settings_come_back_as_they_were():
             {"roundz": 3},
             r"'roundz' is unknown \(did you mean 'rounds'\?\); allowed: strategy, .*; a setting of your own",
         ),
-        ({"t2i.rank": 3}, r"'t2i.rank' is unknown \(did you mean 'lora-rank'\?\); allowed: model, family, adapter"),
+        ({"t2i.rank": 3}, r"'t2i.rank' is unknown \(did you mean 't2i.lora-rank'\?\); allowed: model, family, adapter"),
         ({"rounds": 0}, r"'rounds' is 0; allowed: from 1, up to 100000"),
         ({"rounds": "many"}, r"'rounds' is 'many'; allowed: a whole number from 1, up to 100000"),
         ({"judge": "maybe"}, r"'judge' is 'maybe'; allowed: true or false"),

@@ -9,7 +9,7 @@ import pytest
 
 from fedmmkt.common.config import ConfigError, RunConfig, to_flower
 from fedmmkt.deploy.bundle import app_folder, default_config, folder_to_submit, read_app
-from fedmmkt.deploy.submission import check_run
+from fedmmkt.deploy.run_checks import check_run
 from tests import ROOT
 
 PROJECT = """

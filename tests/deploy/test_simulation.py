@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -143,7 +144,9 @@ def test_a_run_answers_and_leaves_nothing(start, tmp_path, short_tmp):
     assert process.returncode == 0, log
     assert (tmp_path / "out" / "answers.txt").read_text() == "[0, 1] two words 'quoted'"
     assert "server app is here" in log
-    assert submission.COMPLETED in log.splitlines()[-1]
+    assert "  Completed: run " in log.splitlines()[-1]
+    assert not {"\x1b", "\r"} & set(log)
+    assert all(re.match(r" {1,2}\d+:\d\d  ", line) for line in log.splitlines() if line)
     assert left_behind(short_tmp) == []
 
 
@@ -151,8 +154,8 @@ def test_an_exception_of_the_server_app_fails_the_command(start, short_tmp):
     process = start('mode="raise"')
     log, _ = process.communicate(timeout=120)
     assert process.returncode == 1, log
-    assert "finished:failed" in log.splitlines()[-1]
-    assert "planned failure" in log.splitlines()[-1]
+    assert log.splitlines()[-1].endswith("  The run failed: planned failure")
+    assert "Traceback" not in log
     assert left_behind(short_tmp) == []
 
 

@@ -63,7 +63,8 @@ class Spy:
         progress(len(prompts))
         return self._made("new", prompts, seeds)
 
-    def vary(self, parents_NCHW, prompts, seeds, guidance, strength, image_size):
+    def vary(self, parents_NCHW, prompts, seeds, guidance, strength, progress, image_size):
+        progress(len(prompts))
         self.varied = (parents_NCHW[:, 0].tolist(), list(prompts), guidance, strength)
         return self._made("varied", prompts, seeds)
 
@@ -92,6 +93,6 @@ def test_each_sample_has_the_place_the_seed_and_the_class_of_its_prompt(parents,
     assert list(made.prompts) == expected
     assert made.latents_NCHW[:, 0].tolist() == [5, 6, 7]
     assert made.prompted_N.tolist() == [0, 1, 2]
-    assert told == ([3 - len(parents)] if len(parents) < 3 else [])
+    assert told == [count for count in (len(parents), 3 - len(parents)) if count]
     if parents:
         assert generator.varied == ([*parents.values()], ["abc"[index] for index in parents], 1.5, 0.4)

@@ -76,7 +76,9 @@ def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
 
 
 def test_the_smallest_settings_run(tiny_run, make_grid):
-    run_config = tiny_run(judge=True, min_nodes=1, client__models="mlp", t2i__inference_steps=1, t2i__evaluation_samples=1)
+    run_config = tiny_run(
+        judge=True, min_nodes=1, client__models="mlp", t2i__inference_steps=1, t2i__evaluation_samples=1
+    )
 
     _, _, lines = run(run_config, make_grid(run_config, nodes=1))
 
@@ -287,7 +289,7 @@ def test_bad_clients_are_named_and_change_nothing_for_the_others(tiny_run, make_
 def test_a_run_ends_in_a_clear_error_when_no_valid_reply_is_left(tiny_run, make_grid):
     run_config = tiny_run(client__models="no-such-model")
     problem = "'client.models' is 'no-such-model', but no task model"
-    with pytest.raises(RunError, match=f"round 0: none of 2 nodes gave a valid reply .*{problem}"):
+    with pytest.raises(RunError, match=f"round 0: none of 2 nodes gave a valid reply\n2 of 2 clients: .*{problem}"):
         run(run_config, make_grid(run_config, nodes=2))
 
 

@@ -1,0 +1,239 @@
+"""What can be told of a run's settings before anything is started: `fedmmkt demo`, `federation` and `doctor` share it.
+
+Each check returns nothing, or raises `ConfigError` with the problem and its solution. All problems are told at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from fedmmkt.client_app.models.building import check_task_model, modality_of
+from fedmmkt.common.config import ConfigError, RunConfig, Setting
+from fedmmkt.common.files import write_test_file
+from fedmmkt.common.registry import importable
+from fedmmkt.common.tables import ORIGIN
+from fedmmkt.deploy.bundle import PROJECT, bundled_files, default_config, read_app, runs_fedmmkt
+from fedmmkt.server_app.rules.checks import check_rules
+
+READ_WHOLE = (
+    100_000_000  # Bytes of tables up to which they are read as the run reads them; of larger ones, the columns.
+)
+
+Check = Callable[[], object]
+
+
+def check_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> None:
+    """Check the settings of a run before anything is started.
+
+    Raises
+    ------
+    ConfigError
+        If the configuration is wrong, a file that it names cannot be used, or the output folder cannot be written; the
+        text names all problems, one a line.
+    """
+    if nodes < 1:
+        raise ConfigError(f"--nodes is {nodes}; allowed: 1 or more")
+    check_all(_checks_of_run(app, nodes, config))
+
+
+def check_all(checks: Iterable[Check]) -> None:
+    """Run all checks.
+
+    Raises
+    ------
+    ConfigError
+        If one of them fails; the text is that of all that do, one a line.
+    """
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def checks_of_clients(app: Path, config: RunConfig) -> Iterator[Check]:
+    """Yield a check of each client model; modules of one's own are imported from the app's folder."""
+    for model in config.client.models:
+        yield partial(_within, app, partial(check_task_model, model, config.extra.as_dict()))
+    yield partial(_check_bundled, app, config.client.models)
+
+
+def checks_of_server(app: Path, config: RunConfig) -> Iterator[Check]:
+    """Yield a check of each rule and part that the server uses, and of each file that it reads."""
+    for check in (check_rules, _check_strategy, _check_family):
+        yield partial(_within, app, partial(check, config))
+    named = (config.t2i.aggregation, config.t2i.scores, config.t2i.update, config.strategy, config.t2i.family)
+    yield partial(_check_bundled, app, named)
+    from fedmmkt.common.datasets import read_class_names
+
+    yield partial(read_class_names, config.data)
+    if config.t2i.model != RunConfig().t2i.model:
+        yield partial(_check_pipeline, config)
+    if config.t2i.adapter:
+        yield partial(_check_adapter, Path(config.t2i.adapter).expanduser())
+    if config.t2i.prompts != RunConfig().t2i.prompts:
+        yield partial(_check_prompts, config)
+    if config.resume_from:
+        yield partial(_check_resumed, Path(config.resume_from).expanduser())
+
+
+def checks_of_data(config: RunConfig) -> Iterator[Check]:
+    """Yield a check of the dataset, and whether each client model that has a name finds in it what it reads."""
+    try:
+        columns = _columns(config)
+    except ConfigError as error:
+        yield partial(_raise, error)
+        return
+    for model in config.client.models if columns else ():
+        yield partial(_check_reads, model, columns, config)
+
+
+def _checks_of_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> Iterator[Check]:
+    project = read_app(app)
+    defaults = default_config(project)
+    yield partial(_check_nodes, nodes, config)
+    if folder := config.get("output-dir"):
+        yield partial(_check_writable, Path(str(folder)).expanduser())
+    if not runs_fedmmkt(project):
+        yield partial(_check_keys, str(project.get("project", {}).get("name", "the app")), config.keys() - defaults)
+        return
+    try:
+        complete = RunConfig.from_flower({**defaults, **config})
+    except ConfigError as error:
+        yield partial(_raise, error)
+        return
+    yield from checks_of_clients(app, complete)
+    yield from checks_of_server(app, complete)
+    yield from checks_of_data(complete)
+
+
+def _raise(error: ConfigError) -> None:
+    raise error
+
+
+def _within(app: Path, check: Check) -> None:
+    with importable(app):
+        check()
+
+
+def _check_nodes(nodes: int, config: Mapping[str, Setting]) -> None:
+    needed = config.get("min-nodes", 1)
+    if isinstance(needed, int) and needed > nodes:
+        raise ConfigError(f"min-nodes is {needed}, but only {nodes} nodes are simulated: the run would never start")
+
+
+def _check_keys(app: str, unknown: Iterable[str]) -> None:
+    if unknown := sorted(unknown):
+        raise ConfigError(f"run-config keys unknown to {app}: {', '.join(unknown)}")
+
+
+# The imports of our own parts take seconds and cannot fail, so they are skipped.
+def _check_strategy(config: RunConfig) -> None:
+    if config.strategy != RunConfig().strategy:
+        from fedmmkt.server_app.strategy import strategies
+
+        strategies.get(config.strategy, config.extra.as_dict())
+
+
+def _check_family(config: RunConfig) -> None:
+    if config.t2i.family != RunConfig().t2i.family:
+        from fedmmkt.server_app.t2i.families import families
+
+        families.get(config.t2i.family, config.extra.as_dict())
+
+
+def _check_pipeline(config: RunConfig) -> None:
+    """Check the files of the T2I model, and that a family is registered for it."""
+    from fedmmkt.server_app.t2i.pipeline_folder import check_pipeline
+
+    kind = check_pipeline(config.t2i.model)
+    if config.t2i.family == RunConfig().t2i.family:
+        from fedmmkt.server_app.t2i.families import family_called
+
+        family_called(kind, config.t2i.model)
+
+
+def _check_adapter(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        found = "has no *.safetensors" if folder.is_dir() else "is no folder"
+        raise ConfigError(
+            f"run-config key 't2i.adapter' is {str(folder)!r}, which {found}; allowed: the folder `lora` of a run, or "
+            "empty"
+        )
+
+
+def _check_prompts(config: RunConfig) -> None:
+    """Check a file of prompts; their classes too where these are known without the data."""
+    from fedmmkt.common.dataset_files import DIGIT_NAMES
+    from fedmmkt.common.datasets import FROM_CLIENTS, read_class_names
+    from fedmmkt.server_app.prompts import FilePrompts, read_prompts
+
+    classes: tuple[str, ...] = ()
+    if config.data.classes != FROM_CLIENTS:
+        classes = read_class_names(config.data) or (DIGIT_NAMES if config.data.dataset == "digits" else ())
+    path = Path(config.t2i.prompts).expanduser()
+    if classes:
+        FilePrompts(path, classes)
+    else:
+        read_prompts(path)
+
+
+def _check_resumed(folder: Path) -> None:
+    from fedmmkt.server_app.record.checkpoint import checkpoints, nothing_to_resume
+    from fedmmkt.server_app.record.run_folder import RunFolder
+
+    if not checkpoints(RunFolder(folder).checkpoints):
+        raise nothing_to_resume(folder)
+
+
+def _columns(config: RunConfig) -> Sequence[str]:
+    """Return the columns of a dataset, checked as far as that is cheap; none if only reading it all would tell."""
+    from fedmmkt.common.dataset_files import size_of_tables
+    from fedmmkt.common.datasets import check_header, load_splits
+
+    if config.data.dataset == RunConfig().data.dataset:
+        return ("image", "text", "label")
+    if size_of_tables(config.data) > READ_WHOLE:
+        return check_header(config.data)
+    return tuple(load_splits(config.data, config.seed).train.column_names)
+
+
+def _check_reads(model: str, columns: Sequence[str], config: RunConfig) -> None:
+    for kind, field in (("image", "image_column"), ("text", "text_column")):
+        # The model is built for this, which takes a second.
+        if (column := getattr(config.data, field)) not in columns and kind in modality_of(model):
+            named = ", ".join(name for name in columns if name != ORIGIN)
+            raise ConfigError(
+                f"{config.data.key(field)} is {column!r}, and the dataset has no such column, which client model "
+                f"{model!r} reads; allowed: {named}, or client.models without it"
+            )
+
+
+def _check_bundled(app: Path, names: Sequence[str]) -> None:
+    """Check that modules which lie in the app's folder travel with it."""
+    bundled = None
+    for module in {name.partition(":")[0] for name in names if ":" in name and not name.startswith("transformers:")}:
+        file = Path(getattr(sys.modules.get(module), "__file__", None) or "/")
+        if not file.is_relative_to(app.resolve()):
+            continue
+        bundled = bundled_files(app) if bundled is None else bundled
+        if (own := file.relative_to(app.resolve()).as_posix()) not in bundled:
+            raise ConfigError(
+                f"{own} lies in the app {str(app.resolve())!r}, but is no part of its bundle (fab-include in its "
+                f"{PROJECT}), so that the run would not find {module!r}; put it into an app of your own, and name "
+                "that with --app"
+            )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_test_file(folder)
+    except OSError as error:
+        raise ConfigError(f"output folder {str(folder)!r} cannot be written: {error.strerror}") from None

@@ -1,0 +1,132 @@
+"""Mistakes that are told before anything is started, all at once."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from fedmmkt.common.config import ConfigError
+from fedmmkt.common.installed import installed
+from fedmmkt.deploy import run_checks
+from fedmmkt.deploy.run_checks import check_run
+from fedmmkt.deploy.submission import effective_config
+from tests import ROOT
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """A table of texts and images with two species."""
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    rows = [f"{picture},{species},a bird\n" for picture, species in (("a.png", "robin"), ("b.png", "owl"))] * 20
+    (tmp_path / "birds.csv").write_text("photo,species,note\n" + "".join(rows))
+    return tmp_path / "birds.csv"
+
+
+def problems(**config):
+    with pytest.raises(ConfigError) as caught:
+        check_run(ROOT, 2, {key.replace("__", ".").replace("_", "-"): value for key, value in config.items()})
+    return str(caught.value).splitlines()
+
+
+def test_all_wrong_names_are_told_at_once(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "class": "cat"}\n')
+
+    told = problems(
+        client__models="cnn,foo,transformers:/nowhere/vit",
+        t2i__scores="vote",
+        t2i__model="/nowhere/model",
+        t2i__adapter="/nowhere/lora",
+        t2i__prompts=str(tmp_path / "p.jsonl"),
+        resume_from="/nowhere/run",
+        output_dir="/proc/no",
+        min_nodes=3,
+    )
+
+    expected = [
+        "min-nodes is 3, but only 2 nodes are simulated",
+        "output folder '/proc/no' cannot be written",
+        "'client.models' is 'foo', but no task model",
+        "client model 'transformers:/nowhere/vit' is not there",
+        "'t2i.scores' is 'vote', but no score rule",
+        "'t2i.model' is '/nowhere/model', and /nowhere/model is no folder",
+        "'t2i.adapter' is '/nowhere/lora', which is no folder",
+        "line 1 names class 'cat'; allowed: zero, one",
+        "'resume-from' is '/nowhere/run', which is not there",
+    ]
+    assert len(told) == len(expected)
+    assert all(text in line for text, line in zip(expected, told, strict=True))
+
+
+def test_a_t2i_model_without_its_weights_is_told(tmp_path):
+    folder = shutil.copytree(installed("starter/model"), tmp_path / "model")
+    next((folder / "unet").glob("*.safetensors")).unlink()
+
+    (told,) = problems(t2i__model=str(folder))
+
+    assert f"'{folder}', but its component 'unet' (UNet2DConditionModel) has no weights" in told
+
+
+def test_a_pipeline_of_no_family_is_told(tmp_path):
+    folder = shutil.copytree(installed("starter/model"), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
+
+    (told,) = problems(t2i__model=str(folder))
+
+    assert f"'t2i.model' is '{folder}', a KandinskyPipeline; allowed: " in told
+
+
+def test_data_are_read_as_the_run_reads_them(birds):
+    columns = {"data__image_column": "photo", "data__label_column": "species", "data__text_column": "note"}
+    right = {"data.dataset": str(birds), "data.label-column": "species", "client.models": "cnn"}
+
+    check_run(ROOT, 2, right | {"data.image-column": "photo"})
+    (no_path,) = problems(data__dataset="/nowhere/birds.csv", **columns)
+    (no_label,) = problems(data__dataset=str(birds), **columns | {"data__label_column": "kind"})
+    (no_text,) = problems(data__dataset=str(birds), client__models="text,cnn", **columns | {"data__text_column": "t"})
+
+    assert "'data.dataset' is '/nowhere/birds.csv', which is not there" in no_path
+    assert (
+        "'data.label-column' is 'kind', and the dataset has no such column; allowed: species, note, photo" in no_label
+    )
+    assert "'data.text-column' is 't', and the dataset has no such column, which client model 'text' reads" in no_text
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_of_large_tables_the_columns_are_read(birds, kind, monkeypatch):
+    import pandas
+
+    monkeypatch.setattr(run_checks, "READ_WHOLE", 0)
+    if kind == "parquet":
+        pandas.read_csv(birds).to_parquet(birds.with_suffix(".parquet"))
+    settings = {"data__dataset": str(birds.with_suffix(f".{kind}")), "data__image_column": "photo"}
+
+    (no_label,) = problems(**settings, client__models="cnn")
+    (no_text,) = problems(**settings, client__models="text", data__label_column="species")
+
+    assert (
+        "'data.label-column' is 'label', and the dataset has no such column; allowed: photo, species, note" in no_label
+    )
+    assert "'data.text-column' is 'text', and the dataset has no such column, which client model 'text'" in no_text
+
+
+def test_paths_are_those_of_the_folder_of_the_command(birds, monkeypatch):
+    monkeypatch.chdir(birds.parent)
+    given = {
+        "data.dataset": "birds.csv",
+        "data.classes": "robin,owl",
+        "client.models": "cnn, transformers:a/b,transformers:.",
+        "t2i.model": "starter",
+        "resume-from": "runs/first",
+    }
+
+    config = effective_config(ROOT, 2, None, given)
+
+    assert config == given | {
+        "min-nodes": 2,
+        "data.dataset": str(birds),
+        "client.models": f"cnn, transformers:a/b,transformers:{birds.parent}",
+        "resume-from": str(birds.parent / "runs/first"),
+    }
