@@ -14,7 +14,7 @@ LAYOUT = .layout/fedmmkt
 #   make demo RUN_CONFIG='rounds=2 t2i.device="cpu"'
 export NODES OUT RUN_CONFIG
 
-.PHONY: demo federation test lint layout starter
+.PHONY: install demo federation test lint layout starter
 
 demo: $(VENV)/usable
 	@$(VENV)/bin/fedmmkt demo --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
@@ -23,6 +23,9 @@ federation: OUT = runs/federation
 federation: NODES = 4
 federation: $(VENV)/usable
 	@$(VENV)/bin/fedmmkt federation --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
+
+# Only the command, `.venv/bin/fedmmkt`.
+install: $(VENV)/usable
 
 test: $(VENV)/developed
 	$(VENV)/bin/python -m pytest

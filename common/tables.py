@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import datasets
 
 ORIGIN = "_origin"  # a column that says where each row was read, for warnings and error texts
+WRITTEN_AT_ONCE = 100  # rows, since images may be large
 COLUMN_FIELDS = ("image_column", "text_column", "label_column")  # of the configuration: the columns that are read
 
 
@@ -46,9 +47,24 @@ def origins_of(rows: datasets.Dataset) -> Sequence[str]:
     return rows[ORIGIN][:] if ORIGIN in rows.column_names else [f"row {row}" for row in range(len(rows))]
 
 
-def without_origins(rows: datasets.Dataset) -> datasets.Dataset:
-    """Return the rows with the columns of their files alone."""
-    return rows.remove_columns(ORIGIN) if ORIGIN in rows.column_names else rows
+def write_parquet(rows: datasets.Dataset, path: Path) -> None:
+    """Write the columns of files as parquet; images that are files are written with their content, not their names.
+
+    Raises
+    ------
+    ConfigError
+        If an image file is missing.
+    """
+    import pyarrow.parquet  # type: ignore[import-untyped]
+    from datasets.table import embed_table_storage
+
+    rows = rows.remove_columns(ORIGIN) if ORIGIN in rows.column_names else rows
+    with pyarrow.parquet.ParquetWriter(path, rows.features.arrow_schema) as writer:
+        for table in rows.with_format("arrow").iter(WRITTEN_AT_ONCE):
+            try:
+                writer.write_table(embed_table_storage(table))
+            except FileNotFoundError as error:
+                raise ConfigError(f"the image file {error.filename} is not there, and a row names it") from None
 
 
 def with_column(rows: datasets.Dataset, name: str, values: Any, feature: Any = None) -> datasets.Dataset:

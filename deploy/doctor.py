@@ -5,6 +5,7 @@ Only the parts that the options name are checked. On a SuperNode's host::
     fedmmkt doctor --ca ca.crt --superlink HOST:9092 --node-key node.key --node-config 'data-path="/data" ...'
 
 On the SuperLink's host, use ``--certificate``, ``--host`` and ``--t2i``. On a submitter's host, use ``--connection``.
+Before a simulation, use ``--data`` and ``--t2i``.
 The exit code is 1 if a check fails, and 2 if the command line cannot be read.
 """
 
@@ -32,6 +33,7 @@ from fedmmkt.deploy.connection_checks import (
 )
 from fedmmkt.deploy.host_checks import (
     check_data,
+    check_dataset,
     check_disk,
     check_folder,
     check_model,
@@ -104,12 +106,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _config_checks(options: argparse.Namespace) -> Iterator[Check]:
     """Yield the checks of a run-config and a node-config."""
-    if not (options.run_config or options.node_config or options.t2i):
+    if not (options.run_config or options.node_config or options.t2i or options.data):
         return
     from fedmmkt.client_app.memory import DEFAULT_FOLDER  # These import torch, which a health check does not need.
     from fedmmkt.deploy.submission import parse_run_config
 
     config = RunConfig.from_flower(parse_run_config(options.run_config))
+    if options.data:
+        yield "dataset", partial(check_dataset, config)
     if options.t2i:
         yield "T2I model", partial(check_t2i, config)
     if not options.node_config:
@@ -144,6 +148,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--connection", metavar="NAME", help="a connection in Flower's config.toml, to submit runs")
     parser.add_argument("--node-config", metavar="PAIRS", help="the node-config: data, model, state folder")
     parser.add_argument("--run-config", action="append", default=[], metavar="PAIRS", help="changes to the run-config")
+    parser.add_argument("--data", action="store_true", help="read the run's dataset, as a simulation does")
     parser.add_argument("--t2i", action="store_true", help="load the run's T2I model")
     parser.add_argument("--folder", nargs="+", type=Path, default=[], help="private folders of the service")
     parser.add_argument("--free", type=float, default=2.0, metavar="GIB", help="required free disk space (%(default)s)")

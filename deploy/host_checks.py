@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -81,9 +82,19 @@ def check_data(config: RunConfig, node: NodeConfig) -> str:
     classes = _named_classes(config) or load_splits(node.own_data(config.data), config.seed).classes
     modality = _build_model(config, node, classes).modality
     data = load_private_data(config, node, classes, "image" in modality, "text" in modality)
-    counts_C = np.bincount(data.train.labels_N, minlength=len(classes))
-    held = ", ".join(f"{name} {count}" for name, count in zip(classes, counts_C, strict=True) if count)
-    return f"{node.data_path} has {len(data.train)} examples to learn ({held}) and {len(data.test)} to test"
+    return _counted(node.data_path, data.train.labels_N, len(data.test), classes)
+
+
+def check_dataset(config: RunConfig) -> str:
+    """Check that a simulation's dataset can be read, with its images and texts, and count the examples per class."""
+    from fedmmkt.common.datasets import labels_of, load_splits, to_examples
+
+    data, splits = config.data, load_splits(config.data, config.seed)
+    for column in (data.image_column, data.text_column):
+        for part in (splits.train, splits.test):
+            if column in part.column_names:  # Apart, since a model that reads one needs not the other.
+                to_examples(part, data, images=column == data.image_column, texts=column == data.text_column)
+    return _counted(data.dataset, labels_of(splits.train, data), len(splits.test), splits.classes)
 
 
 def check_t2i(config: RunConfig) -> str:
@@ -127,6 +138,13 @@ def check_disk(folder: Path, least: float) -> str:
             f"{folder} has {free:.1f} GiB free, less than {least:g}; remove old runs, or use another disk"
         )
     return f"{folder} has {free:.1f} GiB free"
+
+
+def _counted(place: str, labels_N: NDArray[np.int64], tests: int, classes: tuple[str, ...]) -> str:
+    """Say how many training examples of each class there are, and how many test examples."""
+    counts_C = np.bincount(labels_N, minlength=len(classes))
+    held = ", ".join(f"{name} {count}" for name, count in zip(classes, counts_C, strict=True) if count)
+    return f"{place} has {len(labels_N)} examples to learn ({held}) and {tests} to test"
 
 
 def _named_classes(config: RunConfig) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from fedmmkt.common.config import ConfigError, DataConfig, RunConfig
@@ -16,6 +17,7 @@ from fedmmkt.common.dataset_files import quietly
 from fedmmkt.common.datasets import load_splits
 from fedmmkt.common.files import write_atomically
 from fedmmkt.common.partitioning import partition_rows
+from fedmmkt.common.tables import write_parquet
 from fedmmkt.deploy.submission import parse_run_config
 
 
@@ -54,7 +56,7 @@ def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Pat
             for path, own in zip(folders, rows, strict=True):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)  # The data may be private.
                 for name, part in (("test", splits.test), ("train", splits.train.select(own))):
-                    write_atomically(path / f"{name}.parquet", part.to_parquet)
+                    write_atomically(path / f"{name}.parquet", partial(write_parquet, part))
     except OSError as error:
         raise ConfigError(f"the parts cannot be written: {error.strerror}") from error
     return folders

@@ -24,13 +24,20 @@ import torch
 
 from fedmmkt.common.config import ConfigError, DataConfig
 from fedmmkt.common.datasets import Examples, labels_of, load_splits, to_examples
+from fedmmkt.common.devices import pick_device
 from fedmmkt.common.files import replaced_folder
-from fedmmkt.common.tables import without_origins
+from fedmmkt.common.tables import some, write_parquet
 from fedmmkt.starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
 
 if TYPE_CHECKING:
     import datasets
 
+COST = "cost.json"
+# Defaults of the options for the model's sizes and the length of its training.
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"autoencoder": (16, 32, 48), "unet": (32, 64), "autoencoder_steps": 400, "diffusion_steps": 1_000},
+    "medium": {"autoencoder": (32, 64, 96), "unet": (64, 128), "autoencoder_steps": 2_000, "diffusion_steps": 6_000},
+}
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}")
 
 
@@ -114,7 +121,9 @@ def main(command: list[str] | None = None) -> int:
         prog="fedmmkt pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", required=True, help="dataset, as in the run-config key data.dataset")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; an existing one is replaced")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write; one that this command wrote is replaced"
+    )
     parser.add_argument("--public", type=int, required=True, help="training examples for the T2I")
     parser.add_argument("--private", type=int, default=0, help="training examples for clients; 0: all others")
     parser.add_argument("--test", type=int, default=0, help="test examples; 0: all")
@@ -122,39 +131,94 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--caption-column", default="", help="column of captions; empty: templates with the class name")
     parser.add_argument("--image-size", type=int, default=32, help="side in pixels, a multiple of eight")
-    parser.add_argument("--autoencoder", type=int, nargs="+", default=(32, 64, 96), help="channels of its levels")
+    parser.add_argument(
+        "--size",
+        choices=tuple(SIZES),
+        default="medium",
+        help="defaults of the next four options; small takes minutes on two cores, medium half an hour",
+    )
+    parser.add_argument("--autoencoder", type=int, nargs="+", help="channels of its levels")
+    parser.add_argument("--unet", type=int, nargs=2, help="channels of its two levels")
+    parser.add_argument("--autoencoder-steps", type=int)
+    parser.add_argument("--diffusion-steps", type=int)
     parser.add_argument("--latent-channels", type=int, default=4)
-    parser.add_argument("--unet", type=int, nargs=2, default=(64, 128), help="channels of its two levels")
     parser.add_argument("--tokens", type=int, default=24, help="tokens per caption; longer captions are cut")
-    parser.add_argument("--autoencoder-steps", type=int, default=2_000)
-    parser.add_argument("--diffusion-steps", type=int, default=6_000)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, or auto (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(command)
+    for option, value in SIZES[arguments.size].items():
+        if getattr(arguments, option) is None:
+            setattr(arguments, option, value)
     try:
+        _check(arguments)
         with replaced_folder(arguments.out) as folder:
             cost = make(arguments, folder)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         parser.exit(1, f"{error}\n")
-    print(f"saved {arguments.out.resolve()}: {cost['private']} private examples, {cost['seconds']:.0f} s of training")
+    print(f"{cost['seconds']:.0f} s of training; what the model draws: {arguments.out / 'model' / 'samples.png'}")
+    print(f"fedmmkt demo --run-config '{run_config_of(arguments)}'")
     return 0
+
+
+def run_config_of(arguments: argparse.Namespace) -> str:
+    """Return the settings with which a run uses what was written."""
+    out = arguments.out.resolve()
+    settings = {
+        "data.dataset": out / "data",
+        "data.image-column": arguments.image_column,
+        "data.label-column": arguments.label_column,
+        "data.text-column": arguments.caption_column,
+        "t2i.model": out / "model",
+        "t2i.prompts": out / "prompts.jsonl" if arguments.caption_column else "",
+    }
+    texts = [f'{key}="{value}"' for key, value in settings.items() if str(value)]
+    return " ".join([*texts, f"data.image-size={arguments.image_size}"])
+
+
+class _NamedByOptions(DataConfig):
+    """Data that options of the command line name, for error texts."""
+
+    def key(self, field: str) -> str:
+        return f"option --{'caption-column' if field == 'text_column' else field.replace('_', '-')}"
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse settings that would fail in the midst of training, and to replace a folder of anything else."""
+    out = arguments.out
+    if out.exists() and not (out / COST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(
+            f"option --out is {str(out)!r}, which holds something else; allowed: a new or an empty folder, or an "
+            "earlier one of this command"
+        )
+    multiple = 2 ** len(arguments.autoencoder)  # The autoencoder halves the side once a level but one, the U-Net once.
+    if arguments.image_size < multiple or arguments.image_size % multiple:
+        raise ConfigError(f"option --image-size is {arguments.image_size}; allowed: a multiple of {multiple}")
+    for option in ("autoencoder", "unet"):
+        if any(channels < 8 or channels % 8 for channels in getattr(arguments, option)):
+            raise ConfigError(f"option --{option} is {getattr(arguments, option)}; allowed: multiples of eight")
 
 
 def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write the files of the module's description into ``folder``; return the content of ``cost.json``."""
-    config = DataConfig(
+    config = _NamedByOptions(
         dataset=arguments.dataset,
         image_column=arguments.image_column,
         label_column=arguments.label_column,
         image_size=arguments.image_size,
         text_column=arguments.caption_column or DataConfig().text_column,
     )
+    device = pick_device(arguments.device)
     part = divide(config, arguments.public, arguments.seed, arguments.private, arguments.test)
+    print(
+        f"{len(part.public)} public examples for the T2I; for clients {len(part.private)} to learn and "
+        f"{len(part.test)} to test; classes: {some(part.classes)}",
+        flush=True,
+    )
     examples = to_examples(part.public, config, images=True, texts=bool(arguments.caption_column))
     captions = captions_of(examples, part.classes, arguments.seed)
     for name, rows in (("public/train", part.public), ("data/train", part.private), ("data/test", part.test)):
         (folder / name).parent.mkdir(exist_ok=True)
-        without_origins(rows).to_parquet(folder / f"{name}.parquet")
+        write_parquet(rows, folder / f"{name}.parquet")
     if arguments.caption_column:
         write_prompts(folder / "prompts.jsonl", examples, part.classes, captions)
     assert examples.images_NHWC is not None
@@ -169,7 +233,7 @@ def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         arguments.autoencoder_steps,
         arguments.diffusion_steps,
         arguments.seed,
-        arguments.device,
+        str(device),
     )
     seconds = time.perf_counter() - start
     save(pipeline, folder / "model")
@@ -185,5 +249,5 @@ def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seconds": seconds,
     }
-    (folder / "cost.json").write_text(json.dumps(cost, indent=2) + "\n")
+    (folder / COST).write_text(json.dumps(cost, indent=2) + "\n")
     return cost

@@ -261,6 +261,17 @@ def test_a_node_with_all_in_order(doctor, node_config, classes):
     assert "GiB free" in lines[3]
 
 
+def test_the_dataset_of_a_simulation(doctor, tmp_path):
+    (tmp_path / "notes.csv").write_text("text,label\n" + "a,b\n" * 8 + ",b\n" + "c,d\n" * 6)
+
+    code, lines = doctor("--data", "--run-config", f'data.dataset="{tmp_path / "notes.csv"}"')
+    other, refused = doctor("--data", "--run-config", f'data.dataset="{tmp_path / "gone.csv"}"')
+
+    assert (code, other) == (0, 1)
+    assert lines[0].endswith("notes.csv has 12 examples to learn (b 7, d 5) and 3 to test")
+    assert refused[0].startswith("WRONG dataset: run-config key 'data.dataset' is ")
+
+
 def test_data_columns_model_and_classes_that_are_not_there(doctor, node_config):
     asked = [
         (node_config(data_path="/nowhere"), "data-path' is '/nowhere', which is not there"),

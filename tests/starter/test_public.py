@@ -95,6 +95,29 @@ def test_too_few_or_too_many_public_examples_are_refused(dataset, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--image-size", "20"], "option --image-size is 20; allowed: a multiple of 8"),
+        (["--unet", "12", "16"], "option --unet is [12, 16]; allowed: multiples of eight"),
+        (["--label-column", "class"], "option --label-column is 'class', and the dataset has no such column"),
+        (["--device", "gpu"], "device 'gpu' cannot be used"),
+    ],
+)
+def test_what_would_fail_in_the_midst_is_refused_by_its_option(dataset, tmp_path, capsys, options, said):
+    with pytest.raises(SystemExit):
+        public.main(["--dataset", str(dataset), "--out", str(tmp_path / "out"), "--public", "21", *options])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_not_replaced(dataset, capsys):
+    with pytest.raises(SystemExit):
+        public.main(["--dataset", str(dataset), "--out", str(dataset), "--public", "21"])
+    assert "which holds something else; allowed: a new or an empty folder" in capsys.readouterr().err
+    assert (dataset / "train.parquet").is_file()
+
+
 @pytest.mark.parametrize("row", [WHOLE, WITHIN])
 def test_the_benchmark_of_pairs_runs_a_federation_and_measures_its_t2i(start, tmp_path, row):
     judge = PairJudge(start)
