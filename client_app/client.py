@@ -29,6 +29,7 @@ from fedmmkt.client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, r
 from fedmmkt.client_app.models.building import build_task_model, chosen_model, model_label
 from fedmmkt.client_app.models.task_model import Inputs, compact
 from fedmmkt.client_app.refusals import refused_as
+from fedmmkt.client_app.trained import ModelDescription
 from fedmmkt.common.config import NodeConfig, RunConfig
 from fedmmkt.common.datasets import Examples
 from fedmmkt.common.devices import pick_device
@@ -110,21 +111,13 @@ class Client:
             self._warn_of_cut("test texts", self.data.test)
         epochs = settings.warmup_epochs if self.is_new else settings.local_epochs
         train(self.model, self.optimizer, self._private_set, self._synthetic_set(), settings, epochs, self.generator)
-        description = {
-            "client": self.name,
-            "model": self.model_name,
-            "classes": self.instructions.classes,
-            "image_size": self.config.data.image_size,
-            "anchor_size": self.instructions.anchor_size,
-            "round": self.instructions.round,
-        }
         # Keep one batch more than training uses, because the newest batch has no soft targets yet. Keep one round more
         # than the server, because during a round the server's last checkpoint is from the round before.
         self.memory.save(
             self.instructions.round,
             self.model,
             self.optimizer,
-            description,
+            self._description().model_dump(mode="json"),
             keep_batches=settings.pool_rounds + 1,
             keep_rounds=self.config.checkpoints_kept + 1,
         )
@@ -213,6 +206,24 @@ class Client:
     def _generator(self, round: int) -> torch.Generator:
         """Return the generator of the client's random draws in a round."""
         return torch.Generator().manual_seed(self.seed + round)
+
+    def _description(self) -> ModelDescription:
+        """Describe the model for who loads it after the run."""
+        data = self.node.own_data(self.config.data) if self.node.has_own_data else self.config.data
+        return ModelDescription(
+            client=self.name,
+            model=self.model_name,
+            extra=self.config.extra.as_dict(),
+            classes=self.instructions.classes,
+            class_counts=self._private_set.class_counts(len(self.instructions.classes)).tolist(),
+            balanced_softmax=self.config.client.balanced_softmax,
+            image_size=self.config.data.image_size,
+            whites=dict(self.data.train.whites),
+            image_column=data.image_column,
+            text_column=data.text_column,
+            anchor_size=self.instructions.anchor_size,
+            round=self.instructions.round,
+        )
 
     def _warn_of_cut(self, named: str, examples: Examples) -> None:
         """Warn of texts that are longer than what the model reads."""

@@ -7,6 +7,9 @@ can continue from the client's state after any of these rounds.
 
 Each round's folder has checksums. A round whose model is damaged is left out, and the client goes on from the round
 before; a batch that is damaged is left out, and the server sends it again.
+
+Beside the runs' folders, ``CLIENT/final`` is the model that the client learned last, in whatever run: what predictions
+need, and nothing else. Its files are hard links to those of the round.
 """
 
 from __future__ import annotations
@@ -30,10 +33,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedmmkt.client_app.learning.training import AlignedModel
-from fedmmkt.common.files import damaged_files, private_folder, remove_leftovers, replaced_folder, write_manifest
+from fedmmkt.common.files import (
+    MANIFEST,
+    damaged_files,
+    private_folder,
+    remove_leftovers,
+    replaced_folder,
+    write_manifest,
+)
 from fedmmkt.common.payloads import PayloadError, SoftTargets, SyntheticBatch
 
 DEFAULT_FOLDER = Path("~/.fedmmkt/clients")
+FINAL, DESCRIPTION, WEIGHTS, OPTIMIZER = "final", "model.json", "model.safetensors", "optimizer.pt"
 RUN_KEY = r"[A-Za-z0-9_-]{1,64}"
 LONGEST_FOLDER_NAME = 150
 _BATCH_FILE = re.compile(r"(batch|targets)-\d{5,}\.npz")
@@ -72,6 +83,8 @@ class ClientMemory:
         Folder of this run and client.
     newest : Path or None
         Folder of the last round that the client learned in, and that is whole; None if there is none.
+    final : Path
+        Folder of the model that the client learned last.
 
     Raises
     ------
@@ -90,6 +103,7 @@ class ClientMemory:
         if not re.fullmatch(RUN_KEY, run_key):
             raise PayloadError(f"run key {run_key!r} is no plain name of letters, digits, - and _")
         self.folder = private_folder(_folder(root, run_key, client))
+        self.final = root.expanduser() / plain_name(client) / FINAL
         remove_leftovers(self.folder)
         if not _rounds(self.folder):
             self._inherit(
@@ -107,9 +121,8 @@ class ClientMemory:
         """Load the newest weights and optimiser state; return False if there are none."""
         if (folder := self.newest) is None:
             return False
-        weights, names = load_file(folder / "model.safetensors"), _saved_names(model)
-        model.load_state_dict({name: weights[saved] for name, saved in names.items() if saved in weights})
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        load_weights(folder, model)
+        optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
         return True
 
     def batches(self) -> list[KeptBatch]:
@@ -139,6 +152,8 @@ class ClientMemory:
         keep_rounds: int,
     ) -> bool:
         """Save a round: model (safetensors), its description (JSON), optimiser state (torch), and batches.
+
+        Then `final` is replaced by this model.
 
         A transformers model is saved so that ``from_pretrained`` can load the folder. Batches that an earlier round
         already has on disk are hard-linked.
@@ -183,9 +198,9 @@ class ClientMemory:
         kept = self.batches()[-keep_batches:]
         with replaced_folder(self.folder / f"round-{round:05d}", mode=0o700) as folder:
             model.task_model.save_description(folder)
-            (folder / "model.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-            save_file(weights, folder / "model.safetensors", {"format": "pt"})
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            save_file(weights, folder / WEIGHTS, {"format": "pt"})
+            torch.save(optimizer.state_dict(), folder / OPTIMIZER)
             for item in kept:
                 for kind, message in (("batch", item.batch), ("targets", item.targets)):
                     if message is None:
@@ -199,10 +214,24 @@ class ClientMemory:
         self.newest = self.folder / f"round-{round:05d}"
         self._kept = {item.batch.batch_id: item for item in kept}
         self._unsaved.clear()
+        self._publish()
         # Rounds between the earlier one and this one are damaged.
         sound = [path for path in _rounds(self.folder) if path == self.newest or (earlier and path <= earlier)]
         for old in set(_rounds(self.folder)).difference(sound[-keep_rounds:]):
             shutil.rmtree(old, ignore_errors=True)
+
+    def _publish(self) -> None:
+        """Replace the folder `final` by the model of the newest round, without optimiser state and batches."""
+        if (newest := self.newest) is None:
+            return
+        with replaced_folder(self.final, mode=0o700) as folder:
+            shutil.copytree(
+                newest,
+                folder,
+                ignore=shutil.ignore_patterns(OPTIMIZER, MANIFEST, "*.npz"),
+                copy_function=_link,
+                dirs_exist_ok=True,
+            )
 
     def _inherit(self, earlier: list[tuple[Path, int]]) -> None:
         """Copy a round of an earlier run, to start from it.
@@ -217,6 +246,20 @@ class ClientMemory:
                 with replaced_folder(self.folder / newest.name, mode=0o700) as inherited:
                     shutil.copytree(newest, inherited, copy_function=_link, dirs_exist_ok=True)
                 return
+
+
+def load_weights(folder: Path, model: AlignedModel) -> None:
+    """Load the weights that a client saved in a folder.
+
+    Raises
+    ------
+    OSError, SafetensorError
+        If they cannot be read.
+    RuntimeError
+        If they do not fit the model.
+    """
+    weights, names = load_file(folder / WEIGHTS), _saved_names(model)
+    model.load_state_dict({name: weights[saved] for name, saved in names.items() if saved in weights})
 
 
 def plain_name(name: str) -> str:

@@ -296,6 +296,10 @@ class T2IConfig(_Section):
     caption_dropout: Fraction = Field(0.1, description="fraction of captions replaced by the empty text in an update")
     pool_rounds: int = Field(3, ge=1, le=100, description="number of last rounds whose samples an update uses")
 
+    def guidance_of(self, server_round: int) -> float:
+        """Return the guidance scale of a round (from 1); before the first, that of the first."""
+        return self.guidance[min(max(server_round, 1), len(self.guidance)) - 1]
+
 
 class Extra(_Section):
     """The user's own settings for their strategy and rules, read as ``config.extra["trim"]``.

@@ -287,12 +287,16 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cache(config: DataConfig) -> Iterator[dict[str, Any]]:
-    """Yield loading options that keep a node's own data out of the library's cache.
-
-    Other users of the machine may be able to read that cache.
-    """
+    """Yield loading options for a dataset; a node's own data is kept out of the library's cache."""
     if not isinstance(config, OwnDataConfig):
         yield {}
         return
+    with outside_cache() as options:
+        yield options
+
+
+@contextlib.contextmanager
+def outside_cache() -> Iterator[dict[str, Any]]:
+    """Yield loading options that keep private data out of the library's cache, which others may be able to read."""
     with tempfile.TemporaryDirectory(prefix="fedmmkt-") as folder:
         yield {"cache_dir": folder, "keep_in_memory": True}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedmmkt.common.config import ConfigError, DataConfig, OwnDataConfig
 from fedmmkt.common.dataset_files import columns_of, read_tables
-from fedmmkt.common.images import GreyError, Square, to_rgb_arrays, to_square
+from fedmmkt.common.images import GreyError, Square, to_rgb_arrays, to_square, whites_of
 from fedmmkt.common.labels import Labels, classes_of, indices_of, matched, named, read_labels, typed
 from fedmmkt.common.natural_order import natural_key, normal_form
 from fedmmkt.common.table_files import LFS_POINTER
@@ -50,11 +52,14 @@ class Examples:
         uint8 RGB.
     texts : list of str, optional
         One text per example.
+    whites : mapping
+        What was taken for white in images of more than eight bits, as `whites_of` returns it.
     """
 
     labels_N: NDArray[np.int64]
     images_NHWC: NDArray[np.uint8] | None = None
     texts: list[str] | None = None
+    whites: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -152,9 +157,13 @@ def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, tex
             raise ConfigError(f"{config.key('dataset')} is {config.dataset!r}: no row is complete: {some(lines, 2)}")
         logger.warning("%s: %s of %s rows have no image or text that can be read, and are left out: %s",
                        config.dataset, len(lines), len(labels_N), some(lines))  # fmt: skip
-    pixels = to_rgb_arrays([square for square in (squares[row] for row in complete if images) if square is not None])
+    kept = [square for square in (squares[row] for row in complete if images) if square is not None]
+    whites = whites_of(kept)
     return Examples(
-        labels_N[complete], np.stack(pixels) if images else None, [words[row] for row in complete] if texts else None
+        labels_N[complete],
+        np.stack(to_rgb_arrays(kept, whites)) if images else None,
+        [words[row] for row in complete] if texts else None,
+        whites,
     )
 
 
@@ -175,7 +184,7 @@ def relabel(examples: Examples, own_classes: tuple[str, ...], class_space: tuple
             f"the data's classes {', '.join(unknown)!r} are not in the run; allowed: {', '.join(class_space)}"
         )
     index_C = np.array([class_space.index(name) if name in class_space else -1 for name in own_classes])
-    return Examples(index_C[examples.labels_N], examples.images_NHWC, examples.texts)
+    return replace(examples, labels_N=index_C[examples.labels_N])
 
 
 def read_class_names(config: DataConfig) -> tuple[str, ...]:
@@ -313,8 +322,8 @@ def _read_images(dataset: datasets.Dataset, config: DataConfig) -> tuple[list[Sq
         if item is None or (item["bytes"] is None and item["path"] is None):
             continue
         try:
-            squares[row] = _read_image(item["bytes"], item["path"], config.image_size)
-        except _RefusedImageError as error:
+            squares[row] = read_image(item["bytes"], item["path"], config.image_size)
+        except RefusedImageError as error:
             raise ConfigError(
                 f"{config.key('image_column')} is {column!r}, and in {origins_of(dataset)[row]} it {error}"
             ) from None
@@ -323,11 +332,20 @@ def _read_images(dataset: datasets.Dataset, config: DataConfig) -> tuple[list[Sq
     return squares, broken
 
 
-class _RefusedImageError(Exception):
+class RefusedImageError(Exception):
     """An image that is not left out, because others are likely to be the same."""
 
 
-def _read_image(content: bytes | None, path: str, size: int) -> Square:
+def read_image(content: bytes | None, path: str, size: int) -> Square:
+    """Decode an image from its bytes, or from a file if there are none, and crop and resize it to a square.
+
+    Raises
+    ------
+    RefusedImageError
+        If the file is missing or a pointer of git-lfs, or the values are no grey values.
+    Exception
+        Whatever a decoder raises on broken bytes.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -335,12 +353,12 @@ def _read_image(content: bytes | None, path: str, size: int) -> Square:
         with Image.open(io.BytesIO(content)) as image:
             return to_square(image, size)
     except FileNotFoundError:
-        raise _RefusedImageError(
+        raise RefusedImageError(
             f"names {path!r:.200}, which is not there; allowed: images, or the names of image files beside the table"
         ) from None
     except GreyError as error:
-        raise _RefusedImageError(f"holds an image that cannot be shown: {error}") from None
+        raise RefusedImageError(f"holds an image that cannot be shown: {error}") from None
     except UnidentifiedImageError:
         if content and content.startswith(LFS_POINTER):
-            raise _RefusedImageError("holds a git-lfs pointer; allowed: the image that `git lfs pull` brings") from None
+            raise RefusedImageError("holds a git-lfs pointer; allowed: the image that `git lfs pull` brings") from None
         raise ValueError("it is of no known format") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,20 +156,32 @@ def to_square(image: Image.Image, size: int | None) -> Square:
     return Square(np.asarray(image), kind, largest) if is_deep else Square(np.asarray(image))
 
 
-def to_rgb_arrays(squares: Iterable[Square]) -> list[Images]:
+def to_rgb_arrays(squares: Iterable[Square], whites: Mapping[str, float] | None = None) -> list[Images]:
     """Bring squares to RGB of eight bits.
 
-    The white of grey values is the smallest of 1 and 255 for floats, or of 8, 10, 12, 14, 16 and 32 bits for integers,
-    that no image of the same kind exceeds.
+    Parameters
+    ----------
+    squares : iterable of Square
+        The squares.
+    whites : mapping, optional
+        The white of each kind of grey values; by default `whites_of` the squares.
     """
     squares = list(squares)
+    whites = whites_of(squares) if whites is None else whites
+    return [_in_eight_bits(square.pixels, whites[square.kind]) if square.kind else square.pixels for square in squares]
+
+
+def whites_of(squares: Iterable[Square]) -> dict[str, float]:
+    """Return the white of each kind of grey values.
+
+    It is the smallest of 1 and 255 for floats, or of 8, 10, 12, 14, 16 and 32 bits for integers, that no image of the
+    kind exceeds.
+    """
     largest: dict[str, float] = {}
     for square in squares:
-        largest[square.kind] = max(square.largest, largest.get(square.kind, 0))
-    return [
-        _in_eight_bits(square.pixels, _white(square.kind, largest[square.kind])) if square.kind else square.pixels
-        for square in squares
-    ]
+        if square.kind:
+            largest[square.kind] = max(square.largest, largest.get(square.kind, 0))
+    return {kind: _white(kind, value) for kind, value in largest.items()}
 
 
 def _white(kind: str, largest: float) -> float:

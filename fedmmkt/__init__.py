@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmmkt.client_app.models.task_model import Inputs, TaskModel, task_models
+    from fedmmkt.client_app.trained import ClientModel, load_client_model
     from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
     from fedmmkt.common.payloads import (
         ClassReport,
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from fedmmkt.server_app.rules.updates import UpdateRule, updates
     from fedmmkt.server_app.strategy import FedMMKT, strategies
     from fedmmkt.server_app.t2i.families import Family, FlowFamily, MaskedFamily, families
+    from fedmmkt.server_app.t2i.generator import Generator
     from fedmmkt.server_app.t2i.samples import Samples
+    from fedmmkt.server_app.trained import generate_folder, load_generator
 
 _PUBLIC = {
     "server_app.strategy": ("FedMMKT", "strategies"),
@@ -47,8 +50,11 @@ _PUBLIC = {
     "server_app.rules.scores": ("Feedback", "scores"),
     "server_app.rules.updates": ("UpdateRule", "updates"),
     "server_app.t2i.families": ("Family", "FlowFamily", "MaskedFamily", "families"),
+    "server_app.t2i.generator": ("Generator",),
     "server_app.t2i.samples": ("Samples",),
+    "server_app.trained": ("generate_folder", "load_generator"),
     "client_app.models.task_model": ("Inputs", "TaskModel", "task_models"),
+    "client_app.trained": ("ClientModel", "load_client_model"),
     "common.registry": ("Registry",),
     "common.config": ("ConfigError", "NodeConfig", "RunConfig"),
     "common.payloads": (
@@ -67,6 +73,7 @@ _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [
     "Answer",
     "ClassReport",
+    "ClientModel",
     "ClientReport",
     "ConfigError",
     "DistillationPayload",
@@ -74,6 +81,7 @@ __all__ = [
     "FedMMKT",
     "Feedback",
     "FlowFamily",
+    "Generator",
     "Inputs",
     "Instructions",
     "MaskedFamily",
@@ -90,6 +98,9 @@ __all__ = [
     "UpdateRule",
     "aggregations",
     "families",
+    "generate_folder",
+    "load_client_model",
+    "load_generator",
     "scores",
     "strategies",
     "task_models",

@@ -9,6 +9,8 @@ from importlib import import_module
 COMMANDS = {
     "demo": ("deploy.simulation", "run clients and a text-to-image model in simulation, on this machine"),
     "federation": ("deploy.federation", "run real processes over gRPC with TLS, on this machine"),
+    "generate": ("deploy.generate", "draw a labelled folder of images with a run's text-to-image model"),
+    "predict": ("deploy.predict", "predict classes with a client's trained model"),
     "doctor": ("deploy.doctor", "check a deployment from any of its hosts"),
     "certificates": ("deploy.certificates", "make a CA, the server's certificate, and nodes' keys"),
     "partition": ("deploy.partition", "divide a dataset into a folder for each node"),

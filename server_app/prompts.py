@@ -30,10 +30,13 @@ class Prompt:
 
 
 class PromptSource(Protocol):
-    """A source of the prompts of a round."""
+    """A source of prompts."""
 
     def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
-        """Return ``count`` prompts."""
+        """Return ``count`` prompts for a round."""
+
+    def per_class(self, count: int, rng: np.random.Generator) -> list[Prompt]:
+        """Return ``count`` prompts of each class, class by class."""
 
 
 def build_prompt_source(config: T2IConfig, classes: tuple[str, ...]) -> PromptSource:
@@ -86,11 +89,16 @@ class TemplatePrompts:
             for template, index in zip(chosen, classes, strict=True)
         ]
 
+    def per_class(self, count: int, rng: np.random.Generator) -> list[Prompt]:
+        """Return ``count`` prompts of each class, class by class."""
+        return sorted(self(count * len(self.classes), rng), key=lambda prompt: prompt.class_index)
+
 
 class FilePrompts:
     """Draws prompts from a JSONL file with lines ``{"prompt": text}`` or ``{"prompt": text, "class": name}``."""
 
     def __init__(self, path: Path, classes: tuple[str, ...]) -> None:
+        self.path, self.classes = path, classes
         self.prompts = [
             _with_class(f"{_KEY}: {path}, line {number}", text, name, classes)
             for number, text, name in read_prompts(path)
@@ -99,6 +107,25 @@ class FilePrompts:
     def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
         """Return ``count`` prompts; all prompts of the file are used equally often (at most one apart)."""
         return [self.prompts[index] for index in _balanced(np.arange(len(self.prompts)), count, rng)]
+
+    def per_class(self, count: int, rng: np.random.Generator) -> list[Prompt]:
+        """Return ``count`` prompts of each class, class by class; those of a class are used equally often.
+
+        Raises
+        ------
+        ConfigError
+            If the file has no prompt of a class.
+        """
+        chosen: list[Prompt] = []
+        for class_index, name in enumerate(self.classes):
+            own = [prompt for prompt in self.prompts if prompt.class_index == class_index]
+            if not own:
+                raise ConfigError(
+                    f"run-config key 't2i.prompts': {self.path} has no prompt of the class {name!r}; allowed: prompts "
+                    "of every class, or 'templates'"
+                )
+            chosen += [own[index] for index in _balanced(np.arange(len(own)), count, rng)]
+        return chosen
 
 
 def read_prompts(path: Path) -> list[tuple[int, str, Any]]:

@@ -125,8 +125,7 @@ class FedMMKT(Strategy):
 
         The scale should decrease: with strong guidance, the samples of a fine-tuned model saturate.
         """
-        schedule = self.config.t2i.guidance
-        return schedule[min(max(server_round, 1), len(schedule)) - 1]
+        return self.config.t2i.guidance_of(server_round)
 
     def generate(self, server_round: int, prompts: list[Prompt], pool: Sequence[Samples]) -> Samples:
         """Generate one image per prompt, with the round's guidance scale.

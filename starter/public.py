@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 COST = "cost.json"
 # Defaults of the options for the model's sizes and the length of its training.
 SIZES: dict[str, dict[str, Any]] = {
-    "small": {"autoencoder": (16, 32, 48), "unet": (32, 64), "autoencoder_steps": 400, "diffusion_steps": 1_000},
+    "small": {"autoencoder": (16, 32, 48), "unet": (32, 64), "autoencoder_steps": 600, "diffusion_steps": 1_500},
     "medium": {"autoencoder": (32, 64, 96), "unet": (64, 128), "autoencoder_steps": 2_000, "diffusion_steps": 6_000},
 }
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image of a {}")

@@ -88,6 +88,7 @@ def _write_copy(path: Path, key: str, data: PrivateData) -> None:
             arrays[f"{name}.images"] = part.images_NHWC
         if part.texts is not None:
             arrays[f"{name}.texts"] = _to_array(part.texts)
+        arrays[f"{name}.whites"] = _to_array(dict(part.whites))
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
@@ -104,6 +105,7 @@ def _read_copy(path: Path, key: str) -> PrivateData | None:
                     archive[f"{name}.labels"],
                     archive.get(f"{name}.images"),
                     _from_array(archive[f"{name}.texts"]) if f"{name}.texts" in archive else None,
+                    _from_array(archive[f"{name}.whites"]),
                 )
                 for name in ("train", "test")
             ]
@@ -112,7 +114,7 @@ def _read_copy(path: Path, key: str) -> PrivateData | None:
     return PrivateData(*parts)
 
 
-def _to_array(value: str | list[str]) -> np.ndarray:
+def _to_array(value: str | list[str] | dict[str, float]) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 

@@ -14,6 +14,14 @@ def balanced_softmax_loss(logits_BC: Tensor, labels_B: Tensor, log_prior_C: Tens
     return F.cross_entropy(logits_BC + log_prior_C, labels_B)
 
 
+def log_prior(class_counts_C: Tensor) -> Tensor:
+    """Return the log class prior of a client, from its number of examples of each class.
+
+    A class without examples gets a tiny prior instead of zero, so that its logit stays bounded.
+    """
+    return ((class_counts_C + 0.05) / class_counts_C.sum()).log()
+
+
 def distillation_loss(logits_BC: Tensor, probabilities_BC: Tensor, temperature: float) -> Tensor:
     """Return the KL divergence to the soft targets, scaled by T^2 (arXiv 1503.02531).
 

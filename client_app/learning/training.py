@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedmmkt.client_app.learning.batches import call_on_rows, epoch_batches, has_lone_sample, learns_from_one
-from fedmmkt.client_app.learning.losses import alignment_loss, balanced_softmax_loss, distillation_loss, prompt_loss
+from fedmmkt.client_app.learning.losses import (
+    alignment_loss,
+    balanced_softmax_loss,
+    distillation_loss,
+    log_prior,
+    prompt_loss,
+)
 from fedmmkt.client_app.models.task_model import Inputs, TaskModel
 from fedmmkt.common.augmentation import augment
 from fedmmkt.common.config import ClientConfig
@@ -107,8 +113,7 @@ def train(
     synthetic_batches = _drawn_batches(model.task_model, synthetic, config, generator)
     steps = max(len(private_batches), len(synthetic_batches))
     counts_C = private.class_counts(model.task_model.class_count).float()
-    # A class without examples gets a tiny prior instead of zero, so that its logit stays bounded.
-    log_prior_C = ((counts_C + 0.05) / counts_C.sum()).log() if config.balanced_softmax else torch.zeros_like(counts_C)
+    log_prior_C = log_prior(counts_C) if config.balanced_softmax else torch.zeros_like(counts_C)
     log_prior_C = log_prior_C.to(private.labels_N.device)
     model.train()
     total = 0.0

@@ -116,6 +116,11 @@ class Generator:
         return self.family.image_size
 
     @property
+    def images_at_once(self) -> int:
+        """Number of images that all devices together make at once."""
+        return self._batch_size * len(self.families)
+
+    @property
     def can_vary(self) -> bool:
         """Whether `vary` can be called; some families do not support it."""
         return self.family.image_to_image is not None
@@ -191,8 +196,7 @@ class Generator:
         progress: Callable[[int], object],
         image_size: int | None,
     ) -> Samples:
-        size = self.config.generation_batch_size or min(MOST_GENERATED, self._at_once(GENERATED_AT_ONCE))
-        size = min(size, math.ceil(len(prompts) / len(self.families)))
+        size = min(self._batch_size, math.ceil(len(prompts) / len(self.families)))
         parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
         conditioning = self.encoder.conditioning(prompts)
         self.adapter.merge()
@@ -330,6 +334,10 @@ class Generator:
             remedy += ", or set 't2i.dtype' to 'bfloat16' or 'float32'"
         logger.warning("  adapt     the update diverged (%s); the adapter stays as it was before. %s",
                        diverged, f"If it happens again, {remedy}.")  # fmt: skip
+
+    @property
+    def _batch_size(self) -> int:
+        return self.config.generation_batch_size or min(MOST_GENERATED, self._at_once(GENERATED_AT_ONCE))
 
     def _at_once(self, positions: int) -> int:
         """Return how many samples have this many latent positions in total, at least 1."""

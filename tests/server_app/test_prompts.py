@@ -27,6 +27,21 @@ def test_templates_give_each_class_its_share():
     assert all(prompt.text.endswith(CLASSES[prompt.class_index]) for prompt in prompts)
 
 
+def test_as_many_of_each_class_as_are_wanted_come_class_by_class(tmp_path):
+    lines = [json.dumps({"prompt": f"{name} {number}", "class": name}) for name in CLASSES for number in (1, 2)]
+    from_file = source(tmp_path, *lines, '{"prompt": "anything"}').per_class(4, np.random.default_rng(0))
+    templates = build_prompt_source(T2IConfig(prompt_templates=("a {}", "one {}")), CLASSES)
+
+    assert [prompt.class_index for prompt in from_file] == [0] * 4 + [1] * 4 + [2] * 4
+    assert Counter(prompt.text for prompt in from_file) == {f"{name} {n}": 2 for name in CLASSES for n in (1, 2)}
+    assert [prompt.class_index for prompt in templates.per_class(2, np.random.default_rng(0))] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_class_without_a_prompt_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="has no prompt of the class 'dog'; allowed: prompts of every class"):
+        source(tmp_path, '{"prompt": "a", "class": "cat"}').per_class(1, np.random.default_rng(0))
+
+
 def texts(config, classes=CLASSES):
     return {prompt.text for prompt in build_prompt_source(config, classes)(60, np.random.default_rng(0))}
 

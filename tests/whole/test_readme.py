@@ -1,6 +1,8 @@
 """What the README shows, run."""
 
+import csv
 import re
+import shlex
 import sys
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fedmmkt.__main__ import main
 from fedmmkt.common.config import RunConfig, to_flower
 from fedmmkt.deploy.submission import parse_run_config
 from fedmmkt.server_app.app import build_strategy
@@ -16,10 +19,22 @@ from tests import ROOT, tiny_pipelines, tiny_transformers
 README = (ROOT / "README.md").read_text()
 
 
+def blocks(language):
+    """Return the page's blocks of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands(word):
+    """Return the lines of the one block of commands that has a word in it, each as its arguments."""
+    (block,) = [block for block in blocks("sh") if word in block]
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
 @pytest.fixture
 def my_method(tmp_path, monkeypatch):
-    """Write all code of the page as one module of the user's own, which can be imported."""
-    (tmp_path / "my_method.py").write_text("\n\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL)))
+    """Write all definitions of the page as one module of the user's own, which can be imported."""
+    definitions = [code for code in blocks("python") if "def " in code]
+    (tmp_path / "my_method.py").write_text("\n\n".join(definitions))
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("my_method", None)
@@ -62,7 +77,7 @@ def birds(folder):
     rng = np.random.default_rng(0)
     lines = ["photo,species,note"]
     for index, species in enumerate(("robin", "wren", "owl")):
-        for number in range(60):
+        for number in range(100):
             pixels = np.clip(rng.integers(0, 60, (40, 24, 3)) + index * 90, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{species}-{number}.png")
             lines.append(f"{species}-{number}.png,{species},a {species} on a branch")
@@ -71,7 +86,6 @@ def birds(folder):
 
 
 STAND_INS = {
-    "/data/birds.csv": birds,
     "stabilityai/stable-diffusion-3.5-medium": lambda folder: tiny_pipelines.save("sd3", folder / "sd3"),
     "google/vit-base-patch16-224": lambda folder: tiny_model(folder / "vit", tiny_transformers.image_config()),
     "distilbert-base-uncased": lambda folder: tiny_model(folder / "bert", tiny_transformers.text_config("distilbert")),
@@ -82,7 +96,7 @@ def tiny_model(folder, config):
     return tiny_transformers.save(folder, config).removeprefix("transformers:")
 
 
-@pytest.mark.parametrize("named", [("/data/birds.csv",), ("stabilityai/stable-diffusion-3.5-medium",),
+@pytest.mark.parametrize("named", [("stabilityai/stable-diffusion-3.5-medium",),
                                    ("google/vit-base-patch16-224", "distilbert-base-uncased")])  # fmt: skip
 def test_each_example_of_own_data_and_models_runs(named, tiny_run, make_grid, tmp_path):
     """As it is written, but for the user's file and the hub's models, in whose place are small ones made here."""
@@ -100,6 +114,57 @@ def test_each_example_of_own_data_and_models_runs(named, tiny_run, make_grid, tm
     assert lines[-1]["replies"]["rejected"] == 0
     assert lines[-1]["replies"]["received"] == len(models)
     assert lines[-1]["generator"]["loss"] > 0
+
+
+def test_own_photos_go_from_a_file_to_predictions(tiny_run, make_grid, tmp_path, monkeypatch, capsys):
+    """As it is written, but with few steps, and in one process."""
+    birds(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 40), "gold").save("new-photo.jpg")
+    lines = [[word.replace("/data/", f"{tmp_path}/") for word in line] for line in commands("pretrain --dataset")]
+    install, doctor, pretrain, demo, predict, generate = lines
+
+    assert install[:2] == ["make", "install"]
+    assert main(doctor[1:]) == 0
+    assert "birds.csv has 240 examples to learn (owl 80, robin 80, wren 80) and 60 to test" in capsys.readouterr().out
+    assert main([*pretrain[1:], "--autoencoder-steps", "2", "--diffusion-steps", "2"]) == 0
+    told = parse_run_config(re.findall(r"demo --run-config '(.*)'", capsys.readouterr().out))
+    settings = dict(word.split("=", 1) for word in demo[2:])
+    changed = parse_run_config([settings["RUN_CONFIG"]])
+    assert changed == {key: value for key, value in told.items() if key != "data.image-size"} | {
+        "data.alpha": 0.5,
+        "rounds": 4,
+    }
+    run_config = tiny_run(output_dir=str(tmp_path / settings["OUT"]), client__state_dir="") | changed | {"rounds": 1}
+    build_strategy(RunConfig.from_flower(run_config), 1).start(make_grid(run_config, nodes=int(settings["NODES"])))
+    capsys.readouterr()
+    assert main(predict[1:]) == 0
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert row["file"] == "new-photo.jpg"
+    assert row["class"] in ("owl", "robin", "wren")
+    assert main(generate[1:]) == 0
+    assert len(list((tmp_path / "runs" / "birds-drawn").glob("*.png"))) == 60
+
+
+def test_what_a_run_trained_is_used_as_the_page_shows_it(tiny_run, make_grid, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_config = tiny_run("runs/demo", rounds=1, client__state_dir="")
+    build_strategy(RunConfig.from_flower(run_config), 1).start(make_grid(run_config, nodes=2))
+    (tmp_path / "scans").mkdir()
+    for name in ("digit.png", "scans/one.png", "scans/two.jpg"):
+        Image.new("RGB", (50, 40), "gold").save(name)
+
+    codes = [main(line[1:]) for line in commands("fedmmkt predict runs/demo")]
+    shown = {}
+    (code,) = [code for code in blocks("python") if "load_generator" in code]
+    exec(code, shown)
+
+    assert codes == [0, 0]
+    rows = list(csv.DictReader((tmp_path / "predicted.csv").read_text().splitlines()))
+    assert [row["file"] for row in rows] == ["digit.png", "scans/one.png", "scans/two.jpg"]
+    assert len(list((tmp_path / "runs" / "drawn").glob("*.png"))) == 200
+    assert shown["probabilities"].sum() == pytest.approx(1)
+    assert shown["images"].shape == (1, 32, 32, 3)
 
 
 def test_a_folder_of_images_runs_by_configuration_alone(tiny_run, make_grid, tmp_path):

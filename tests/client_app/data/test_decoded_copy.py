@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fedmmkt.client_app.data import decoded_copy
 from fedmmkt.client_app.data.decoded_copy import load_own_data
@@ -42,6 +43,7 @@ def assert_equal(one, other):
         if ours.images_NHWC is not None:
             np.testing.assert_array_equal(ours.images_NHWC, theirs.images_NHWC)
         assert ours.texts == theirs.texts
+        assert ours.whites == theirs.whites
 
 
 @pytest.mark.parametrize(("images", "texts"), [(True, True), (True, False), (False, True)])
@@ -51,6 +53,20 @@ def test_the_copy_is_the_data_and_is_read_in_its_place(own, readings, images, te
     assert len(readings) == 1
     assert_equal(first, second)
     assert second.train.labels_N.dtype == np.int64
+
+
+def test_the_white_of_deep_images_is_kept(tmp_path, readings):
+    for index, value in enumerate((1000, 2000, 4000) * 4):
+        folder = tmp_path / "scans" / ("a", "b")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(folder / f"{index}.png")
+    arguments = RunConfig(), NodeConfig(data_path=str(tmp_path / "scans")), ("a", "b"), True, False
+
+    first, second = (load_own_data(tmp_path / "state", "one", *arguments) for _ in range(2))
+
+    assert len(readings) == 1
+    assert_equal(first, second)
+    assert second.train.whites == {"PNG I;16": 4095}  # twelve bits
 
 
 def test_a_changed_setting_or_file_or_a_damaged_copy_means_reading_again(own, readings, tmp_path):
