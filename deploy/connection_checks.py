@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedmmkt.common.config import ConfigError
-from fedmmkt.deploy.processes import script
+from fedmmkt.deploy.processes import script, uncoloured
 
 TIMEOUT = 10.0  # seconds, for a connection and for an answer
 EXPIRES_SOON = datetime.timedelta(days=30)
@@ -197,7 +197,9 @@ def check_connection(name: str) -> str:
     check_reachable(address)
     check_tls(address, authority, is_grpc=False)
     command = [script("flwr"), "supernode", "list", name, "--format", "json"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=6 * TIMEOUT).stdout
+    environment = uncoloured(os.environ)
+    asked = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=6 * TIMEOUT)
+    answer = asked.stdout
     try:
         nodes = Counter(node["status"] for node in json.loads(answer)["nodes"])
     except (ValueError, KeyError):

@@ -57,7 +57,7 @@ def flower_environment(home: Path, port: int) -> dict[str, str]:
     port : int
         Port of the SuperLink that the command `flwr` would start.
     """
-    environment = {**_DEFAULTS, **os.environ, **_FORCED}
+    environment = {**_DEFAULTS, **uncoloured(os.environ), **_FORCED}
     environment.pop("RAY_ADDRESS", None)  # it may name a cluster of another user
     environment["FLWR_HOME"] = str(home)
     environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(port)
@@ -66,6 +66,11 @@ def flower_environment(home: Path, port: int) -> dict[str, str]:
     if len(str(home)) <= _RAY_PATH_LIMIT:
         environment["RAY_TMPDIR"] = str(home)  # Ray's logs and sockets are removed with the folder
     return environment
+
+
+def uncoloured(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without forced colours, which would go into Flower's JSON too; notebooks force them."""
+    return {name: value for name, value in environment.items() if name not in ("FORCE_COLOR", "CLICOLOR_FORCE")}
 
 
 def script(name: str) -> str:

@@ -138,7 +138,8 @@ def left_behind(tmp: Path) -> list[object]:
     return [*tmp.iterdir(), *filter(runs_below, psutil.process_iter())]
 
 
-def test_a_run_answers_and_leaves_nothing(start, tmp_path, short_tmp):
+def test_a_run_answers_and_leaves_nothing(start, tmp_path, short_tmp, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a notebook
     process = start("mode=\"two words 'quoted'\"")
     log, _ = process.communicate(timeout=120)
     assert process.returncode == 0, log
