@@ -1,16 +1,13 @@
 """The package as a user installs it: one name at the top, beside somebody else's `common`; and an app of their own."""
 
 import re
-import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import flwr
 import pytest
 
 from tests import ROOT
+from tests.environments import fresh_environment, packages_of, run
 
 PAGE = (ROOT / "docs" / "your-own-app.md").read_text()
 BRIEF = (
@@ -21,36 +18,14 @@ BRIEF = (
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A fresh environment with our wheel, in which another package has the name `common`.
-
-    What the package depends on is read from the present environment, since to install it again takes minutes; but
-    Flower is installed, since its commands belong to an environment.
-    """
-    folder = tmp_path_factory.mktemp("installed")
-    wheels = folder / "wheels"
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)]
-    subprocess.run([*pip, *build], check=True)
-    home = folder / "environment"
-    venv.create(home, with_pip=True)
-    packages = next(home.glob("lib/python*/site-packages"))
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    foreign = packages / "common"
+    """A fresh environment with our wheel, in which another package has the name `common`."""
+    flower = ["--no-deps", "--ignore-installed", f"flwr=={flwr.__version__}", "ray"]
+    home = fresh_environment(tmp_path_factory.mktemp("installed"), *flower)
+    foreign = packages_of(home) / "common"
     foreign.mkdir()
     (foreign / "__init__.py").write_text("OWNER = 'somebody else'\n")
     (foreign / "config.py").write_text("OWNER = 'somebody else'\n")
-    install = ["-m", "pip", "--quiet", "install", "--no-deps", "--ignore-installed", f"flwr=={flwr.__version__}", "ray"]
-    subprocess.run([home / "bin" / "python", *install, *wheels.glob("*.whl")], check=True)
     return home
-
-
-def run(environment, *arguments, cwd):
-    command = [environment / "bin" / arguments[0], *arguments[1:]]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
-def packages_of(environment) -> Path:
-    return next(environment.glob("lib/python*/site-packages"))
 
 
 def write_app(folder: Path) -> Path:
