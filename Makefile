@@ -14,7 +14,7 @@ LAYOUT = .layout/fedmmkt
 #   make demo RUN_CONFIG='rounds=2 t2i.device="cpu"'
 export NODES OUT RUN_CONFIG
 
-.PHONY: install demo federation test lint layout starter
+.PHONY: demo federation test lint docs layout starter
 
 demo: $(VENV)/usable
 	@$(VENV)/bin/fedmmkt demo --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
@@ -34,6 +34,10 @@ lint: $(VENV)/developed layout
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	MYPYPATH=$(dir $(LAYOUT)):. $(VENV)/bin/python -m mypy -p fedmmkt -p benchmarks
+
+docs: $(VENV)/developed layout
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo build/docs/index.html
 
 layout:
 	@mkdir -p $(LAYOUT)

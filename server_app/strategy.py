@@ -521,6 +521,7 @@ strategies: Registry[type[FedMMKT]] = Registry(
     ("config", "classes", "generator", "prompts", "ledger", "recorder"),
     base=FedMMKT,
 )
+"""The strategies: `FedMMKT` and its subclasses."""
 strategies.register("fedmmkt")(FedMMKT)
 
 

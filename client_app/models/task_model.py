@@ -199,11 +199,11 @@ class TaskModel(nn.Module):
         return logits
 
 
-# Called with the number of classes and the side of the images in pixels.
 TaskModelFactory = Callable[[int, int], TaskModel]
 task_models: Registry[TaskModelFactory] = Registry(
     "task model", "client.models", ("classes", "image_size"), also="transformers: with a folder or hub id"
 )
+"""The task models: functions of the number of classes and the side of images in pixels, each giving a `TaskModel`."""
 
 
 def tokenize(texts: list[str], mark_words: bool = False) -> Tensor:

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from fedmmkt.common.registry import Registry
 
 AggregationRule = Callable[[Tensor, Tensor, Tensor], Tensor]
-# A rule is called as (logits_KNC, class_counts_KC, prompted_N), and returns probabilities_NC.
 aggregations: Registry[AggregationRule] = Registry(
     "aggregation rule", "t2i.aggregation", ("logits_KNC", "class_counts_KC", "prompted_N")
 )
+"""The aggregation rules: a rule takes logits_KNC, class_counts_KC and prompted_N, and returns probabilities_NC."""
 
 ERA_TEMPERATURE = 0.1
 

@@ -48,8 +48,8 @@ class Feedback:
 
 
 ScoreRule = Callable[[Feedback], Tensor]
-# A rule takes the clients' feedback and returns one weight per sample, not negative.
 scores: Registry[ScoreRule] = Registry("score rule", "t2i.scores", ("feedback",))
+"""The score rules: a rule takes the clients' `Feedback` and returns one weight per sample, not negative."""
 
 
 @scores.register("votes")

@@ -40,6 +40,7 @@ class UpdateRule(ABC):
 
 
 updates: Registry[type[UpdateRule]] = Registry("update rule", "t2i.update", (), base=UpdateRule)
+"""The update rules: subclasses of `UpdateRule`."""
 
 
 @updates.register("supervised")

@@ -171,6 +171,7 @@ class Family(ABC):
 families: Registry[type[Family]] = Registry(
     "T2I family", "t2i.family", ("pipeline", "device"), base=Family, also="auto"
 )
+"""The families of T2I models: subclasses of `Family`."""
 
 
 @families.register("stable-diffusion")
