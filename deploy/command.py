@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from flwr.supercore.logger import update_console_handler
+
 from fedmmkt.common.config import ConfigError, Setting
 from fedmmkt.deploy.bundle import app_folder
 from fedmmkt.deploy.processes import StartError
@@ -51,6 +53,7 @@ def run_command(
         Exit code: 0 for a completed run, 1 for any other run, 2 for bad input.
     """
     options = _parse(name, description, nodes, out, arguments, parents)
+    update_console_handler(colored=sys.stderr.isatty())  # Checks may warn.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     config: Mapping[str, Setting] = {}

@@ -29,6 +29,7 @@ _OF_FLOWER = (
     "Successfully installed ",
     "Starting logstream for run_id",
     "Starting Flower Simulation",
+    "Start `flwr-serverapp` process",
     "Since flwr 1.32, default simulated SuperNodes changed",
     "Federation `@none/default` (",
     "To change federation size, use the following command:",

@@ -79,6 +79,8 @@ def checks_of_server(app: Path, config: RunConfig) -> Iterator[Check]:
         yield partial(_check_adapter, Path(config.t2i.adapter).expanduser())
     if config.t2i.prompts != RunConfig().t2i.prompts:
         yield partial(_check_prompts, config)
+    if config.output_dir:
+        yield partial(_check_unused, Path(config.output_dir).expanduser())
     if config.resume_from:
         yield partial(_check_resumed, Path(config.resume_from).expanduser())
 
@@ -182,6 +184,14 @@ def _check_prompts(config: RunConfig) -> None:
         FilePrompts(path, classes)
     else:
         read_prompts(path)
+
+
+def _check_unused(folder: Path) -> None:
+    from fedmmkt.server_app.record.run_folder import RunFolder
+
+    if folder.is_dir():
+        with RunFolder(folder).in_use():
+            return
 
 
 def _check_resumed(folder: Path) -> None:

@@ -166,7 +166,7 @@ class Submitter:
             run_id = self._follow([*command, "--run-config", format_run_config(config)], console)
         outcome = self._outcome_of(run_id, connection, console) if run_id else Outcome("", "not-started", REFUSED)
         if out := config.get("output-dir"):
-            console.write_tracebacks(Path(str(out)) / "tracebacks.txt")
+            console.write_tracebacks(Path(str(out)) / "flower-tracebacks.txt")
         if outcome.status == COMPLETED:
             console.say(f"Completed: run {run_id}")
         elif not console.last.endswith(outcome.cause.splitlines()[-1]):

@@ -53,7 +53,9 @@ def _failing_in_one_line(folder: Path) -> Iterator[None]:
 
     Flower logs each traceback too, and an exit code of its own; both are silenced.
     """
+    file = folder / "traceback.txt"
     try:
+        file.unlink(missing_ok=True)  # It is that of an earlier run.
         yield
     except (ConfigError, RunError) as error:
         _tell_once(error)
@@ -66,7 +68,6 @@ def _failing_in_one_line(folder: Path) -> Iterator[None]:
         _tell_once(failure)
         raise failure from error
     except Exception as error:
-        file = folder / "traceback.txt"
         kept = f"its traceback is in {file}" if write_traceback(file, error) else "no traceback could be kept"
         failure = RunError(f"{one_line(error)}; {kept}")
         _tell_once(failure)

@@ -160,8 +160,8 @@ class Recorder:
         known = dict(self._record.rejected)
         self._record.record_reply(reply, name)
         if reply.answer is not None:
-            self._answered += 1
-            seconds, accuracy = time.perf_counter() - self._began, reply.answer.report.accuracy
+            self._answered, self._told = self._answered + 1, time.perf_counter()
+            seconds, accuracy = self._told - self._began, reply.answer.report.accuracy
             count = f"{self._answered}/{self._expected}"
             log(INFO, "  clients   %s  %-12s accuracy %.3f  (%.1f s)", count, name, accuracy, seconds)
         elif reply.kind == "rejected":

@@ -15,17 +15,20 @@ TRANSFORMERS = "transformers:"
 
 
 def check_task_model(name: str, extra: Mapping[str, Setting] | None = None, where: str = "") -> None:
-    """Check that a model has a valid name, and that a folder of transformers is there; nothing is built.
+    """Check that a model has a valid name, and that transformers finds its description; nothing is built.
 
     Raises
     ------
     ConfigError
-        If the name is not registered and does not lead to a function of the number of classes and the image size.
+        If the name is not registered, does not lead to a function of the number of classes and the image size, or
+        names nothing that transformers could load.
     """
     if name.startswith(TRANSFORMERS):
-        from fedmmkt.client_app.models.pretrained import check_source
+        from fedmmkt.client_app.models.pretrained import check_on_hub, check_source
 
-        check_source(name.removeprefix(TRANSFORMERS))
+        source = name.removeprefix(TRANSFORMERS)
+        if not check_source(source).is_dir():
+            check_on_hub(source)
     else:
         _find_factory(name, extra, where)
 

@@ -219,6 +219,20 @@ def check_source(source: str) -> Path:
     return path
 
 
+def check_on_hub(source: str) -> None:
+    """Check that a model's configuration is on the hub, or in its cache here.
+
+    Raises
+    ------
+    ConfigError
+        If it is not.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _explained(f"client model {'transformers:' + source!r}"):
+        hf_hub_download(source, "config.json")
+
+
 def build_transformers_model(source: str, labels: tuple[str, ...], image_size: int) -> TransformersModel:
     """Load a model from transformers and give it a head for the run's classes.
 

@@ -19,6 +19,7 @@ PACKAGES = ("fedmmkt", "flwr", "torch", "diffusers", "transformers", "peft")
 
 def describe_machine() -> dict[str, Any]:
     """Return versions, the commit if the code lies in a git clone, and the server's hardware."""
+    code = installed("server_app/report/page.html").parent  # Not in an app bundle, which is tracked nowhere.
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
@@ -30,7 +31,7 @@ def describe_machine() -> dict[str, Any]:
             "gpus": gpus,
         },
         "threads": torch.get_num_threads(),
-    } | ({"commit": commit} if (commit := git_commit(installed("server_app"))) else {})
+    } | ({"commit": commit} if (commit := git_commit(code)) else {})
 
 
 def git_commit(folder: Path) -> str:

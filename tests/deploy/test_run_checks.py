@@ -11,6 +11,7 @@ from fedmmkt.common.installed import installed
 from fedmmkt.deploy import run_checks
 from fedmmkt.deploy.run_checks import check_run
 from fedmmkt.deploy.submission import effective_config
+from fedmmkt.server_app.record.run_folder import RunFolder
 from tests import ROOT
 
 
@@ -34,7 +35,7 @@ def test_all_wrong_names_are_told_at_once(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "class": "cat"}\n')
 
     told = problems(
-        client__models="cnn,foo,transformers:/nowhere/vit",
+        client__models="cnn,foo,transformers:/nowhere/vit,transformers:no/model",
         t2i__scores="vote",
         t2i__model="/nowhere/model",
         t2i__adapter="/nowhere/lora",
@@ -49,6 +50,7 @@ def test_all_wrong_names_are_told_at_once(tmp_path):
         "output folder '/proc/no' cannot be written",
         "'client.models' is 'foo', but no task model",
         "client model 'transformers:/nowhere/vit' is not there",
+        "client model 'transformers:no/model' cannot be loaded",
         "'t2i.scores' is 'vote', but no score rule",
         "'t2i.model' is '/nowhere/model', and /nowhere/model is no folder",
         "'t2i.adapter' is '/nowhere/lora', which is no folder",
@@ -57,6 +59,14 @@ def test_all_wrong_names_are_told_at_once(tmp_path):
     ]
     assert len(told) == len(expected)
     assert all(text in line for text, line in zip(expected, told, strict=True))
+
+
+def test_a_run_folder_in_use_is_told(tmp_path):
+    with RunFolder(tmp_path).in_use():
+        (told,) = problems(output_dir=str(tmp_path))
+    check_run(ROOT, 2, {"output-dir": str(tmp_path)})
+
+    assert "is being written by a run that is going on" in told
 
 
 def test_a_t2i_model_without_its_weights_is_told(tmp_path):
@@ -88,9 +98,7 @@ def test_data_are_read_as_the_run_reads_them(birds):
     (no_text,) = problems(data__dataset=str(birds), client__models="text,cnn", **columns | {"data__text_column": "t"})
 
     assert "'data.dataset' is '/nowhere/birds.csv', which is not there" in no_path
-    assert (
-        "'data.label-column' is 'kind', and the dataset has no such column; allowed: species, note, photo" in no_label
-    )
+    assert "'data.label-column' is 'kind', and the dataset has no such column; allowed: species, note" in no_label
     assert "'data.text-column' is 't', and the dataset has no such column, which client model 'text' reads" in no_text
 
 

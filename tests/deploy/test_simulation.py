@@ -151,12 +151,13 @@ def test_a_run_answers_and_leaves_nothing(start, tmp_path, short_tmp, monkeypatc
     assert left_behind(short_tmp) == []
 
 
-def test_an_exception_of_the_server_app_fails_the_command(start, short_tmp):
+def test_an_exception_of_the_server_app_fails_the_command(start, tmp_path, short_tmp):
     process = start('mode="raise"')
     log, _ = process.communicate(timeout=120)
     assert process.returncode == 1, log
     assert log.splitlines()[-1].endswith("  The run failed: planned failure")
-    assert "Traceback" not in log
+    assert "Traceback (most recent call last)" not in log
+    assert "planned failure" in (tmp_path / "out" / "flower-tracebacks.txt").read_text()
     assert left_behind(short_tmp) == []
 
 

@@ -262,6 +262,32 @@ class LastWordToNode1(Changed):
         assert awaiting == [[(), (batch_id,), (batch_id,)], [(), (), ()]]
 
 
+class OnlyNode1MeasuredByClass(Changed):
+    def configure_final_evaluation(self, server_round, grid):
+        messages = super().configure_final_evaluation(server_round, grid)
+        return [message for message in messages if message.metadata.dst_node_id == 1]
+
+    @staticmethod
+    def check(run, plain):
+        measured = [one.lines[-1]["evaluation"]["per_client"] for one in (run, plain)]
+        assert [sorted(clients) for clients in measured] == [["mlp-0"], sorted(CLIENTS)]
+        assert measured[0]["mlp-0"] == measured[1]["mlp-0"]
+
+
+class TextsUnmeasuredByClass(Changed):
+    def read_final_evaluation(self, reply):
+        answer = super().read_final_evaluation(reply)
+        if answer.report.modality == "text":
+            raise PayloadError("not measured")
+        return answer
+
+    @staticmethod
+    def check(run, plain):
+        assert sorted(run.lines[-1]["evaluation"]["per_client"]) == ["mlp-0", "mlp-2"]
+        assert run.lines[-1]["replies"] == plain.lines[-1]["replies"]
+        assert "text-1 gives no measures by class: not measured" in run.log
+
+
 class NotAskedAtFirst(Changed):
     def configure_evaluate(self, server_round, arrays, config, grid):
         messages = super().configure_evaluate(server_round, arrays, config, grid)
