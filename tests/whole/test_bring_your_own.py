@@ -63,17 +63,24 @@ def test_all_kinds_of_nodes_run_together(digits_of, tiny_run, tmp_path):
     nodes = [
         {"name": "images-only", "model": "cnn", "data-path": digits_of("images", everything, ["image"])},
         {"name": "texts-only", "model": models["bert"], "data-path": digits_of("texts", everything, ["text"])},
-        {"name": "pairs", "model": models["clip"], "data-path": digits_of("pairs", everything, pair)},
+        {"name": "pairs", "model": models["clip"], "data-path": digits_of("pairs", everything, pair)}
+        | {"share-votes": True},
         {"name": "three-classes", "model": models["vit"], "data-path": digits_of("three", (2, 5, 7), pair)},
         {"name": "one-class", "model": "small-dual", "data-path": digits_of("one", (4,), pair)},
     ]
     run_config = tiny_run(rounds=1)
     strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+    grid = InProcessGrid("fedmmkt.client_app.app:app", run_config, nodes)
+    told, pull = [], grid.pull_messages
+    grid.pull_messages = lambda ids: [told.append(reply) or reply for reply in pull(ids)]
     with registered(task_models, "small-dual", example("small_dual")):
-        strategy.start(InProcessGrid("fedmmkt.client_app.app:app", run_config, nodes))
+        strategy.start(grid)
     line = strategy.recorder.run_folder.read_metrics()[-1]
     assert line["replies"]["received"] == 5
     assert set(line["clients"]["by_modality"]) == {"image", "text", "image+text"}
+    answers = [reply.content for reply in told if "payload" in reply.content]
+    voters = [answer["report"]["client"] for answer in answers if "votes_N" in answer["payload.arrays"]]
+    assert (len(answers), voters) == (5, ["pairs"])  # The run asks all, and one consents.
     assert all(model.startswith(TRANSFORMERS) for model in models.values())
 
 
