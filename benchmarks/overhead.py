@@ -36,7 +36,7 @@ NOTHING_TRAINED: dict[str, Setting] = {
     "t2i.evaluation-samples": 10,
     "t2i.inference-steps": 2,  # same number of images and bytes, in less time
     "judge": False,
-    "tensorboard": False,
+    "tracker": "",
 }
 
 FEDAVG_PROJECT = """

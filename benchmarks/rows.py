@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from fedmmkt.common.config import RunConfig, to_flower
+from fedmmkt.common.config import RunConfig, Setting, to_flower
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.app import build_strategy
 
@@ -54,7 +54,7 @@ def _run(folder: Path, overrides: Overrides, nodes: int) -> tuple[Lines, float]:
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folders = {"output-dir": str(folder / "run"), "client.state-dir": str(folder / "clients")}
-    common = {"tensorboard": False, "local-only-control": False, "min-nodes": nodes}
+    common: dict[str, Setting] = {"tracker": "", "local-only-control": False, "min-nodes": nodes}
     run_config = to_flower(RunConfig()) | common | folders | overrides
     node_configs: list[Any] = [{"partition-id": node, "num-partitions": nodes} for node in range(nodes)]
     grid = InProcessGrid(

@@ -77,12 +77,14 @@ def train_round(message: Message, context: Context) -> Message:
 @app.train("distill")
 @discreet
 def distill(message: Message, context: Context) -> Message:
-    """Train on the last soft targets and on private data, then report; there is no new batch."""
+    """Train on the last soft targets and on private data, write the model card, and report; there is no new batch."""
     request = Request.from_content(message.content)
     client = Client(context, request.instructions)
     client.receive(request)
     client.learn()
-    return Message(RecordDict(client.report().to_records("report")), reply_to=message)
+    report = client.report()
+    client.write_card(report)
+    return Message(RecordDict(report.to_records("report")), reply_to=message)
 
 
 @app.evaluate()

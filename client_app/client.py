@@ -26,6 +26,7 @@ from fedmmkt.client_app.learning.training import (
     train,
 )
 from fedmmkt.client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, remove_old_runs
+from fedmmkt.client_app.model_card import write_client_card
 from fedmmkt.client_app.models.building import build_task_model, chosen_model, model_label
 from fedmmkt.client_app.models.task_model import Inputs, compact
 from fedmmkt.client_app.refusals import refused_as
@@ -224,6 +225,14 @@ class Client:
             anchor_size=self.instructions.anchor_size,
             round=self.instructions.round,
         )
+
+    def write_card(self, report: ClientReport) -> None:
+        """Write the model card beside the saved model, after the last round."""
+        if folder := self.memory.newest:
+            rounds = self.instructions.round - 1  # The last message comes after the last round.
+            own = self.node.has_own_data
+            write_client_card(folder, self.model_name, self.instructions.classes, report, self.config, rounds, own)
+            self.memory.publish()
 
     def _warn_of_cut(self, named: str, examples: Examples) -> None:
         """Warn of texts that are longer than what the model reads."""

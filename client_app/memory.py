@@ -214,13 +214,13 @@ class ClientMemory:
         self.newest = self.folder / f"round-{round:05d}"
         self._kept = {item.batch.batch_id: item for item in kept}
         self._unsaved.clear()
-        self._publish()
+        self.publish()
         # Rounds between the earlier one and this one are damaged.
         sound = [path for path in _rounds(self.folder) if path == self.newest or (earlier and path <= earlier)]
         for old in set(_rounds(self.folder)).difference(sound[-keep_rounds:]):
             shutil.rmtree(old, ignore_errors=True)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Replace the folder `final` by the model of the newest round, without optimiser state and batches."""
         if (newest := self.newest) is None:
             return

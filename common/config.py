@@ -30,6 +30,7 @@ from pydantic import (
 from fedmmkt.common.plain_text import is_plain
 
 Setting = bool | int | float | str
+TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 
 
 class ConfigError(ValueError):
@@ -94,6 +95,7 @@ def _template_problem(template: str) -> str:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
 Numbers = Annotated[tuple[FiniteFloat, ...], BeforeValidator(_split_numbers)]
+Trackers = Annotated[tuple[TrackerName, ...], BeforeValidator(_split_names)]
 Templates = Annotated[tuple[str, ...], BeforeValidator(_split_templates), AfterValidator(_check_templates)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -356,7 +358,10 @@ class RunConfig(_Section):
         True,
         description="at the end, each simulated client also trains a model on its private data alone, to compare with",
     )
-    tensorboard: bool = Field(True, description="write TensorBoard events")
+    tracker: Trackers = Field(
+        ("tensorboard",),
+        description="where measures and pictures also go: tensorboard, mlflow, wandb, trackio; or none",
+    )
     data: DataConfig = DataConfig()
     client: ClientConfig = ClientConfig()
     t2i: T2IConfig = T2IConfig()

@@ -16,6 +16,7 @@ from fedmmkt.common.files import write_test_file
 from fedmmkt.common.registry import importable
 from fedmmkt.common.tables import ORIGIN
 from fedmmkt.deploy.bundle import PROJECT, bundled_files, default_config, read_app, runs_fedmmkt
+from fedmmkt.server_app.record.trackers import check_trackers
 from fedmmkt.server_app.rules.checks import check_rules
 
 READ_WHOLE = (
@@ -66,6 +67,7 @@ def checks_of_clients(app: Path, config: RunConfig) -> Iterator[Check]:
 
 def checks_of_server(app: Path, config: RunConfig) -> Iterator[Check]:
     """Yield a check of each rule and part that the server uses, and of each file that it reads."""
+    yield partial(check_trackers, config.tracker)
     for check in (check_rules, _check_strategy, _check_family):
         yield partial(_within, app, partial(check, config))
     named = (config.t2i.aggregation, config.t2i.scores, config.t2i.update, config.strategy, config.t2i.family)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from fedmmkt.common.registry import Registry
     from fedmmkt.server_app.exchange import Answer
     from fedmmkt.server_app.prompts import Prompt
+    from fedmmkt.server_app.publish.card import write_adapter_card
+    from fedmmkt.server_app.publish.push import PushError, push_adapter
+    from fedmmkt.server_app.report.compare import write_comparison
     from fedmmkt.server_app.rules.aggregation import aggregations
     from fedmmkt.server_app.rules.scores import Feedback, scores
     from fedmmkt.server_app.rules.updates import UpdateRule, updates
@@ -46,6 +49,9 @@ _PUBLIC = {
     "server_app.strategy": ("FedMMKT", "strategies"),
     "server_app.exchange": ("Answer",),
     "server_app.prompts": ("Prompt",),
+    "server_app.publish.card": ("write_adapter_card",),
+    "server_app.publish.push": ("PushError", "push_adapter"),
+    "server_app.report.compare": ("write_comparison",),
     "server_app.rules.aggregation": ("aggregations",),
     "server_app.rules.scores": ("Feedback", "scores"),
     "server_app.rules.updates": ("UpdateRule", "updates"),
@@ -88,6 +94,7 @@ __all__ = [
     "NodeConfig",
     "PayloadError",
     "Prompt",
+    "PushError",
     "Registry",
     "Request",
     "RunConfig",
@@ -101,10 +108,13 @@ __all__ = [
     "generate_folder",
     "load_client_model",
     "load_generator",
+    "push_adapter",
     "scores",
     "strategies",
     "task_models",
     "updates",
+    "write_adapter_card",
+    "write_comparison",
 ]
 
 

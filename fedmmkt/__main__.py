@@ -16,6 +16,9 @@ COMMANDS = {
     "partition": ("deploy.partition", "divide a dataset into a folder for each node"),
     "pretrain": ("starter.public", "pre-train a small text-to-image model on the public part of a dataset"),
     "report": ("server_app.report.page", "rewrite the report of a run folder"),
+    "compare": ("server_app.report.compare", "write one page that compares several runs"),
+    "card": ("server_app.publish.card", "write the model card of a run's adapter"),
+    "push": ("server_app.publish.push", "upload a run's adapter with its model card to the Hugging Face hub"),
     "rules": ("deploy.rules", "list the rules, models, families and strategies that a configuration can name"),
 }
 

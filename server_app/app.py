@@ -25,6 +25,7 @@ from fedmmkt.server_app.record.checkpoint import check_resumable, checkpoints, f
 from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.record.provenance import describe_machine
 from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.record.trackers import check_trackers
 from fedmmkt.server_app.recorder import Recorder
 from fedmmkt.server_app.rules.checks import check_rules
 from fedmmkt.server_app.strategy import FedMMKT, strategies
@@ -103,6 +104,7 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     extra = config.extra.as_dict()
     strategy = strategies.get(config.strategy, extra)
     check_rules(config)
+    check_trackers(config.tracker)
     family = None if config.t2i.family == "auto" else families.get(config.t2i.family, extra)
     earlier = RunFolder(Path(config.resume_from).expanduser())
     state = find_state(earlier) if config.resume_from else None
@@ -111,10 +113,10 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
         check_resumable(state, config, classes)
     path = _run_path(run_id, config.output_dir, config.resume_from)
     if state:
-        run_folder = RunFolder.resume(path, config.tensorboard, earlier, state.metrics)
+        run_folder = RunFolder.resume(path, earlier, state.metrics)
         remove_later_checkpoints(run_folder.checkpoints, state.round)
     else:
-        run_folder = RunFolder.create(path, config.tensorboard)
+        run_folder = RunFolder.create(path)
     log(INFO, "Run folder: %s", run_folder.path)
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed, family)

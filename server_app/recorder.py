@@ -26,10 +26,12 @@ from fedmmkt.common.progress import FIRST_SECONDS, GROWTH, TRANSIENT, Progress, 
 from fedmmkt.server_app.exchange import Reply, causes_of, listed_names
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.prompts import Prompt, PromptSource
+from fedmmkt.server_app.publish.card import write_adapter_card
 from fedmmkt.server_app.record.checkpoint import ServerState, write_checkpoint
 from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.record.round_record import RoundRecord
 from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.record.trackers import Trackers
 from fedmmkt.server_app.report.page import write_report
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import sample_seeds
@@ -76,6 +78,7 @@ class Recorder:
         self.config = config
         self.classes = classes
         self.run_folder = run_folder
+        self.trackers = Trackers(config.tracker, run_folder)
         self.generator = generator
         self.prompts = prompts
         self.judge = judge
@@ -106,11 +109,9 @@ class Recorder:
         self.config = config
         described = self._described | {"config": config.model_dump(mode="json", by_alias=True)}
         with self.run_folder.in_use():
-            try:
-                self.run_folder.write_config(described)
+            self.run_folder.write_config(described)
+            with self.trackers.run(config):
                 yield
-            finally:
-                self.run_folder.close()
 
     @contextmanager
     def round(self, server_round: int, ledger: Ledger) -> Iterator[None]:
@@ -122,7 +123,9 @@ class Recorder:
             self.generator.adapter.save(self.run_folder.lora)
         record.gone |= ledger.clients - record.asked
         self.run_folder.append_metrics(record.to_json())
+        self.trackers.log(record.to_json())
         self.report()
+        write_adapter_card(self.run_folder.path)
         self.last_round = server_round
         # Written last, so that everything else exists for a round with a checkpoint.
         write_checkpoint(self.run_folder.checkpoints, self._state(server_round, ledger), self.config.checkpoints_kept)

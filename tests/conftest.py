@@ -16,7 +16,7 @@ from fedmmkt.deploy.in_process import InProcessGrid
 
 TINY = {
     "rounds": 2,
-    "tensorboard": False,
+    "tracker": "",
     "judge": False,
     "local-only-control": False,
     "client.warmup-epochs": 1,

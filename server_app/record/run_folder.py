@@ -13,15 +13,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image, ImageOps
 
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.files import write_atomically, write_test_file, write_text
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 logger = getLogger("flwr")
 
@@ -35,26 +32,19 @@ class RunFolder:
     ----------
     path : Path
         The folder.
-    tensorboard : bool
-        Whether metrics are also written as TensorBoard events.
     """
 
-    def __init__(self, path: Path, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensorboard = tensorboard
-        self._events: SummaryWriter | None = None
-        self._purged_from: int | None = None
 
     @classmethod
-    def create(cls, path: Path, tensorboard: bool) -> RunFolder:
+    def create(cls, path: Path) -> RunFolder:
         """Make the folder of a new run; a folder with an earlier run is renamed, never overwritten.
 
         Parameters
         ----------
         path : Path
             An absolute path.
-        tensorboard : bool
-            Whether metrics are also written as TensorBoard events.
 
         Raises
         ------
@@ -73,10 +63,10 @@ class RunFolder:
             path.mkdir(exist_ok=True)
         except OSError as error:
             raise _unusable(path, f"cannot be used ({error.strerror})") from error
-        return cls(path, tensorboard)
+        return cls(path)
 
     @classmethod
-    def resume(cls, path: Path, tensorboard: bool, earlier: RunFolder, lines: Sequence[Mapping[str, Any]]) -> RunFolder:
+    def resume(cls, path: Path, earlier: RunFolder, lines: Sequence[Mapping[str, Any]]) -> RunFolder:
         """Make the folder of a run that continues an earlier run, in the same folder or in a new one.
 
         In the same folder, results of later rounds are removed, because these rounds are repeated. With a new folder,
@@ -84,7 +74,7 @@ class RunFolder:
 
         Parameters
         ----------
-        path, tensorboard
+        path : Path
             As in `create`.
         earlier : RunFolder
             The folder of the earlier run.
@@ -98,7 +88,7 @@ class RunFolder:
         """
         last = lines[-1]["round"]
         if path.resolve() != earlier.path.resolve():
-            folder = cls.create(path, tensorboard)
+            folder = cls.create(path)
             for number, picture in earlier.pictures().items():
                 if number <= last:
                     folder.images.mkdir(exist_ok=True)
@@ -109,8 +99,7 @@ class RunFolder:
             for line in lines:
                 folder.append_metrics(line)
             return folder
-        folder = cls(path.resolve(), tensorboard)
-        folder._purged_from = last + 1
+        folder = cls(path.resolve())
         with folder.in_use():
             try:
                 write_text(folder.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
@@ -205,7 +194,7 @@ class RunFolder:
         write_text(self.config, json.dumps(_strict(config), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append a round to ``metrics.jsonl``, and to the TensorBoard events if they are enabled.
+        """Append a round to ``metrics.jsonl``.
 
         The file is small, so it is rewritten as a whole: a crash cannot leave half a line.
 
@@ -220,11 +209,8 @@ class RunFolder:
         OSError
             If it could not be written. The earlier lines are then kept.
         """
-        strict = _strict(line)
         earlier = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
-        write_text(self.metrics, earlier + json.dumps(strict, allow_nan=False) + "\n")
-        if self.tensorboard:
-            self._write_events(strict)
+        write_text(self.metrics, earlier + json.dumps(_strict(line), allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read the lines of ``metrics.jsonl``, oldest first; the list is empty if there is no such file."""
@@ -291,22 +277,6 @@ class RunFolder:
         described: dict[str, Any] = json.loads(self.captions.read_text(encoding="utf-8"))
         return described
 
-    def close(self) -> None:
-        """Close the TensorBoard events; a later `append_metrics` opens new ones."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-
-    def _write_events(self, line: Mapping[str, Any]) -> None:
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, and is not always needed
-
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purged_from)
-        for tag, value in _numbers(line):
-            if tag != "round":
-                self._events.add_scalar(tag, value, line["round"])
-        self._events.flush()
-
 
 def _unusable(path: Path, problem: str) -> ConfigError:
     return ConfigError(
@@ -334,15 +304,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(content) for content in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _numbers(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the numbers in nested mappings, each with its keys joined by slashes."""
-    if isinstance(value, Mapping):
-        for key, content in value.items():
-            yield from _numbers(content, f"{tag}/{key}" if tag else str(key))
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield tag, value
 
 
 def _write_grid(path: Path, images: Sequence[Image.Image], columns: int) -> None:

@@ -106,6 +106,40 @@ def charts_of(lines: list[Line], chance: float | None = None) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
+def overlaid(title: str, curves: dict[str, list[tuple[int, float]]], in_percent: bool = False) -> Chart | None:
+    """Draw the curves of several runs over each other; None if none has a value.
+
+    Parameters
+    ----------
+    title : str
+        Title of the chart.
+    curves : dict of str to list of (int, float)
+        Values by round, for each run; colours and markers follow the order of the runs.
+    in_percent : bool
+        Whether the values are fractions.
+    """
+    rounds = sorted({number for points in curves.values() for number, _ in points})
+    if not rounds:
+        return None
+    written, legend = percent if in_percent else number, []
+    with matplotlib.rc_context(CHART_STYLE):
+        figure, axes = _axes([{"round": round} for round in rounds], in_percent)
+        for index, (name, points) in enumerate(curves.items()):
+            colour, marker = list(COLOURS)[index % len(COLOURS)], list(MARKERS)[index % len(MARKERS)]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=COLOURS[colour], marker=_marker(points, marker))
+                legend.append(Legend(MARKERS[marker], colour, name))
+        if not in_percent:
+            axes.set_ylim(bottom=min(0, *(value for points in curves.values() for _, value in points)))
+        values = {name: dict(points) for name, points in curves.items()}
+        readings = {
+            round: ", ".join(f"{name} {written(of[round])}" for name, of in values.items() if round in of)
+            for round in rounds
+        }
+        ends = "; ".join(f"{name} {written(points[-1][1])}" for name, points in curves.items() if points)
+        return Chart(title, _svg(figure, f"{title}, last value: {ends}", readings), legend)
+
+
 def _accuracy_chart(lines: list[Line], rows: Sequence[ClientRow], chance: float | None) -> Chart:
     figure, axes = _axes(lines, percent=True)
     draw = _draw_curves if len(rows) <= MOST_CURVES else _draw_spread

@@ -8,12 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
 from fedmmkt.common.files import write_text
-from fedmmkt.common.installed import installed
 from fedmmkt.server_app.record.run_folder import RunFolder
-from fedmmkt.server_app.report.charts import COLOURS, charts_of
+from fedmmkt.server_app.report.charts import charts_of
 from fedmmkt.server_app.report.heat import heat_maps_of
 from fedmmkt.server_app.report.measures import (
     ClientRow,
@@ -24,9 +21,10 @@ from fedmmkt.server_app.report.measures import (
     headlines_of,
     summary_of,
 )
-from fedmmkt.server_app.report.numbers import counted, flat, number, percent, points, seconds, size
+from fedmmkt.server_app.report.numbers import counted, flat, seconds, size
 from fedmmkt.server_app.report.pictures import Captions, Picture, captions_of, pictures_of
 from fedmmkt.server_app.report.settings import Setting, repeating_run_config, settings_of
+from fedmmkt.server_app.report.template import render
 
 MOST_CLIENT_ROWS = 40  # of more clients, those that gain least and those that gain most are listed
 
@@ -73,11 +71,9 @@ def _render(
     config, classes = described["config"], described["classes"]
     planned = config["rounds"]
     done = lines[-1]["round"] if lines else None
-    folder = installed("server_app/report/page.html").parent  # An app bundle contains no HTML.
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "number": number, "points": points, "size": size, "seconds": seconds}
     clients = client_rows(lines)
-    return environment.get_template("page.html").render(
+    return render(
+        "page.html",
         title=_title(described, changed),
         run_id=described["run_id"],
         facts=_facts(config, classes, clients),
@@ -113,7 +109,6 @@ def _render(
             Setting(key, value, None)
             for key, value in flat({key: value for key, value in described.items() if key != "config"})
         ],
-        colours=COLOURS,
     )
 
 

@@ -38,7 +38,7 @@ def without_seconds(lines):
 
 
 def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
-    run_config = tiny_run(tensorboard=True, judge=True, local_only_control=True)
+    run_config = tiny_run(tracker="tensorboard", judge=True, local_only_control=True)
 
     strategy, result, lines = run(run_config, make_grid(run_config))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedmmkt.common.config import ConfigError
 from fedmmkt.server_app.record.run_folder import RunFolder
@@ -32,7 +31,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 
 
 def test_a_new_folder_is_made_with_its_parents_and_holds_nothing_yet(tmp_path):
-    folder = RunFolder.create(tmp_path / "runs" / "7", tensorboard=False)
+    folder = RunFolder.create(tmp_path / "runs" / "7")
 
     assert folder.path == tmp_path / "runs" / "7"
     assert list(folder.path.iterdir()) == []
@@ -50,14 +49,14 @@ def test_parts_have_their_places(tmp_path):
 
 def test_a_relative_folder_is_refused():
     with pytest.raises(ConfigError, match=r"'output-dir'.*'runs/7' is not absolute; allowed: an absolute path"):
-        RunFolder.create(Path("runs/7"), tensorboard=False)
+        RunFolder.create(Path("runs/7"))
 
 
 def test_a_folder_under_a_file_is_refused(tmp_path):
     (tmp_path / "taken").write_text("a file")
 
     with pytest.raises(ConfigError) as caught:
-        RunFolder.create(tmp_path / "taken" / "run", tensorboard=False)
+        RunFolder.create(tmp_path / "taken" / "run")
 
     assert "'output-dir'" in str(caught.value)
     assert str(tmp_path / "taken" / "run") in str(caught.value)
@@ -65,10 +64,10 @@ def test_a_folder_under_a_file_is_refused(tmp_path):
 
 
 def test_a_folder_that_takes_no_bytes_is_refused_before_an_earlier_run_is_moved(tmp_path):
-    earlier = RunFolder.create(tmp_path / "run", tensorboard=False)
+    earlier = RunFolder.create(tmp_path / "run")
     earlier.append_metrics({"round": 0})
 
-    done = run_with_file_limit(0, "RunFolder.create(folder, tensorboard=False)", earlier.path)
+    done = run_with_file_limit(0, "RunFolder.create(folder)", earlier.path)
 
     assert done.returncode == 1
     assert "ConfigError: run-config key 'output-dir'" in done.stderr
@@ -78,7 +77,7 @@ def test_a_folder_that_takes_no_bytes_is_refused_before_an_earlier_run_is_moved(
 
 
 def test_an_earlier_run_is_moved_aside_whole_and_that_is_logged(tmp_path, caplog):
-    earlier = RunFolder.create(tmp_path / "run", tensorboard=False)
+    earlier = RunFolder.create(tmp_path / "run")
     earlier.append_metrics({"round": 0})
     earlier.write_images(0, [Image.new("RGB", (32, 32))], columns=1)
     os.utime(earlier.metrics, (400 * 86400, 400 * 86400))
@@ -86,7 +85,7 @@ def test_an_earlier_run_is_moved_aside_whole_and_that_is_logged(tmp_path, caplog
     logging.getLogger("flwr").addHandler(caplog.handler)  # Flower's logger does not propagate
     try:
         with caplog.at_level(logging.INFO, logger="flwr"):
-            folder = RunFolder.create(tmp_path / "run", tensorboard=False)
+            folder = RunFolder.create(tmp_path / "run")
     finally:
         logging.getLogger("flwr").removeHandler(caplog.handler)
 
@@ -100,10 +99,10 @@ def test_an_earlier_run_is_moved_aside_whole_and_that_is_logged(tmp_path, caplog
 
 def test_earlier_runs_of_the_same_second_are_all_kept(tmp_path):
     for number in range(3):
-        folder = RunFolder.create(tmp_path / "run", tensorboard=False)
+        folder = RunFolder.create(tmp_path / "run")
         folder.append_metrics({"round": 0, "number": number})
         os.utime(folder.metrics, (1_000_000_000, 1_000_000_000))
-    RunFolder.create(tmp_path / "run", tensorboard=False)
+    RunFolder.create(tmp_path / "run")
 
     aside = sorted(path for path in tmp_path.iterdir() if path.name != "run")
 
@@ -114,9 +113,9 @@ def test_earlier_runs_of_the_same_second_are_all_kept(tmp_path):
 def test_a_linked_folder_keeps_the_new_run_on_the_disk_it_points_to(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
-    RunFolder.create(tmp_path / "link", tensorboard=False).append_metrics({"round": 0})
+    RunFolder.create(tmp_path / "link").append_metrics({"round": 0})
 
-    folder = RunFolder.create(tmp_path / "link", tensorboard=False)
+    folder = RunFolder.create(tmp_path / "link")
 
     assert folder.path == tmp_path / "disk" / "run"
     assert len(list((tmp_path / "disk").iterdir())) == 2
@@ -126,7 +125,7 @@ def test_a_linked_folder_keeps_the_new_run_on_the_disk_it_points_to(tmp_path):
 def test_other_files_of_the_user_stay_where_they_are(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
 
-    RunFolder.create(tmp_path, tensorboard=False)
+    RunFolder.create(tmp_path)
 
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -189,35 +188,7 @@ def test_pictures_are_placed_row_by_row_with_gaps(tmp_path):
     assert pixels == [(255, 0, 0), (0, 255, 0), (0, 0, 255), white, white]
 
 
-def test_tensorboard_gets_every_number_at_its_round(tmp_path):
-    folder = RunFolder.create(tmp_path / "run", tensorboard=True)
-    per_client = {"cnn-0": {"accuracy": 0.25, "model": "cnn", "examples": 40}}
-    for number in range(2):
-        line = {"round": number, "clients": {"accuracy": 0.5 * number, "per_client": per_client}}
-        folder.append_metrics(line | {"generator": {"loss": None}})
-
-    events = EventAccumulator(str(folder.path / "tensorboard")).Reload()  # each round is flushed: not closed yet
-
-    assert sorted(events.Tags()["scalars"]) == [
-        "clients/accuracy",
-        "clients/per_client/cnn-0/accuracy",
-        "clients/per_client/cnn-0/examples",
-    ]
-    assert [(event.step, event.value) for event in events.Scalars("clients/accuracy")] == [(0, 0.0), (1, 0.5)]
-    folder.close()
-    folder.close()
-
-
-def test_without_tensorboard_there_are_no_events(tmp_path):
-    folder = RunFolder.create(tmp_path / "run", tensorboard=False)
-
-    folder.append_metrics({"round": 0})
-
-    assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
-    folder.close()
-
-
 def test_a_folder_in_which_a_run_has_just_begun_is_refused(tmp_path):
     """It has no metrics yet, and its configuration is not to be overwritten."""
     with RunFolder(tmp_path).in_use(), pytest.raises(ConfigError, match="is being written by a run that is going on"):
-        RunFolder.create(tmp_path, tensorboard=False)
+        RunFolder.create(tmp_path)

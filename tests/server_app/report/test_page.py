@@ -44,7 +44,7 @@ def make_line(number: int, accuracies: dict[str, float], **changes: Any) -> dict
 
 
 def make_run(path: Path, lines: list[dict[str, Any]], rounds: int = 2, pictures: bool = True) -> RunFolder:
-    folder = RunFolder.create(path, tensorboard=False)
+    folder = RunFolder.create(path)
     config = RunConfig(rounds=rounds).model_dump(mode="json", by_alias=True)
     folder.write_config({"config": config, "classes": ["zero", "one"], "versions": {"flwr": "1.39.0"}, "run_id": "77"})
     for line in lines:
