@@ -35,10 +35,18 @@ NODES = 6
 
 # A frozen T2I shows the prompted class more often with more guidance.
 FROZEN: Overrides = {"t2i.scores": "none", "t2i.guidance": "3.0,1.5,1.2,1.0"}
+# All weights on synthetic samples are zero, so clients do not learn from them; ten samples per round are enough.
+ALONE: Overrides = {
+    "client.distillation-weight": 0.0,
+    "client.prompt-weight": 0.0,
+    "client.alignment-weight": 0.0,
+    "t2i.samples-per-round": 10,
+}
 ROWS: dict[str, Overrides] = {
-    # All weights on synthetic samples are zero, so clients do not learn from them; ten samples per round are enough.
-    "local-only": FROZEN | PLAIN | {"client.distillation-weight": 0.0, "t2i.samples-per-round": 10},
+    "local-only": FROZEN | PLAIN | ALONE,
+    "local-only, the recipe's loss": FROZEN | ALONE,
     "plain averaging, frozen T2I (FedMD-style)": FROZEN | PLAIN | {"t2i.aggregation": "mean"},
+    "the recipe, prompt labels alone": FROZEN | {"client.distillation-weight": 0.0},
     "the client recipe, frozen T2I": FROZEN,
     "the whole, logits only": {"feedback": "logits"},
     "the whole, no alignment loss": {"client.alignment-weight": 0.0},

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
 HOSTS = re.compile(r"^(```sh) ([a-z -]+)$", re.MULTILINE)  # a block of commands, and the hosts that it is for
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 

@@ -440,7 +440,8 @@ def test_aggregate_train_needs_a_served_batch_and_replies_alone(served):
     assert targets.probabilities_NC == pytest.approx(np.array([[0.6, 0.4], [0.8, 0.2]]), abs=1e-3)
     assert targets.weights_N == pytest.approx([0.6, 0.2], abs=1e-3)  # The agreement on what was prompted.
     (scored,) = strategy.ledger.pool
-    assert scored.scores_N.tolist() == pytest.approx([1, 1])  # The only sample of its class.
+    # Each is the only sample of its class; their agreements are .6 and .2.
+    assert scored.scores_N.tolist() == pytest.approx([1.5, 0.5], abs=1e-4)
     assert len(scored.images_NHWC[0]) == 0
     assert any(bool(torch.tensor(array.numpy()).any()) for name, array in arrays.items() if "lora_B" in name)
     assert strategy.ledger.open_batch() is None

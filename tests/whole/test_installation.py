@@ -11,8 +11,8 @@ from tests.environments import fresh_environment, packages_of, run
 
 PAGE = (ROOT / "docs" / "your-own-app.md").read_text()
 BRIEF = (
-    "rounds=1 judge=false tracker="
-    " t2i.samples-per-round=12 t2i.inference-steps=2 t2i.adaptation-steps=1 "
+    'rounds=1 judge=false tracker="" '
+    "t2i.samples-per-round=12 t2i.inference-steps=2 t2i.adaptation-steps=1 "
     'client.models="mlp,text,dual" client.warmup-epochs=1 client.distillation-steps=2'
 )
 

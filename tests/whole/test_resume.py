@@ -185,7 +185,9 @@ def test_what_cannot_be_resumed_is_named(tiny_run, make_grid, tmp_path):
     assert "'client.learning-rate' was 0.001 and is 0.5; 't2i.guidance' was [1.5, 1.0] and is [2.0]" in both
     names = "zero,one,two,three,four,five,six,seven,eight,nine"
     assert "'data.classes' was []" in error(**{"data.classes": names})
-    assert "'/no/such/run', which holds no checkpoint that can be read" in error(**{"resume-from": "/no/such/run"})
+    assert "'/no/such/run', which is not there; allowed: the folder of a run" in error(
+        **{"resume-from": "/no/such/run"}
+    )
     assert "resume-from is 'runs/demo'; allowed: an absolute path" in error(**{"resume-from": "runs/demo"})
     for checkpoint in checkpoints(done.recorder.run_folder.checkpoints):
         (checkpoint / "manifest.json").unlink()
