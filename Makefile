@@ -14,7 +14,7 @@ LAYOUT = .layout/fedmmkt
 #   make demo RUN_CONFIG='rounds=2 t2i.device="cpu"'
 export NODES OUT RUN_CONFIG
 
-.PHONY: demo federation test lint docs layout starter
+.PHONY: install demo federation test lint docs layout starter
 
 demo: $(VENV)/usable
 	@$(VENV)/bin/fedmmkt demo --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"

@@ -115,8 +115,8 @@ def write_client_card(
         f"{len(classes)} classes apart. One client of a federation trained it, on private data of its own and by "
         f"{METHOD}.",
         "How to load it": f"```python\n{code}```\n\nThe class names are in `model.json`, in the order of the logits.",
-        "How it was trained": f"Rounds: {rounds}. Epochs on private data per round: {config.client.local_epochs}, in "
-        f"the first {config.client.warmup_epochs}. Steps on generated samples per round: "
+        "How it was trained": f"Rounds: {rounds}. Epochs on private data: {config.client.warmup_epochs} in the first "
+        f"round, then {config.client.local_epochs} in each. Steps on generated samples per round: "
         f"{config.client.distillation_steps}. The private data are not described here.",
         "Results": f"Accuracy {100 * report.accuracy:.1f} %, cross entropy {report.loss:.3f}.",
         "How it was evaluated": _evaluation(has_own_data),

@@ -305,6 +305,30 @@ def _read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[str | Non
     return list(dataset[config.text_column][:])
 
 
+def check_image_files(dataset: datasets.Dataset, config: DataConfig) -> None:
+    """Check that the image files that a dataset names are there; nothing is decoded.
+
+    Raises
+    ------
+    ConfigError
+        If one is not there; the text names the first.
+    """
+    import datasets
+
+    column = config.image_column
+    if not isinstance(dataset.features.get(column), datasets.Image):
+        return
+    named = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    for row, item in enumerate(named[column]):
+        if item and item["bytes"] is None and item["path"] and not Path(item["path"]).exists():
+            where = f"{config.key('image_column')} is {column!r}, and in {origins_of(dataset)[row]} it "
+            raise ConfigError(where + _missing(item["path"]))
+
+
+def _missing(path: str) -> str:
+    return f"names {path!r:.200}, which is not there; allowed: images, or the names of image files beside the table"
+
+
 def _read_images(dataset: datasets.Dataset, config: DataConfig) -> tuple[list[Square | None], dict[int, str]]:
     """Decode a column of images one by one; return them, and for rows whose image does not decode, the reason."""
     import datasets
@@ -353,9 +377,7 @@ def read_image(content: bytes | None, path: str, size: int) -> Square:
         with Image.open(io.BytesIO(content)) as image:
             return to_square(image, size)
     except FileNotFoundError:
-        raise RefusedImageError(
-            f"names {path!r:.200}, which is not there; allowed: images, or the names of image files beside the table"
-        ) from None
+        raise RefusedImageError(_missing(path)) from None
     except GreyError as error:
         raise RefusedImageError(f"holds an image that cannot be shown: {error}") from None
     except UnidentifiedImageError:

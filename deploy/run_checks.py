@@ -87,14 +87,17 @@ def checks_of_server(app: Path, config: RunConfig) -> Iterator[Check]:
         yield partial(_check_resumed, Path(config.resume_from).expanduser())
 
 
-def checks_of_data(config: RunConfig) -> Iterator[Check]:
-    """Yield a check of the dataset, and whether each client model that has a name finds in it what it reads."""
+def checks_of_data(config: RunConfig, nodes: int | None = None) -> Iterator[Check]:
+    """Yield a check of the dataset, and whether each client model that has a name finds in it what it reads.
+
+    ``nodes`` is the number of simulated nodes, to which the models are given in turn; None for all models.
+    """
     try:
         columns = _columns(config)
     except ConfigError as error:
         yield partial(_raise, error)
         return
-    for model in config.client.models if columns else ():
+    for model in config.client.models[:nodes] if columns else ():
         yield partial(_check_reads, model, columns, config)
 
 
@@ -114,7 +117,7 @@ def _checks_of_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> Iter
         return
     yield from checks_of_clients(app, complete)
     yield from checks_of_server(app, complete)
-    yield from checks_of_data(complete)
+    yield from checks_of_data(complete, nodes)
 
 
 def _raise(error: ConfigError) -> None:
@@ -192,6 +195,7 @@ def _check_unused(folder: Path) -> None:
     from fedmmkt.server_app.record.run_folder import RunFolder
 
     if folder.is_dir():
+        RunFolder(folder).check_is_free()
         with RunFolder(folder).in_use():
             return
 
@@ -207,13 +211,16 @@ def _check_resumed(folder: Path) -> None:
 def _columns(config: RunConfig) -> Sequence[str]:
     """Return the columns of a dataset, checked as far as that is cheap; none if only reading it all would tell."""
     from fedmmkt.common.dataset_files import size_of_tables
-    from fedmmkt.common.datasets import check_header, load_splits
+    from fedmmkt.common.datasets import check_header, check_image_files, load_splits
 
     if config.data.dataset == RunConfig().data.dataset:
         return ("image", "text", "label")
     if size_of_tables(config.data) > READ_WHOLE:
         return check_header(config.data)
-    return tuple(load_splits(config.data, config.seed).train.column_names)
+    splits = load_splits(config.data, config.seed)
+    for part in (splits.train, splits.test):
+        check_image_files(part, config.data)
+    return tuple(splits.train.column_names)
 
 
 def _check_reads(model: str, columns: Sequence[str], config: RunConfig) -> None:
@@ -244,8 +251,8 @@ def _check_bundled(app: Path, names: Sequence[str]) -> None:
 
 
 def _check_writable(folder: Path) -> None:
+    there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_test_file(folder)
+        write_test_file(there)
     except OSError as error:
         raise ConfigError(f"output folder {str(folder)!r} cannot be written: {error.strerror}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from fedmmkt.server_app.t2i.families import families
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import NO_CLASS, sample_seeds
 
-METADATA = "metadata.csv"
+METADATA = "metadata.jsonl"  # Not a CSV file, in which `datasets` would take the class ``None`` for a missing label.
 BATCHES_AT_ONCE = 4  # that are held in memory: enough to keep several devices busy
 
 
@@ -213,12 +213,10 @@ def generate_folder(
     folder.mkdir(parents=True, exist_ok=True)
     step, digits = BATCHES_AT_ONCE * generator.images_at_once, len(str(len(asked) - 1))
     with (
-        (folder / METADATA).open("w", encoding="utf-8", newline="") as stream,
+        (folder / METADATA).open("w", encoding="utf-8") as stream,
         # Shown, though the command switches off the bars of libraries.
         tqdm(total=len(asked), unit="image", desc="generate", disable=False) as bar,
     ):
-        table = csv.writer(stream, lineterminator="\n")
-        table.writerow(["file_name", "label", "prompt"])
         for first in range(0, len(asked), step):
             part = slice(first, first + step)
             texts = [prompt.text for prompt in asked[part]]
@@ -226,9 +224,9 @@ def generate_folder(
             for number, (image, prompt) in enumerate(zip(made.images_NHWC, asked[part], strict=True), start=first):
                 name = f"{number:0{digits}}.png"
                 Image.fromarray(image).save(folder / name)
-                label = "" if prompt.class_index == NO_CLASS else classes[prompt.class_index]
-                table.writerow([name, label, prompt.text])
-                stream.flush()
+                label = None if prompt.class_index == NO_CLASS else classes[prompt.class_index]
+                row = {"file_name": name, "label": label, "prompt": prompt.text}
+                print(json.dumps(row, ensure_ascii=False), file=stream, flush=True)
     return len(asked)
 
 

@@ -170,6 +170,7 @@ def run_config_of(arguments: argparse.Namespace) -> str:
         "data.text-column": arguments.caption_column,
         "t2i.model": out / "model",
         "t2i.prompts": out / "prompts.jsonl" if arguments.caption_column else "",
+        "client.models": "" if arguments.caption_column else "cnn,mlp,vit,resnet",  # Others read texts.
     }
     texts = [f'{key}="{value}"' for key, value in settings.items() if str(value)]
     return " ".join([*texts, f"data.image-size={arguments.image_size}"])

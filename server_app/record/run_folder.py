@@ -22,6 +22,9 @@ from fedmmkt.common.files import write_atomically, write_test_file, write_text
 
 logger = getLogger("flwr")
 
+# Of these, a run has at least one as soon as it has written anything.
+SIGNS_OF_A_RUN = {"config.json", "metrics.jsonl", "traceback.txt", "flower-tracebacks.txt", "clients"}
+
 
 class RunFolder:
     """The folder of one run; files are written atomically, so a crash costs at most the current round.
@@ -49,13 +52,15 @@ class RunFolder:
         Raises
         ------
         ConfigError
-            If ``path`` is not absolute, cannot be created or written, or is in use by another run.
+            If ``path`` is not absolute, cannot be created or written, holds something else than a run, or is in use by
+            another run.
         """
         if not path.is_absolute():
             raise _unusable(path, "is not absolute")
         try:
             path = path.resolve()  # renaming a link would put the new run on another disk
             path.mkdir(parents=True, exist_ok=True)
+            cls(path).check_is_free()
             with cls(path).in_use():  # Also of a run that has written nothing yet.
                 write_test_file(path)
                 if (path / "metrics.jsonl").exists():
@@ -109,6 +114,22 @@ class RunFolder:
                 if number > last:
                     picture.unlink()
         return folder
+
+    def check_is_free(self) -> None:
+        """Check that the folder is missing, empty, or that of a run.
+
+        Raises
+        ------
+        ConfigError
+            If it holds something else, such as the user's data.
+        """
+        found = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        if found and not found & SIGNS_OF_A_RUN:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise _unusable(
+                self.path,
+                f"holds something else ({min(found)!r}{more})",
+            )
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -281,7 +302,7 @@ class RunFolder:
 def _unusable(path: Path, problem: str) -> ConfigError:
     return ConfigError(
         f"run-config key 'output-dir': the run folder '{path}' {problem}; allowed: an absolute path of a folder "
-        "that can be made and written, or empty for ~/.fedmmkt/runs/<run id>"
+        "that can be made and written, empty or that of an earlier run, or empty for ~/.fedmmkt/runs/<run id>"
     )
 
 

@@ -216,7 +216,9 @@ def _frechet_headline(lines: list[Line]) -> Headline | None:
         return Headline("T2I Fréchet distance", (("before", number(before)),), "", "", note)
     change = f"{100 * (after / before - 1):+.0f} %" if before else f"{after - before:+.3g}"
     values = (("before", number(before)), ("after", number(after)))
-    return Headline("T2I Fréchet distance", values, change.replace("-", "−"), "", note)
+    where = "nearer to real images" if after < before else "further from real images" if after > before else ""
+    change = ", ".join(filter(None, [change.replace("-", "−"), where]))
+    return Headline("T2I Fréchet distance", values, change, "", note)
 
 
 def _rounds(first: int, last: int) -> str:

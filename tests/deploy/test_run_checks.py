@@ -102,6 +102,21 @@ def test_data_are_read_as_the_run_reads_them(birds):
     assert "'data.text-column' is 't', and the dataset has no such column, which client model 'text' reads" in no_text
 
 
+def test_models_that_no_node_gets_need_no_column(birds):
+    columns = {"data.image-column": "photo", "data.label-column": "species", "data.text-column": "t"}
+
+    check_run(ROOT, 2, columns | {"data.dataset": str(birds), "client.models": "cnn,mlp,text"})
+
+
+def test_an_image_file_that_is_not_there_is_told(birds):
+    (birds.parent / "b.png").unlink()
+
+    (told,) = problems(data__dataset=str(birds), data__image_column="photo", data__label_column="species")
+
+    assert f"names '{birds.parent / 'b.png'}', which is not there" in told
+    assert "and in row " in told
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_of_large_tables_the_columns_are_read(birds, kind, monkeypatch):
     import pandas

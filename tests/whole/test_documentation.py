@@ -46,7 +46,7 @@ def site(tmp_path_factory):
 
 def test_the_home_page_is_the_readme(site):
     home = html.unescape((site / "index.html").read_text())
-    assert "teach each other, and no private data leaves a client" in home
+    assert "teach each other, and no image, text or weight leaves a client" in home
     assert 'href="deployment.html"' in home
     assert 'src="before-after.png"' in home
 

@@ -122,12 +122,15 @@ def test_a_linked_folder_keeps_the_new_run_on_the_disk_it_points_to(tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
-def test_other_files_of_the_user_stay_where_they_are(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+def test_a_folder_of_the_user_is_refused_and_stays_as_it_is(tmp_path):
+    (tmp_path / "photo.jpg").write_text("mine")
 
-    RunFolder.create(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"holds something else \('photo.jpg'\); allowed: .* empty or that of an earlier run"
+    ):
+        RunFolder.create(tmp_path)
 
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
 def test_the_configuration_is_sorted_indented_json(tmp_path):
