@@ -248,7 +248,8 @@ def _model_folder(folder: Path) -> Path:
     for place in (folder, folder / FINAL):
         if (place / DESCRIPTION).is_file():
             return place
-    found = (path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{FINAL}/{DESCRIPTION}"))
+    place = folder if folder.is_dir() else folder.parent  # Of a misspelt name, its neighbours.
+    found = (path for depth in ("*", "*/*") for path in place.glob(f"{depth}/{FINAL}/{DESCRIPTION}"))
     known = sorted({path.parent.parent for path in found})
     there = f", here {', '.join(map(str, known))}" if known else ", such as runs/demo/clients/cnn-0"
     raise ConfigError(f"{folder} holds no client's model ({DESCRIPTION}); allowed: a client's folder{there}")

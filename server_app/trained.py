@@ -63,6 +63,8 @@ class FinishedRun:
             If it is no run folder, or its settings cannot be used here.
         """
         folder = RunFolder(Path(path).expanduser())
+        if not folder.path.is_dir():
+            raise ConfigError(f"{folder.path} is not there; allowed: the folder of a run, such as runs/demo")
         try:
             described = folder.read_config()
             settings, classes = dict(described["config"]), tuple(described["classes"])

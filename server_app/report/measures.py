@@ -276,6 +276,8 @@ def summary_of(rows: Sequence[ClientRow]) -> list[str]:
             f"{counts['worse']} worse, {counts['within noise']} within noise."
         )
     judged = f", {least.verdict}" if least.verdict == "within noise" else ""
+    if len(compared) < 2 or least.after.value == lowest.after.value == max(row.after.value for row in compared):
+        return sentences  # There is no least, where all are alike.
     sentences += [
         f"{least.name} gains least: {points(least.gain)} "
         f"(from {percent(least.base.value)} to {percent(least.after.value)}{judged}).",

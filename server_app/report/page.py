@@ -118,7 +118,7 @@ def _title(described: Mapping[str, Any], changed: datetime) -> str:
     started = described.get("started")
     date = datetime.fromisoformat(started) if started else changed
     dataset, model = (
-        text.rstrip("/").rpartition("/")[2] for text in (config["data"]["dataset"], config["t2i"]["model"])
+        "/".join(text.rstrip("/").split("/")[-2:]) for text in (config["data"]["dataset"], config["t2i"]["model"])
     )
     return f"{dataset}, T2I {model}, {date:%Y-%m-%d}"
 
