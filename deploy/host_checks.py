@@ -149,8 +149,7 @@ def _counted(place: str, labels_N: NDArray[np.int64], tests: int, classes: tuple
 
 def _named_classes(config: RunConfig) -> tuple[str, ...]:
     """Return the class names of the run-config; none if they come from the dataset or the clients."""
-    from fedmmkt.common.datasets import read_class_names
-    from fedmmkt.server_app.class_space import FROM_CLIENTS
+    from fedmmkt.common.datasets import FROM_CLIENTS, read_class_names
 
     return () if config.data.classes == FROM_CLIENTS else read_class_names(config.data)
 

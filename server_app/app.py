@@ -15,9 +15,9 @@ from flwr.supercore import log
 from flwr.supercore.logger import FLOWER_LOGGER, update_console_handler
 
 from fedmmkt.common.config import ConfigError, RunConfig
-from fedmmkt.common.datasets import Splits, load_splits, read_class_names, to_examples
+from fedmmkt.common.datasets import FROM_CLIENTS, Splits, load_splits, read_class_names, to_examples
 from fedmmkt.common.failures import one_line, write_traceback
-from fedmmkt.server_app.class_space import FROM_CLIENTS, classes_of_clients
+from fedmmkt.server_app.class_space import classes_of_clients
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.loop import RunError
 from fedmmkt.server_app.prompts import build_prompt_source

@@ -18,8 +18,6 @@ from fedmmkt.common.plain_text import printable
 from fedmmkt.common.progress import FIRST_SECONDS, TRANSIENT, duration
 from fedmmkt.server_app.inbox import ask
 
-FROM_CLIENTS = ("clients",)
-
 
 def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> None:
     """Wait until enough nodes are connected.

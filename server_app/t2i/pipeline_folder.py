@@ -16,9 +16,9 @@ from typing import Any
 
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.installed import installed
+from fedmmkt.common.table_files import is_lfs_pointer
 
 KEY = "run-config key 't2i.model'"
-POINTER = b"version https://git-lfs.github.com/spec/"  # A git-lfs pointer begins so; it is smaller than 1 kB.
 WEIGHTS = (
     *(("diffusion_pytorch_model", "safetensors"), ("model", "safetensors")),
     *(("diffusion_pytorch_model", "bin"), ("pytorch_model", "bin")),
@@ -185,7 +185,7 @@ def _variants(model: Path) -> Iterator[str]:
 
 def _are_there(model: Path, variant: str | None) -> bool:
     files = _weight_files(model, variant)
-    return bool(files) and all(path.is_file() and not _is_pointer(path) for path in files)
+    return bool(files) and all(path.is_file() and not is_lfs_pointer(path) for path in files)
 
 
 def _weight_files(model: Path, variant: str | None) -> list[Path]:
@@ -252,7 +252,7 @@ def _problem(path: Path) -> str:
     """Say what is wrong with a file, and what helps; an empty text if nothing is."""
     if not path.is_file():
         return f"is missing; {AGAIN}"
-    if _is_pointer(path):
+    if is_lfs_pointer(path):
         return f"is a git-lfs pointer and not the file itself; {PULL}"
     size = path.stat().st_size
     if not size:
@@ -262,11 +262,6 @@ def _problem(path: Path) -> str:
     if path.suffix == ".safetensors":
         return _safetensors_problem(path, size)
     return _torch_problem(path) if path.suffix == ".bin" else ""
-
-
-def _is_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(POINTER)) == POINTER
 
 
 def _json_problem(path: Path) -> str:
