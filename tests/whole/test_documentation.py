@@ -167,7 +167,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
 
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    assert "'data.alhpa' is unknown (did you mean 'alpha'?)" in printed
+    assert "'data.alhpa' is unknown (did you mean 'data.alpha'?)" in printed
     drawn, before = (sorted((tmp_path / folder).glob("*.png")) for folder in ("drawn", "drawn-before"))
     assert len(drawn) == len(before) == 40
     assert all(new.read_bytes() != old.read_bytes() for new, old in zip(drawn, before, strict=True))
