@@ -63,6 +63,7 @@ def run_command(
         with app_folder(options.app) as app:
             config = effective_config(app, options.nodes, options.out, run_config)
             check_run(app, options.nodes, config)
+            Path(str(config["output-dir"])).mkdir(parents=True, exist_ok=True)  # Not before: a refused run leaves none.
             return 0 if runner(app, options.nodes, options.out, run_config) == COMPLETED else 1
     except ConfigError as error:
         print(error, file=sys.stderr)
