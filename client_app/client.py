@@ -125,7 +125,7 @@ class Client:
 
     def answer(self, batch: SyntheticBatch) -> DistillationPayload:
         """Return logits for a batch, and votes if run and node use them and the model reads images."""
-        inputs = self._synthetic_inputs([batch])
+        inputs = self.synthetic_inputs([batch])
         self._warn_of_cut(f"prompts of round {batch.round}", Examples(batch.prompted_N, None, list(batch.prompts)))
         private = self._private_set
         votes_N: np.ndarray | None = None
@@ -255,7 +255,7 @@ class Client:
         batches, targets = [item.batch for item in kept], [_targets_of(item) for item in kept]
         weights = [torch.from_numpy(soft.weights_N) * 0.5**age for age, soft in zip(_ages(kept), targets, strict=True)]
         return SyntheticSet(
-            self._synthetic_inputs(batches),
+            self.synthetic_inputs(batches),
             self._to_tensor(np.concatenate([soft.probabilities_NC for soft in targets])).float(),
             self._to_tensor(np.concatenate([batch.prompted_N for batch in batches])),
             torch.cat(weights),
@@ -271,7 +271,7 @@ class Client:
         ]
         return self._to_tensor(np.concatenate(anchors)).float() if len(anchors) == len(batches) else None
 
-    def _synthetic_inputs(self, batches: list[SyntheticBatch]) -> Inputs:
+    def synthetic_inputs(self, batches: list[SyntheticBatch]) -> Inputs:
         """Decode images and tokenize prompts, all together, so that prompts are padded alike."""
         prompts = [prompt for batch in batches for prompt in batch.prompts]
         images = [self._decoded(batch) for batch in batches] if self.reads_images else []

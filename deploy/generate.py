@@ -1,6 +1,6 @@
 """Draw a labelled folder of images with the T2I model of a run.
 
-``fedmmkt generate runs/demo --per-class 500 --out drawn`` writes PNG files and ``metadata.csv`` with the columns
+``fedmmkt generate runs/demo --per-class 500 --out drawn`` writes PNG files and ``metadata.jsonl`` with
 ``file_name``, ``label`` and ``prompt``, as ``datasets.load_dataset("imagefolder", data_dir="drawn")`` reads them.
 Model, steps, prompts, guidance, classes and seed are those of the run, after its last round.
 """
@@ -8,39 +8,24 @@ Model, steps, prompts, guidance, classes and seed are those of the run, after it
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-from fedmmkt.common.config import ConfigError
-from fedmmkt.common.registry import importable
-from fedmmkt.deploy.processes import QUIET_LIBRARIES
+from fedmmkt.deploy.local_command import run_locally
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw what the command line asks for; return the exit code."""
     options = _parse_arguments(arguments)
-    os.environ.update({**QUIET_LIBRARIES, **os.environ})
-    try:
-        with importable(options.app) if options.app else nullcontext():
-            count = _run(options)
-    except (ConfigError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(f"{count} images in {options.out}")
-    return 0
+    return run_locally(partial(_run, options), options.app)
 
 
 def _run(options: argparse.Namespace) -> int:
     from fedmmkt.deploy.submission import parse_run_config
     from fedmmkt.server_app.trained import generate_folder
 
-    return generate_folder(
+    count = generate_folder(
         options.run,
         options.out,
         options.per_class,
@@ -51,6 +36,8 @@ def _run(options: argparse.Namespace) -> int:
         options.seed,
         parse_run_config(options.run_config),
     )
+    print(f"{count} images in {options.out}")
+    return 0
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

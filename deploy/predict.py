@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
-import signal
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fedmmkt.common.config import ConfigError
 from fedmmkt.common.files import write_atomically
-from fedmmkt.common.registry import importable
 from fedmmkt.common.table_files import kind_of
-from fedmmkt.deploy.processes import QUIET_LIBRARIES
+from fedmmkt.deploy.local_command import run_locally
 
 if TYPE_CHECKING:
     from fedmmkt.client_app.data.unlabelled import Unlabelled
@@ -37,16 +33,7 @@ AT_ONCE = 64  # examples that are held in memory
 def main(arguments: list[str] | None = None) -> int:
     """Predict as the command line asks; return the exit code."""
     options = _parse_arguments(arguments)
-    os.environ.update({**QUIET_LIBRARIES, **os.environ})
-    try:
-        with importable(options.app) if options.app else nullcontext():
-            return _run(options)
-    except (ConfigError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return run_locally(partial(_run, options), options.app)
 
 
 def write_predictions(

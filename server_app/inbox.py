@@ -88,7 +88,7 @@ def _bounded(most_bytes: int) -> Iterator[None]:
     """Let Flower's grid pull objects and put them together with bounds inside the block."""
     bounded = {
         "pull_objects": partial(_pull_objects, most_bytes),
-        "inflate_object_from_contents": partial(_inflate, most_bytes),
+        "inflate_object_from_contents": partial(inflate, most_bytes),
     }
     original = {name: getattr(http_grid, name) for name in bounded}
     try:
@@ -117,7 +117,7 @@ def _pull_objects(
     return pull_objects(list(dict.fromkeys(object_ids)), pull, max_time=UPLOAD_SECONDS)
 
 
-def _inflate(most_bytes: int, message_id: str, contents: dict[str, bytes]) -> InflatableObject:
+def inflate(most_bytes: int, message_id: str, contents: dict[str, bytes]) -> InflatableObject:
     """Put a message together, after a check of the size that its arrays claim."""
     try:
         _check_size(sum(_claimed_bytes(content, contents) for content in contents.values()), most_bytes)

@@ -161,7 +161,7 @@ def generate_folder(
 ) -> int:
     """Draw images with the T2I model of a run, into a folder that ``datasets.load_dataset("imagefolder")`` reads.
 
-    The folder gets PNG files, and ``metadata.csv`` with the columns ``file_name``, ``label`` (empty where a prompt
+    The folder gets PNG files, and ``metadata.jsonl`` with ``file_name``, ``label`` (null where a prompt
     names no class) and ``prompt``. Images are written as they are made, each with its line, so that memory does not
     grow with their number and what a broken-off call has made can be read.
 

@@ -128,14 +128,14 @@ class TextTransformer(nn.Module):
         starts_BL = tokens_BL >= TEXT_BUCKETS
         starts_BL = starts_BL if bool(starts_BL.any()) else tokens_BL > 0
         counts_B1 = starts_BL.sum(1, keepdim=True).clamp_min(1)  # An empty text needs one word to attend to.
-        words_BWD = self._words(tokens_BL, starts_BL, int(counts_B1.max()))
+        words_BWD = self.word_vectors(tokens_BL, starts_BL, int(counts_B1.max()))
         present_BW = torch.arange(words_BWD.shape[1], device=tokens_BL.device) < counts_B1
         states_BWD = self.layer(words_BWD, src_key_padding_mask=~present_BW)
         weight_BW1 = present_BW[..., None].to(states_BWD.dtype)
         mean_BD: Tensor = (states_BWD * weight_BW1).sum(1) / weight_BW1.sum(1)
         return mean_BD
 
-    def _words(self, tokens_BL: Tensor, starts_BL: Tensor, longest: int) -> Tensor:
+    def word_vectors(self, tokens_BL: Tensor, starts_BL: Tensor, longest: int) -> Tensor:
         """Return one vector per word, padded with zeros to the longest text."""
         words_BWD = self.embedding.weight.new_zeros(len(tokens_BL), longest, self.embedding.embedding_dim)
         if bool(starts_BL.any()):

@@ -31,7 +31,7 @@ from fedmmkt.common.payloads import (
     record_bytes,
 )
 from fedmmkt.common.plain_text import is_plain, printable
-from fedmmkt.server_app.inbox import _inflate
+from fedmmkt.server_app.inbox import inflate
 
 many = settings(
     max_examples=int(os.environ.get("FEDMMKT_EXAMPLES", "60")),
@@ -116,7 +116,7 @@ def test_a_reply_with_any_bytes_changed_is_put_together_and_read_or_refused(data
         content[start : start + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
         objects[name] = bytes(content)
     try:
-        message = _inflate(1_000_000, MESSAGE.object_id, objects)
+        message = inflate(1_000_000, MESSAGE.object_id, objects)
     except PayloadError:
         return
     if message.has_content():

@@ -63,6 +63,8 @@ def test_the_rooms_import_one_way():
         "server_app": ("client_app", "deploy", "starter"),
         "server_app/ledger.py": ("server_app.strategy", "server_app.loop", "server_app.record"),
         "server_app/loop.py": ("server_app.strategy",),
+        "server_app/recorder.py": ("server_app.strategy", "server_app.loop"),
+        "server_app/publish": ("server_app.strategy", "server_app.loop", "server_app.recorder"),
         "server_app/record": ("server_app.strategy", "server_app.loop"),
         "server_app/report": ("server_app.strategy", "server_app.loop", "server_app.t2i", "server_app.ledger"),
         "server_app/t2i": ("server_app.strategy", "server_app.loop", "server_app.ledger", "server_app.record"),

@@ -100,7 +100,7 @@ def test_what_is_read_of_a_text_does_not_depend_on_the_others(name):
 def test_a_word_is_the_mean_of_its_tokens():
     encoder = TextTransformer()
     plain, marked = tokenize(["cat dogs", "", "a"]), tokenize(["cat dogs", "", "a"], mark_words=True)
-    words_BWD = encoder._words(marked, marked >= TEXT_BUCKETS, 2)
+    words_BWD = encoder.word_vectors(marked, marked >= TEXT_BUCKETS, 2)
     weight = encoder.embedding.weight
     assert torch.allclose(words_BWD[0, 0], weight[plain[0, :4]].mean(0), atol=1e-6)  # <cat>, <ca, cat, at>
     assert torch.allclose(words_BWD[0, 1], weight[plain[0, 4:9]].mean(0), atol=1e-6)
@@ -185,7 +185,7 @@ def test_prompts_of_several_batches_are_padded_alike():
         SimpleNamespace(prompts=prompts, prompted_N=np.zeros(len(prompts), np.int64))
         for prompts in (["a cat", "a dog"], [report(100)])
     ]
-    inputs = client._synthetic_inputs(batches)
+    inputs = client.synthetic_inputs(batches)
     assert len(inputs) == 3
     assert bool((inputs.tokens_BL >= 0).all())
     assert torch.equal(inputs.tokens_BL[:, :90].long(), tokenize(["a cat", "a dog", report(100)])[:, :90])
