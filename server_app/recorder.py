@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import INFO, WARNING
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ class Recorder:
         self.run_folder.append_metrics(record.to_json())
         self.trackers.log(record.to_json())
         self.report()
-        write_adapter_card(self.run_folder.path)
+        self._describe(write_adapter_card)
         self.last_round = server_round
         # Written last, so that everything else exists for a round with a checkpoint.
         write_checkpoint(self.run_folder.checkpoints, self._state(server_round, ledger), self.config.checkpoints_kept)
@@ -290,7 +291,16 @@ class Recorder:
 
     def report(self) -> None:
         """Write the report of all recorded rounds."""
-        write_report(self.run_folder.path)
+        self._describe(write_report)
+
+    def _describe(self, write: Callable[[Path], object]) -> None:
+        """Write a page about the run. It can be made again from the run folder, so no fault in it ends the run."""
+        try:
+            write(self.run_folder.path)
+        except OSError:  # A full disk would lose what cannot be made again.
+            raise
+        except Exception as error:
+            log(WARNING, "  %s failed, and the run goes on: %r", write.__name__.replace("_", " "), error)
 
     # ------------------------------------------------------------------ console
 

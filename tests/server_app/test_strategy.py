@@ -85,6 +85,19 @@ def test_the_smallest_settings_run(tiny_run, make_grid):
     assert [line["generator"]["frechet"] for line in lines] == [None] * 3  # One image has no spread.
 
 
+def test_a_page_that_cannot_be_drawn_costs_itself_and_not_the_run(tiny_run, make_grid, monkeypatch, caplog):
+    run_config = tiny_run(min_nodes=1, client__models="mlp", rounds=1)
+
+    def write_report(folder):
+        raise ValueError("a fault in a chart")
+
+    monkeypatch.setattr("fedmmkt.server_app.recorder.write_report", write_report)
+    _, _, lines = run(run_config, make_grid(run_config, nodes=1))
+
+    assert [line["round"] for line in lines] == [0, 1]
+    assert "write report failed, and the run goes on: ValueError('a fault in a chart')" in caplog.text
+
+
 def test_without_a_judge_only_the_images_that_are_shown_are_made(tiny_run, make_grid, monkeypatch):
     run_config = tiny_run(min_nodes=1, client__models="mlp", judge=False)
     strategy = build_strategy(RunConfig.from_flower(run_config), 1)
