@@ -42,7 +42,7 @@ docs: $(VENV)/developed layout
 layout:
 	@mkdir -p $(LAYOUT)
 	@for room in $(ROOMS); do ln -sfn ../../$$room $(LAYOUT)/$$room; done
-	@for module in fedmmkt/*.py; do ln -sf ../../$$module $(LAYOUT); done
+	@for module in fedmmkt/*.py fedmmkt/flower; do ln -sfn ../../$$module $(LAYOUT)/$$(basename $$module); done
 
 starter: $(VENV)/developed
 	$(VENV)/bin/python -m fedmmkt.starter.train

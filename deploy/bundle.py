@@ -31,7 +31,7 @@ BUILT_IN: dict[str, Any] = {
             "app": {
                 "publisher": "fedmmkt",
                 "components": {
-                    "serverapp": "fedmmkt.server:app",
+                    "serverapp": "fedmmkt.flower.server:app",
                     "clientapp": "fedmmkt.client:app",
                 },
             }
@@ -63,9 +63,15 @@ def read_app(app: Path) -> dict[str, Any]:
     return project
 
 
+def own_config(project: Mapping[str, Any]) -> dict[str, Setting]:
+    """Return the run-config of an app's ``pyproject.toml``, whose keys are those that Flower lets a run change."""
+    own: dict[str, Setting] = flatten_dict(project["tool"]["flwr"]["app"].get("config", {}))
+    return own
+
+
 def default_config(project: Mapping[str, Any]) -> dict[str, Setting]:
     """Return the run-config of an app's ``pyproject.toml``; our defaults are added if it runs our ServerApp."""
-    own: dict[str, Setting] = flatten_dict(project["tool"]["flwr"]["app"].get("config", {}))
+    own = own_config(project)
     return {**to_flower(RunConfig()), **own} if runs_fedmmkt(project) else own
 
 
@@ -120,7 +126,7 @@ def folder_to_submit(app: Path, config: Mapping[str, Setting]) -> Iterator[Path]
     """
     project = read_app(app)
     flower = project["tool"]["flwr"]["app"]
-    defaults = flatten_dict(flower.get("config", {}))
+    defaults = own_config(project)
     if config.keys() <= defaults.keys():
         yield app
         return

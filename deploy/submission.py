@@ -14,7 +14,6 @@ from pathlib import Path
 import click
 from flwr.common.config import parse_config_args
 
-from fedmmkt.client_app.models.building import TRANSFORMERS
 from fedmmkt.common.config import ConfigError, Setting
 from fedmmkt.deploy.bundle import default_config, folder_to_submit, read_app
 from fedmmkt.deploy.console import Console
@@ -118,6 +117,8 @@ def _absolute(key: str, value: Setting) -> Setting:
 
 
 def _absolute_model(name: str) -> str:
+    from fedmmkt.client_app.models.building import TRANSFORMERS  # It imports torch.
+
     source = name.strip().removeprefix(TRANSFORMERS)
     is_path = source != name.strip() and Path(source).expanduser().exists()
     return TRANSFORMERS + str(Path(source).expanduser().absolute()) if is_path else name

@@ -47,7 +47,7 @@ import importlib, sys, threading, time
 from importlib.util import find_spec
 
 sys.path.insert(0, sys.argv[1])
-server = threading.Thread(target=importlib.import_module, args=("fedmmkt.server",))
+server = threading.Thread(target=importlib.import_module, args=("fedmmkt.flower.server",))
 server.start()
 time.sleep(float(sys.argv[2]))
 print(find_spec("fedmmkt.client") is not None)
