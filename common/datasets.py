@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("flwr")
 
 FROM_CLIENTS = ("clients",)  # The run's classes come from its clients.
+# Images that are missing or broken are left out, up to this share, or this number. Beyond, the cause is likely a wrong
+# column or folder.
+MOST_UNREADABLE, FEW_UNREADABLE = 0.2, 5
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ class Examples:
         One text per example.
     whites : mapping
         What was taken for white in images of more than eight bits, as `whites_of` returns it.
+    left_out : tuple of str
+        The rows that are not among them, each with the reason if it is not an empty cell.
     """
 
     labels_N: NDArray[np.int64]
     images_NHWC: NDArray[np.uint8] | None = None
     texts: list[str] | None = None
     whites: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -131,12 +137,14 @@ def check_header(config: DataConfig) -> list[str]:
 def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, texts: bool) -> Examples:
     """Load examples into memory: images as RGB squares with sides of ``image_size`` pixels, texts unchanged.
 
-    Rows without a requested image or text, or with an image that does not decode, are left out; the log names them.
+    Rows without a requested image or text, or with an image whose file is missing or that does not decode, are left
+    out; the log names them.
 
     Raises
     ------
     ConfigError
-        If a column is missing, an image file is missing or holds no grey values, or no row is left.
+        If a column is missing, an image holds no grey values, more than `MOST_UNREADABLE` of the images are missing or
+        broken, or no row is left.
     """
     for wanted, field in ((images, "image_column"), (texts, "text_column")):
         if wanted and getattr(config, field) not in dataset.column_names:
@@ -147,12 +155,14 @@ def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, tex
     complete = [
         row for row in range(len(labels_N)) if (not images or squares[row] is not None) and (not texts or words[row])
     ]
+    lines: list[str] = []
     if len(complete) < len(labels_N):
         origins = origins_of(dataset)
         lines = [
             f"{origins[row]} ({broken[row]})" if row in broken else origins[row]
             for row in sorted(set(range(len(labels_N))).difference(complete), key=lambda row: natural_key(origins[row]))
         ]
+        _check_share(broken, sum(square is not None for square in squares), origins, config)
         if not complete:
             raise ConfigError(f"{config.key('dataset')} is {config.dataset!r}: no row is complete: {some(lines, 2)}")
         logger.warning("%s: %s of %s rows have no image or text that can be read, and are left out: %s",
@@ -164,7 +174,57 @@ def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, tex
         np.stack(to_rgb_arrays(kept, whites)) if images else None,
         [words[row] for row in complete] if texts else None,
         whites,
+        tuple(lines),
     )
+
+
+def with_readable_images(dataset: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
+    """Leave out what no image model could read, before a dataset is written elsewhere; the log names it.
+
+    A row whose image is missing or broken goes; if there are texts, only its image goes, since text models may learn
+    from it.
+
+    Raises
+    ------
+    ConfigError
+        As `to_examples`, if an image holds no grey values, or too many are missing or broken.
+    """
+    import datasets
+
+    column = config.image_column
+    if column not in dataset.column_names:
+        return dataset
+    broken = {row: reason for row, square, reason in _decoded(dataset, config) if square is None and reason}
+    if not broken:
+        return dataset
+    origins = origins_of(dataset)
+    _check_share(broken, len(dataset) - len(broken), origins, config)
+    has_texts = config.text_column in dataset.column_names
+    logger.warning("%s: %s of %s images cannot be read, and %s left out: %s",
+                   config.dataset, len(broken), len(dataset), "are" if has_texts else "their rows are",
+                   some(_told(broken, origins)))  # fmt: skip
+    if not has_texts:
+        return dataset.select([row for row in range(len(dataset)) if row not in broken])
+    encoded = dataset.cast_column(column, datasets.Image(decode=False))[column]
+    kept = [None if row in broken else item for row, item in enumerate(encoded)]
+    return with_column(dataset, column, kept, datasets.Image())
+
+
+def _told(broken: Mapping[int, str], origins: Sequence[str]) -> list[str]:
+    """Say where each broken image is and what is wrong with it, in the order of the files."""
+    return [f"{origins[row]} ({broken[row]})" for row in sorted(broken, key=lambda row: natural_key(origins[row]))]
+
+
+def _check_share(broken: Mapping[int, str], readable: int, origins: Sequence[str], config: DataConfig) -> None:
+    """Refuse a column of images of which too many are missing or broken."""
+    named = len(broken) + readable
+    if len(broken) > max(MOST_UNREADABLE * named, FEW_UNREADABLE if readable else 0):
+        listed = some(_told(broken, origins), 2)
+        raise ConfigError(
+            f"{config.key('image_column')} is {config.image_column!r}, of which {len(broken)} of {named} images cannot "
+            f"be read: {listed}; allowed: images, or the names of image files beside the table; up to "
+            f"{MOST_UNREADABLE:.0%} that cannot be read are left out"
+        )
 
 
 def relabel(examples: Examples, own_classes: tuple[str, ...], class_space: tuple[str, ...]) -> Examples:
@@ -306,31 +366,49 @@ def _read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[str | Non
 
 
 def check_image_files(dataset: datasets.Dataset, config: DataConfig) -> None:
-    """Check that the image files that a dataset names are there; nothing is decoded.
+    """Check that the image files that a dataset names are there; nothing is decoded. The log names those that are not.
 
     Raises
     ------
     ConfigError
-        If one is not there; the text names the first.
+        If more than `MOST_UNREADABLE` are not there; the text names the first.
     """
     import datasets
 
     column = config.image_column
     if not isinstance(dataset.features.get(column), datasets.Image):
         return
-    named = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    for row, item in enumerate(named[column]):
-        if item and item["bytes"] is None and item["path"] and not Path(item["path"]).exists():
-            where = f"{config.key('image_column')} is {column!r}, and in {origins_of(dataset)[row]} it "
-            raise ConfigError(where + _missing(item["path"]))
+    encoded = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    named = {row: item["path"] for row, item in enumerate(encoded[column]) if item and item["bytes"] is None}
+    missing = {row: _missing(path) for row, path in named.items() if path and not Path(path).exists()}
+    if missing:
+        origins = origins_of(dataset)
+        _check_share(missing, len(named) - len(missing), origins, config)
+        logger.warning("%s: %s of %s image files are not there, and are left out: %s",
+                       config.dataset, len(missing), len(named),
+                       some(_told(missing, origins)))  # fmt: skip
 
 
 def _missing(path: str) -> str:
-    return f"names {path!r:.200}, which is not there; allowed: images, or the names of image files beside the table"
+    return f"its image {path!r:.200} is not there"
 
 
 def _read_images(dataset: datasets.Dataset, config: DataConfig) -> tuple[list[Square | None], dict[int, str]]:
-    """Decode a column of images one by one; return them, and for rows whose image does not decode, the reason."""
+    """Decode a column of images; return them, and for rows whose image is missing or does not decode, the reason."""
+    squares: list[Square | None] = [None] * len(dataset)
+    broken: dict[int, str] = {}
+    for row, square, reason in _decoded(dataset, config):
+        squares[row] = square
+        if reason:
+            broken[row] = reason
+    return squares, broken
+
+
+def _decoded(dataset: datasets.Dataset, config: DataConfig) -> Iterator[tuple[int, Square | None, str]]:
+    """Decode a column of images one by one; yield for each the row, and the image or what is wrong with it.
+
+    An empty cell has neither.
+    """
     import datasets
 
     column = config.image_column
@@ -340,20 +418,23 @@ def _read_images(dataset: datasets.Dataset, config: DataConfig) -> tuple[list[Sq
             "allowed: a column of images"
         )
     encoded = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    squares: list[Square | None] = [None] * len(dataset)
-    broken: dict[int, str] = {}
+    origins = origins_of(dataset)
     for row, item in enumerate(encoded[column]):
-        if item is None or (item["bytes"] is None and item["path"] is None):
-            continue
-        try:
-            squares[row] = read_image(item["bytes"], item["path"], config.image_size)
-        except RefusedImageError as error:
-            raise ConfigError(
-                f"{config.key('image_column')} is {column!r}, and in {origins_of(dataset)[row]} it {error}"
-            ) from None
-        except Exception as error:  # Decoders raise many kinds of errors on broken bytes.
-            broken[row] = f"its image does not decode: {error}"
-    return squares, broken
+        square, reason = None, ""
+        if item is not None and (item["bytes"] is not None or item["path"] is not None):
+            try:
+                square = read_image(item["bytes"], item["path"], config.image_size)
+            except RefusedImageError as error:
+                raise ConfigError(
+                    f"{config.key('image_column')} is {column!r}, and in {origins[row]} it {error}"
+                ) from None
+            except FileNotFoundError as error:
+                reason = str(error)
+            except Exception as error:  # Decoders raise many kinds of errors on broken bytes.
+                file = item["path"] or ""
+                called = f" {file!r}" if file and not file.endswith(origins[row]) else ""
+                reason = f"its image{called} does not decode: {error}"
+        yield row, square, reason
 
 
 class RefusedImageError(Exception):
@@ -366,7 +447,9 @@ def read_image(content: bytes | None, path: str, size: int) -> Square:
     Raises
     ------
     RefusedImageError
-        If the file is missing or a pointer of git-lfs, or the values are no grey values.
+        If the file is a pointer of git-lfs, or the values are no grey values.
+    FileNotFoundError
+        If the file is missing.
     Exception
         Whatever a decoder raises on broken bytes.
     """
@@ -377,7 +460,7 @@ def read_image(content: bytes | None, path: str, size: int) -> Square:
         with Image.open(io.BytesIO(content)) as image:
             return to_square(image, size)
     except FileNotFoundError:
-        raise RefusedImageError(_missing(path)) from None
+        raise FileNotFoundError(_missing(path)) from None
     except GreyError as error:
         raise RefusedImageError(f"holds an image that cannot be shown: {error}") from None
     except UnidentifiedImageError:

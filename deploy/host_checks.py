@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -23,6 +22,7 @@ from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
 
 if TYPE_CHECKING:
     from fedmmkt.client_app.models.task_model import TaskModel
+    from fedmmkt.common.datasets import Examples
 
 PACKAGE = "fedmmkt"
 SHOWN = ("flwr", "torch", "diffusers", "transformers", "datasets")
@@ -82,19 +82,26 @@ def check_data(config: RunConfig, node: NodeConfig) -> str:
     classes = _named_classes(config) or load_splits(node.own_data(config.data), config.seed).classes
     modality = _build_model(config, node, classes).modality
     data = load_private_data(config, node, classes, "image" in modality, "text" in modality)
-    return _counted(node.data_path, data.train.labels_N, len(data.test), classes)
+    return _counted(node.data_path, data.train, data.test, classes)
 
 
 def check_dataset(config: RunConfig) -> str:
     """Check that a simulation's dataset can be read, with its images and texts, and count the examples per class."""
-    from fedmmkt.common.datasets import labels_of, load_splits, to_examples
+    from fedmmkt.common.datasets import load_splits, to_examples
 
     data, splits = config.data, load_splits(config.data, config.seed)
-    for column in (data.image_column, data.text_column):
-        for part in (splits.train, splits.test):
-            if column in part.column_names:  # Apart, since a model that reads one needs not the other.
-                to_examples(part, data, images=column == data.image_column, texts=column == data.text_column)
-    return _counted(data.dataset, labels_of(splits.train, data), len(splits.test), splits.classes)
+    counted = {}
+    for kind, column in (("images", data.image_column), ("texts", data.text_column)):
+        if column in splits.train.column_names:  # Apart, since a model that reads one needs not the other.
+            parts = (
+                to_examples(part, data, images=kind == "images", texts=kind == "texts")
+                for part in (splits.train, splits.test)
+                if column in part.column_names
+            )
+            counted[kind] = _counted(data.dataset, *parts, classes=splits.classes)
+    if len(set(counted.values())) == 1:
+        return next(iter(counted.values()))
+    return "; ".join(f"for models that read {kind}: {said}" for kind, said in counted.items())
 
 
 def check_t2i(config: RunConfig) -> str:
@@ -140,11 +147,15 @@ def check_disk(folder: Path, least: float) -> str:
     return f"{folder} has {free:.1f} GiB free"
 
 
-def _counted(place: str, labels_N: NDArray[np.int64], tests: int, classes: tuple[str, ...]) -> str:
-    """Say how many training examples of each class there are, and how many test examples."""
-    counts_C = np.bincount(labels_N, minlength=len(classes))
+def _counted(place: str, train: Examples, test: Examples, classes: tuple[str, ...]) -> str:
+    """Say how many training examples of each class and test examples a client has, and which rows are left out."""
+    from fedmmkt.common.tables import some
+
+    counts_C = np.bincount(train.labels_N, minlength=len(classes))
     held = ", ".join(f"{name} {count}" for name, count in zip(classes, counts_C, strict=True) if count)
-    return f"{place} has {len(labels_N)} examples to learn ({held}) and {tests} to test"
+    lines = (*train.left_out, *test.left_out)
+    left_out = f"; left out: {some(lines)}" if lines else ""
+    return f"{place} has {len(train)} examples to learn ({held}) and {len(test)} to test{left_out}"
 
 
 def _named_classes(config: RunConfig) -> tuple[str, ...]:

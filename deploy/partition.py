@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedmmkt.common.config import ConfigError, DataConfig, RunConfig
 from fedmmkt.common.dataset_files import quietly
-from fedmmkt.common.datasets import load_splits
+from fedmmkt.common.datasets import load_splits, with_readable_images
 from fedmmkt.common.files import write_atomically
 from fedmmkt.common.partitioning import partition_rows
 from fedmmkt.common.tables import write_parquet
@@ -51,11 +51,13 @@ def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Pat
     for path in folders:
         if (path / "train.parquet").exists():
             raise ConfigError(f"{path} holds data already; allowed: a folder without train.parquet")
+    test = with_readable_images(splits.test, config)
     try:
         with quietly():
             for path, own in zip(folders, rows, strict=True):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)  # The data may be private.
-                for name, part in (("test", splits.test), ("train", splits.train.select(own))):
+                train = with_readable_images(splits.train.select(own), config)
+                for name, part in (("test", test), ("train", train)):
                     write_atomically(path / f"{name}.parquet", partial(write_parquet, part))
     except OSError as error:
         raise ConfigError(f"the parts cannot be written: {error.strerror}") from error

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from fedmmkt.common.config import ConfigError, DataConfig
-from fedmmkt.common.datasets import Examples, labels_of, load_splits, to_examples
+from fedmmkt.common.datasets import Examples, labels_of, load_splits, to_examples, with_readable_images
 from fedmmkt.common.devices import pick_device
 from fedmmkt.common.files import replaced_folder
 from fedmmkt.common.tables import some, write_parquet
@@ -70,15 +70,16 @@ def divide(config: DataConfig, count: int, seed: int, private: int = 0, test: in
         If the dataset cannot be read, or does not have more training examples than ``count``.
     """
     splits = load_splits(config, seed)
-    labels_N = labels_of(splits.train, config)
+    train, held = (with_readable_images(part, config) for part in (splits.train, splits.test))
+    labels_N = labels_of(train, config)
     if not len(splits.classes) <= count <= len(labels_N) - len(splits.classes):
         raise ConfigError(
             f"--public is {count}; allowed: {len(splits.classes)} (the classes) up to "
             f"{len(labels_N) - len(splits.classes)} ({config.dataset} has {len(labels_N)} training examples)"
         )
-    public, rest = _drawn(splits.train, config, count, seed)
+    public, rest = _drawn(train, config, count, seed)
     kept = _drawn(rest, config, private, seed)[0] if private else rest
-    tested = _drawn(splits.test, config, test, seed)[0] if test else splits.test
+    tested = _drawn(held, config, test, seed)[0] if test else held
     return PublicPart(public, kept, tested, splits.classes)
 
 

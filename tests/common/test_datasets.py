@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -23,7 +24,7 @@ from PIL import Image
 
 from fedmmkt.client_app.data.private_data import held_classes, load_private_data
 from fedmmkt.common.config import ConfigError, DataConfig, NodeConfig, RunConfig
-from fedmmkt.common.datasets import Examples, load_splits, read_class_names, relabel, to_examples
+from fedmmkt.common.datasets import Examples, load_splits, read_class_names, relabel, to_examples, with_readable_images
 from fedmmkt.common.partitioning import partition_rows
 from tests import ROOT
 
@@ -389,7 +390,7 @@ def test_a_missing_column_is_named_when_it_is_needed(parquet):
     config = config.model_copy(update={"image_column": "text"})
     with pytest.raises(
         ConfigError,
-        match=r"'data.image-column' is 'text', and in row \d+ of data.parquet it names '.*', which is",
+        match=r"'data.image-column' is 'text', of which 16 of 16 images .*: row \d+ .* is not there",
     ):
         to_examples(load_splits(config, 0).train, config, images=True, texts=False)
 
@@ -422,7 +423,9 @@ def test_an_image_that_does_not_decode_is_named_by_its_row(parquet):
     columns = rows()
     columns["columns"]["image"] = [{"bytes": b"no image", "path": None}] * 20
     config = parquet(**columns)
-    with pytest.raises(ConfigError, match=r"'data.dataset' is .*row 1 of data.parquet \(its image does not decode: it"):
+    with pytest.raises(
+        ConfigError, match=r"'data.image-column' is .*row 1 of data.parquet \(its image does not decode: it"
+    ):
         to_examples(load_splits(config, 0).train, config, images=True, texts=False)
 
 
@@ -805,3 +808,44 @@ def test_empty_tables_are_refused_and_empty_shards_named(tree, caplog):
     splits = load_splits(config, 0)
     assert len(splits.train) + len(splits.test) == 20
     assert "2 tables are empty and are left out: header.csv, nothing.csv" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated"])
+@pytest.mark.parametrize(("count", "is_refused"), [(0, False), (5, False), (6, True), (24, True)])
+def test_missing_and_broken_images_are_left_out_by_one_rule(tree, caplog, kind, count, is_refused):
+    """Of 24 images: up to five are always left out, then up to a fifth."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    files = {f"photos/{index}.png": Image.fromarray(noise) for index in range(24)}
+    for index in range(count):
+        files[f"photos/{index}.png"] = b"\x89PNG broken" if kind == "truncated" else None
+    lines = [f"photos/{index}.png,{'ab'[index % 2]}" for index in range(24)]
+    table = "\n".join(["image,label", *lines]).encode()
+    config = tree({name: content for name, content in files.items() if content is not None} | {"t.csv": table})
+    rows = datasets.concatenate_datasets([load_splits(config, 0).train, load_splits(config, 0).test])
+    reason = "is not there" if kind == "missing" else "does not decode: it is of no known format"
+
+    if is_refused:
+        for read in (partial(to_examples, images=True, texts=False), with_readable_images):
+            with pytest.raises(ConfigError, match=rf"of which {count} of 24 images cannot be read: .*{reason}"):
+                read(rows, config)
+        return
+    examples, kept = to_examples(rows, config, images=True, texts=False), with_readable_images(rows, config)
+
+    assert len(examples) == len(kept) == 24 - count
+    assert len(examples.left_out) == count
+    for index in range(count):
+        (said,) = (line for line in examples.left_out if line.startswith(f"row {index} of t.csv (its image "))
+        assert f"photos/{index}.png' {reason}" in said
+    assert bool(caplog.text) == bool(count)
+
+
+def test_a_text_stays_where_only_its_image_is_broken(tree):
+    lines = ["0.png,no image,a", *(f"{index}.png,text {index},{'ab'[index % 2]}" for index in range(1, 8))]
+    table = "\n".join(["image,text,label", *lines]).encode()
+    config = tree({f"{index}.png": 10 for index in range(1, 8)} | {"t.csv": table})
+    rows = datasets.concatenate_datasets([load_splits(config, 0).train, load_splits(config, 0).test])
+
+    kept = with_readable_images(rows, config)
+
+    assert len(to_examples(kept, config, images=False, texts=True)) == 8
+    assert len(to_examples(kept, config, images=True, texts=False)) == 7

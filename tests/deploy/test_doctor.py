@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import re
 import socket
 import ssl
 import threading
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from packaging.requirements import Requirement
+from PIL import Image
 
 from fedmmkt.common.config import DataConfig
 from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
@@ -268,8 +270,34 @@ def test_the_dataset_of_a_simulation(doctor, tmp_path):
     other, refused = doctor("--data", "--run-config", f'data.dataset="{tmp_path / "gone.csv"}"')
 
     assert (code, other) == (0, 1)
-    assert lines[0].endswith("notes.csv has 12 examples to learn (b 7, d 5) and 3 to test")
+    assert lines[0].endswith(
+        "notes.csv has 11 examples to learn (b 6, d 5) and 3 to test; left out: row 8 of notes.csv"
+    )
     assert refused[0].startswith("WRONG dataset: run-config key 'data.dataset' is ")
+
+
+def test_only_what_a_client_learns_from_is_counted(doctor, tmp_path):
+    for index in range(1, 20):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "19.png").write_bytes((tmp_path / "19.png").read_bytes()[:40])
+    lines = [f"{index}.png,a text,{'ab'[index % 2]}" for index in range(20)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,text,label", *lines]))
+    settings = f'data.dataset="{tmp_path / "t.csv"}"'
+
+    code, (line,) = doctor("--data", "--run-config", settings)
+    images_alone = doctor("--data", "--run-config", settings + ' data.text-column="none"')[1][0]
+    own = doctor(
+        "--node-config", f'data-path="{tmp_path / "t.csv"}" model="cnn"', "--run-config", 'data.classes="a,b"'
+    )[1]
+
+    said, texts = line.split("; for models that read texts: ")
+    assert code == 0
+    assert sum(map(int, re.search(r"has (\d+) examples .* and (\d+) to test", said).groups())) == 18
+    assert re.search(r"row 0 of t.csv \(its image '.*/0.png' is not there\)", said)
+    assert re.search(r"row 19 of t.csv \(its image '.*/19.png' does not decode: ", said)
+    assert texts.endswith("t.csv has 16 examples to learn (a 8, b 8) and 4 to test")
+    assert said.removeprefix("ok    dataset: for models that read images: ") in images_alone
+    assert "row 0 of t.csv (its image" in own[1]
 
 
 def test_data_columns_model_and_classes_that_are_not_there(doctor, node_config):

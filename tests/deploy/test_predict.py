@@ -78,8 +78,8 @@ def test_a_client_of_pairs_reads_both_columns(tmp_path, images, capsys):
     shown = capsys.readouterr()
     assert code == 1
     assert [row["row"] for row in rows(shown.out)] == ["0", "2"]
-    assert "pairs.csv, row 1: names" in shown.err
-    assert "lost.png', which is not there" in shown.err
+    assert f"pairs.csv, row 1: its image '{tmp_path / 'new' / 'lost.png'}' is not there" in shown.err
+    assert "lost.png' is not there" in shown.err
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,8 @@ def test_an_image_file_that_is_not_there_is_told(birds):
 
     (told,) = problems(data__dataset=str(birds), data__image_column="photo", data__label_column="species")
 
-    assert f"names '{birds.parent / 'b.png'}', which is not there" in told
-    assert "and in row " in told
+    assert f"(its image '{birds.parent / 'b.png'}' is not there)" in told
+    assert "of which 16 of 32 images cannot be read: row " in told
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

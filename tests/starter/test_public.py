@@ -62,6 +62,22 @@ def test_the_public_part_is_never_in_the_clients_data(start):
     assert np.bincount(parts[0]["label"]).tolist() == [7, 7, 7]
 
 
+def test_broken_and_missing_photos_are_found_before_anything_is_written(tmp_path, caplog):
+    for index in range(40):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / f"photo-{index}.png")
+    (tmp_path / "photo-7.png").write_bytes((tmp_path / "photo-7.png").read_bytes()[:50])
+    (tmp_path / "photo-8.png").unlink()
+    lines = [f"photo-{index}.png,{'ab'[index % 2]}" for index in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,label", *lines]))
+
+    part = public.divide(DataConfig(dataset=str(tmp_path / "t.csv")), 10, 0)
+
+    assert len(part.public) == 10
+    assert len(part.public) + len(part.private) + len(part.test) == 38
+    assert f"row 7 of t.csv (its image '{tmp_path / 'photo-7.png'}' does not decode: " in caplog.text
+    assert f"row 8 of t.csv (its image '{tmp_path / 'photo-8.png'}' is not there)" in caplog.text
+
+
 def test_what_is_made_is_a_pipeline_with_its_prompts_and_cost(start):
     pipeline = DiffusionPipeline.from_pretrained(start / "model")
     prompts = [json.loads(line) for line in (start / "prompts.jsonl").read_text().splitlines()]
