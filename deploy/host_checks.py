@@ -93,12 +93,11 @@ def check_dataset(config: RunConfig) -> str:
     counted = {}
     for kind, column in (("images", data.image_column), ("texts", data.text_column)):
         if column in splits.train.column_names:  # Apart, since a model that reads one needs not the other.
-            parts = (
+            train, test = (
                 to_examples(part, data, images=kind == "images", texts=kind == "texts")
                 for part in (splits.train, splits.test)
-                if column in part.column_names
             )
-            counted[kind] = _counted(data.dataset, *parts, classes=splits.classes)
+            counted[kind] = _counted(data.dataset, train, test, splits.classes)
     if len(set(counted.values())) == 1:
         return next(iter(counted.values()))
     return "; ".join(f"for models that read {kind}: {said}" for kind, said in counted.items())
