@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-NODES ?= 6
+NODES ?=
 OUT ?= runs/demo
 RUN_CONFIG ?=
 
@@ -17,12 +17,11 @@ export NODES OUT RUN_CONFIG
 .PHONY: install demo federation test lint docs layout starter
 
 demo: $(VENV)/usable
-	@$(VENV)/bin/fedmmkt demo --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
+	@$(VENV)/bin/fedmmkt demo $${NODES:+--nodes "$$NODES"} --out "$$OUT" --run-config "$$RUN_CONFIG"
 
 federation: OUT = runs/federation
-federation: NODES = 4
 federation: $(VENV)/usable
-	@$(VENV)/bin/fedmmkt federation --nodes "$$NODES" --out "$$OUT" --run-config "$$RUN_CONFIG"
+	@$(VENV)/bin/fedmmkt federation $${NODES:+--nodes "$$NODES"} --out "$$OUT" --run-config "$$RUN_CONFIG"
 
 # Only the command, `.venv/bin/fedmmkt`.
 install: $(VENV)/usable

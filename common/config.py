@@ -34,7 +34,16 @@ TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 
 
 class ConfigError(ValueError):
-    """A setting cannot be used; the text names the key, its value and the allowed values."""
+    """A setting cannot be used; the text names the key, its value and the allowed values.
+
+    Attributes
+    ----------
+    keys : tuple of str
+        The keys that are wrong, where a whole configuration was parsed; a section's name for a wrong section, and an
+        empty text for keys that are wrong together.
+    """
+
+    keys: tuple[str, ...] = ()
 
 
 def _kebab(name: str) -> str:
@@ -502,12 +511,18 @@ def _parse(cls: type[_AnySection], values: dict[str, Any], source: str) -> _AnyS
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(cls, item, source) for item in error.errors())) from None
+        failure = ConfigError("\n".join(_explain(cls, item, source) for item in error.errors()))
+        failure.keys = tuple(".".join(_location(item)) for item in error.errors())
+        raise failure from None
+
+
+def _location(item: Any) -> list[str]:
+    return [str(part) for part in item["loc"] if not isinstance(part, int)]
 
 
 def _explain(cls: type[BaseModel], item: Any, source: str) -> str:
     """Describe one pydantic error in one line: the key, its value and the allowed values."""
-    location = [str(part) for part in item["loc"] if not isinstance(part, int)]
+    location = _location(item)
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         known = [_kebab(name) for name in _section_of(cls, location).model_fields]

@@ -16,6 +16,7 @@ from fedmmkt.common.config import ConfigError, Setting
 from fedmmkt.deploy.bundle import app_folder
 from fedmmkt.deploy.processes import StartError
 from fedmmkt.deploy.run_checks import check_run
+from fedmmkt.deploy.settings import earlier_nodes
 from fedmmkt.deploy.submission import COMPLETED, effective_config, parse_run_config
 
 Runner = Callable[[Path, int, Path | None, Mapping[str, Setting]], str]
@@ -60,6 +61,9 @@ def run_command(
     try:
         # `make` passes an empty string if no run-config was given.
         run_config = parse_run_config([text for text in options.run_config if text.strip()])
+        if options.nodes is None:
+            resumed = run_config.get("resume-from")
+            options.nodes = (earlier_nodes(Path(str(resumed))) if resumed else None) or nodes
         with app_folder(options.app) as app:
             config = effective_config(app, options.nodes, options.out, run_config)
             check_run(app, options.nodes, config)
@@ -85,7 +89,9 @@ def _parse(
     parents: Sequence[argparse.ArgumentParser],
 ) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"fedmmkt {name}", description=description, parents=parents)
-    parser.add_argument("--nodes", type=int, default=nodes, help="number of nodes (default: %(default)s)")
+    parser.add_argument(
+        "--nodes", type=int, help=f"number of nodes (default: {nodes}, or those of the run that resume-from names)"
+    )
     parser.add_argument("--out", type=Path, default=out, help="folder of the run (default: %(default)s)")
     parser.add_argument(
         "--app", type=Path, help="folder of the app (default: this folder; if it has no app, fedmmkt's own app)"
@@ -105,7 +111,7 @@ def _way_on(name: str, folder: str) -> str:
     if not folder or not any((Path(folder) / "checkpoints").glob("round-*")):
         return ""
     changed = f'resume-from="{folder}"'
-    return f"; to go on after its last whole round: fedmmkt {name} --run-config '{changed}', with the settings it had"
+    return f"; to go on after its last whole round: fedmmkt {name} --run-config '{changed}'"
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:

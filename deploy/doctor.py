@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
+from fedmmkt.common.config import ConfigError, NodeConfig
 from fedmmkt.deploy.connection_checks import (
     check_certificate,
     check_connection,
@@ -109,22 +109,34 @@ def _config_checks(options: argparse.Namespace) -> Iterator[Check]:
     if not (options.run_config or options.node_config or options.t2i or options.data):
         return
     from fedmmkt.client_app.memory import DEFAULT_FOLDER  # These import torch, which a health check does not need.
+    from fedmmkt.deploy.settings import right_part, with_earlier
     from fedmmkt.deploy.submission import parse_run_config
 
-    config = RunConfig.from_flower(parse_run_config(options.run_config))
+    config, wrong = right_part(with_earlier(parse_run_config(options.run_config)))
+    if wrong:  # The others are checked all the same.
+        yield "run-config", partial(_raise, wrong)
     if options.data:
         yield "dataset", partial(check_dataset, config)
     if options.t2i:
         yield "T2I model", partial(check_t2i, config)
     if not options.node_config:
         return
-    node = NodeConfig.from_flower(parse_run_config([options.node_config]))
-    if not node.data_path:
-        raise ConfigError("node-config key 'data-path' is missing; only a simulation gives nodes partitions")
+    node_config = parse_run_config([options.node_config])
+    try:
+        node = NodeConfig.from_flower(node_config)
+        if not node.data_path:
+            raise ConfigError("node-config key 'data-path' is missing; only a simulation gives nodes partitions")
+    except ConfigError as error:
+        yield "node-config", partial(_raise, error)
+        return
     yield "model", partial(check_model, config, node)
     yield "data", partial(check_data, config, node)
     state = Path(node.state_dir or DEFAULT_FOLDER).expanduser()
     yield from _folder_checks(state, options.free)
+
+
+def _raise(error: ConfigError) -> str:
+    raise error
 
 
 def _folder_checks(folder: Path, least: float) -> Iterator[Check]:

@@ -291,7 +291,8 @@ def federate(
         If a part of the federation does not start.
     """
     console = Console(stream or sys.stdout)
-    changes = {"client.models": ",".join(MODELS), **run_config}
+    ours: dict[str, Setting] = {} if run_config.get("resume-from") else {"client.models": ",".join(MODELS)}
+    changes = {**ours, **run_config}
     effective = effective_config(app, nodes, out, changes)
     config = RunConfig.from_flower({**default_config(read_app(app)), **effective})
     with local_federation(home) as federation:

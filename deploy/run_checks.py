@@ -16,6 +16,7 @@ from fedmmkt.common.files import write_test_file
 from fedmmkt.common.registry import importable
 from fedmmkt.common.tables import ORIGIN
 from fedmmkt.deploy.bundle import PROJECT, bundled_files, default_config, read_app, runs_fedmmkt
+from fedmmkt.deploy.settings import right_part
 from fedmmkt.server_app.record.trackers import check_trackers
 from fedmmkt.server_app.rules.checks import check_rules
 
@@ -84,7 +85,7 @@ def checks_of_server(app: Path, config: RunConfig) -> Iterator[Check]:
     if config.output_dir:
         yield partial(_check_unused, Path(config.output_dir).expanduser())
     if config.resume_from:
-        yield partial(_check_resumed, Path(config.resume_from).expanduser())
+        yield partial(_check_resumed, Path(config.resume_from).expanduser(), config)
 
 
 def checks_of_data(config: RunConfig, nodes: int | None = None) -> Iterator[Check]:
@@ -92,6 +93,9 @@ def checks_of_data(config: RunConfig, nodes: int | None = None) -> Iterator[Chec
 
     ``nodes`` is the number of simulated nodes, to which the models are given in turn; None for all models.
     """
+    from fedmmkt.common.dataset_files import size_of_tables
+    from fedmmkt.common.partitioning import partition_rows
+
     try:
         columns = _columns(config)
     except ConfigError as error:
@@ -99,6 +103,8 @@ def checks_of_data(config: RunConfig, nodes: int | None = None) -> Iterator[Chec
         return
     for model in config.client.models[:nodes] if columns else ():
         yield partial(_check_reads, model, columns, config)
+    if nodes and columns and size_of_tables(config.data) <= READ_WHOLE:
+        yield partial(partition_rows, config.data, nodes, config.seed)
 
 
 def _checks_of_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> Iterator[Check]:
@@ -110,11 +116,9 @@ def _checks_of_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> Iter
     if not runs_fedmmkt(project):
         yield partial(_check_keys, str(project.get("project", {}).get("name", "the app")), config.keys() - defaults)
         return
-    try:
-        complete = RunConfig.from_flower({**defaults, **config})
-    except ConfigError as error:
+    complete, error = right_part({**defaults, **config})
+    if error:
         yield partial(_raise, error)
-        return
     yield from checks_of_clients(app, complete)
     yield from checks_of_server(app, complete)
     yield from checks_of_data(complete, nodes)
@@ -200,12 +204,18 @@ def _check_unused(folder: Path) -> None:
             return
 
 
-def _check_resumed(folder: Path) -> None:
-    from fedmmkt.server_app.record.checkpoint import checkpoints, nothing_to_resume
+def _check_resumed(folder: Path, config: RunConfig) -> None:
+    """Check that there is a checkpoint, and that it is one of these settings."""
+    from fedmmkt.server_app.record.checkpoint import check_same_settings, checkpoints, nothing_to_resume
     from fedmmkt.server_app.record.run_folder import RunFolder
 
     if not checkpoints(RunFolder(folder).checkpoints):
         raise nothing_to_resume(folder)
+    try:
+        earlier = RunFolder(folder).read_config()["config"]
+    except (OSError, ValueError, KeyError):
+        return  # The checkpoint has the settings too, but to read it takes long.
+    check_same_settings(earlier, config)
 
 
 def _columns(config: RunConfig) -> Sequence[str]:

@@ -15,9 +15,10 @@ import click
 from flwr.common.config import parse_config_args
 
 from fedmmkt.common.config import ConfigError, Setting
-from fedmmkt.deploy.bundle import default_config, folder_to_submit, read_app
+from fedmmkt.deploy.bundle import default_config, folder_to_submit, read_app, runs_fedmmkt
 from fedmmkt.deploy.console import Console
 from fedmmkt.deploy.processes import script
+from fedmmkt.deploy.settings import with_earlier
 
 COMPLETED = "finished:completed"
 FOLDERS = ("output-dir", "resume-from", "client.state-dir")
@@ -95,13 +96,17 @@ def parse_run_config(texts: list[str]) -> dict[str, Setting]:
 def effective_config(app: Path, nodes: int, out: Path | None, run_config: Mapping[str, Setting]) -> dict[str, Setting]:
     """Add the output folder and the number of nodes to a run-config, if the app has these keys.
 
-    Values in ``run_config`` have priority.
+    A run that goes on with an earlier one (``resume-from``) gets the settings of that too. Values in ``run_config``
+    have priority.
     """
-    defaults = default_config(read_app(app))
+    project = read_app(app)
+    defaults = default_config(project)
     ours: dict[str, Setting] = {"min-nodes": nodes}
     if out is not None:
         ours["output-dir"] = str(out.expanduser().absolute())
     changes = {key: _absolute(key, value) for key, value in run_config.items()}
+    if runs_fedmmkt(project):
+        changes = with_earlier(changes, defaults)
     return {key: value for key, value in ours.items() if key in defaults} | changes
 
 

@@ -24,6 +24,7 @@ from fedmmkt.common.files import replaced_folder
 from fedmmkt.common.payloads import MAX_ANCESTORS, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.ledger import Ancestor, Identity, TargetsByClient
 from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.report.settings import run_config_option
 from fedmmkt.server_app.t2i.samples import Samples
 
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
@@ -185,18 +186,36 @@ def check_resumable(state: ServerState, config: RunConfig, classes: tuple[str, .
     ConfigError
         If a setting outside `CHANGEABLE_ON_RESUME` has changed; the text names all such settings.
     """
-    earlier, present = _flat(state.config), _flat(config.model_dump(mode="json", by_alias=True))
-    changed = [
-        f"{key!r} was {earlier[key]!r} and is {value!r}"
+    check_same_settings(state.config, config, state.classes, classes)
+
+
+def check_same_settings(
+    described: Mapping[str, Any], config: RunConfig, were: tuple[str, ...] = (), are: tuple[str, ...] = ()
+) -> None:
+    """Check that a configuration is that of an earlier run, whose ``config.json`` describes it, and so the classes.
+
+    Raises
+    ------
+    ConfigError
+        As `check_resumable`; the text has the ``--run-config`` to type instead.
+    """
+    earlier, present = _flat(described), _flat(config.model_dump(mode="json", by_alias=True))
+    other = {
+        key: value
         for key, value in present.items()
         if key not in CHANGEABLE_ON_RESUME and earlier.get(key, value) != value  # The earlier run may lack a key.
-    ]
-    if state.classes != classes:
-        changed.append(f"the classes were {', '.join(state.classes)} and are {', '.join(classes)}")
+    }
+    changed = [f"{key!r} was {earlier[key]!r} and is {value!r}" for key, value in other.items()]
+    if were != are:
+        changed.append(f"the classes were {', '.join(were)} and are {', '.join(are)}")
     if changed:
+        defaults = _flat(RunConfig().model_dump(mode="json", by_alias=True))
+        merged = present | {key: value for key, value in earlier.items() if key not in CHANGEABLE_ON_RESUME}
+        typed = {key: value for key, value in merged.items() if key in other or defaults.get(key) != value}
         raise ConfigError(
             f"run-config key 'resume-from' is {config.resume_from!r}, a run of another configuration: "
             f"{'; '.join(changed)}; allowed: the values that it had, but for {', '.join(sorted(CHANGEABLE_ON_RESUME))}"
+            f"; with its values:{run_config_option(typed)}"
         )
 
 

@@ -35,7 +35,12 @@ def settings_of(config: Mapping[str, Any]) -> list[Setting]:
 def repeating_run_config(config: Mapping[str, Any]) -> str:
     """Return the option ``--run-config`` that repeats a run, quoted for a shell; empty if all settings are defaults."""
     changed = {setting.key for setting in settings_of(config) if setting.default is not None} - {*PLACES}
-    pairs = [f"{key}={_written(value)}" for key, value in _leaves(config) if key in changed]
+    return run_config_option({key: value for key, value in _leaves(config) if key in changed})
+
+
+def run_config_option(settings: Mapping[str, Any]) -> str:
+    """Return the option ``--run-config`` for settings by dotted keys, quoted for a shell; empty if there are none."""
+    pairs = [f"{key}={_written(value)}" for key, value in settings.items()]
     return f" --run-config {shlex.quote(' '.join(pairs))}" if pairs else ""
 
 

@@ -337,11 +337,26 @@ def test_the_servers_t2i_model(doctor, tmp_path):
 
 
 def test_settings_that_cannot_be_read_end_before_any_check(capsys):
-    assert main(["--node-config", "model=3"]) == 2
-    assert main(["--run-config", "rounds=0"]) == 2
+    assert main(["--node-config", "model = cnn"]) == 2
+    assert main(["--data", "--run-config", "rounds = 0"]) == 2
     with pytest.raises(SystemExit, match="2"):
         main(["--host", "superlink.example"])
     assert capsys.readouterr().out == ""
+
+
+def test_wrong_keys_are_told_together_with_what_is_wrong_else(doctor, tmp_path):
+    settings = f'rouns=3 t2i.guidance="x" data.dataset="{tmp_path / "gone.csv"}" t2i.model="{tmp_path}"'
+
+    code, lines = doctor("--data", "--t2i", "--run-config", settings, "--node-config", 'modl="cnn"')
+    unsure = doctor("--data", "--run-config", 'data.datset="birds.csv" data.image-column="photo"')[1]
+
+    assert code == 1
+    told = "\n".join(lines)
+    for said in ("'rouns' is unknown", "'t2i.guidance' is 'x'", "gone.csv', which is not there", "no model_index.json"):
+        assert said in told
+    assert "node-config key 'modl' is unknown" in lines[-1]
+    assert len(unsure) == 2  # of the digits, about which nobody asked, only that they can be read
+    assert "'data.datset' is unknown (did you mean 'data.dataset'?)" in unsure[0]
 
 
 def test_connections_are_read_as_they_are_written(tmp_path, pki):

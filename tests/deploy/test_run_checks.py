@@ -61,6 +61,27 @@ def test_all_wrong_names_are_told_at_once(tmp_path):
     assert all(text in line for text, line in zip(expected, told, strict=True))
 
 
+def test_a_wrong_key_does_not_hide_what_is_wrong_else(birds):
+    told = problems(rouns=3, rounds=-1, data__dataset="/nowhere/birds.csv", t2i__scores="vote", output_dir="/proc/no")
+    unsure = problems(data__datset=str(birds), data__image_column="photo", t2i__scores="vote", output_dir="relative")
+
+    expected = ["'/proc/no' cannot be written", "'rounds' is -1", "'rouns' is unknown", "is 'vote', but no score rule"]
+    assert len(told) == 5
+    assert all(text in "\n".join(told) for text in [*expected, "'/nowhere/birds.csv', which is not there"])
+    assert len(unsure) == 3  # nothing of digits, which have no column `photo`
+    for text in ("'data.datset' is unknown", "output-dir is 'relative'", "is 'vote', but no score rule"):
+        assert text in "\n".join(unsure)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "birds"])
+def test_too_many_nodes_for_the_data_are_told(birds, dataset):
+    given = {"data.dataset": str(birds), "data.image-column": "photo", "data.label-column": "species"}
+    settings = given if dataset == "birds" else {}
+
+    with pytest.raises(ConfigError, match=r"cannot divide (1438|32) examples among 144 clients: .*Lower data.min-exam"):
+        check_run(ROOT, 144, settings | {"client.models": "cnn"})
+
+
 def test_a_run_folder_in_use_is_told(tmp_path):
     with RunFolder(tmp_path).in_use():
         (told,) = problems(output_dir=str(tmp_path))

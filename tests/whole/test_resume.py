@@ -1,6 +1,7 @@
 """Going on with a run that was cut off, and clients that come and go."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,13 @@ import torch
 
 from fedmmkt.common.config import ConfigError, RunConfig, to_flower
 from fedmmkt.deploy.in_process import InProcessGrid
+from fedmmkt.deploy.run_checks import check_run
+from fedmmkt.deploy.settings import earlier_nodes
+from fedmmkt.deploy.submission import effective_config, parse_run_config
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.record.checkpoint import checkpoints, read_checkpoint
 from fedmmkt.server_app.strategy import FedMMKT, strategies
+from tests import ROOT
 from tests.conftest import TINY, registered
 
 
@@ -168,6 +173,29 @@ def test_the_rounds_that_start_is_told_are_in_the_configuration(tiny_run, make_g
     strategy = build(run_config, 1)
     strategy.start(make_grid(run_config, nodes=2), num_rounds=1)
     assert json.loads(strategy.recorder.run_folder.config.read_text())["config"]["rounds"] == 1
+
+
+def test_a_resumed_run_takes_the_settings_of_the_earlier_one(tiny_run, make_grid):
+    run_config = tiny_run(rounds=1, client__models="mlp,cnn", data__alpha=0.7, extra__mine=1.5)
+    start(run_config, make_grid(run_config, nodes=2), 1)
+    folder = Path(run_config["output-dir"])
+    earlier = json.loads((folder / "config.json").read_text())["config"]
+    strategy = {"strategy": "fedmmkt"}  # these tests have one of their own
+    (folder / "config.json").write_text(json.dumps({"config": earlier | strategy}))
+    typed = {"resume-from": str(folder), "rounds": 2}
+
+    complete = {**to_flower(RunConfig()), **effective_config(ROOT, 2, folder.parent / "new", typed)}
+    config = RunConfig.from_flower(complete).model_dump(mode="json", by_alias=True)
+
+    own = {"rounds": 2, "output-dir": str(folder.parent / "new"), "resume-from": str(folder), "min-nodes": 2}
+    assert config == earlier | strategy | own
+    assert earlier_nodes(folder) == 2
+    check_run(ROOT, 2, effective_config(ROOT, 2, folder.parent / "new", typed))  # finds nothing wrong
+    with pytest.raises(ConfigError) as caught:  # what differs is told before anything starts, with what to type
+        check_run(ROOT, 2, effective_config(ROOT, 2, folder.parent / "new", typed | {"data.alpha": 0.5}))
+    assert "a run of another configuration: 'data.alpha' was 0.7 and is 0.5; allowed" in str(caught.value)
+    (option,) = [shlex.split(text)[1] for text in str(caught.value).split("its values: ")[1:]]
+    assert {**to_flower(RunConfig()), **parse_run_config([option])} == complete
 
 
 def test_what_cannot_be_resumed_is_named(tiny_run, make_grid, tmp_path):
