@@ -2,7 +2,8 @@
 
 ``fedmmkt predict runs/demo/clients/cnn-0 new/ other.png`` writes the columns ``file``, ``class`` and ``probability``
 as CSV. Files are images, folders of images, or tables (CSV, parquet, ...) with a column of images, of texts, or of
-both, as the model reads. With tables there is a further column ``row``, counted from 0.
+both, as the model reads. With tables there are further columns: ``row``, counted from 0, ``image``, the file of the
+row's image as far as the table names it, and that of ``--id-column``.
 
 A file or row that cannot be read is named on standard error and left out; the exit code is then 1. It is 2 where the
 model or a file is not what it should be, and then no table is written to ``--out``.
@@ -43,6 +44,7 @@ def write_predictions(
     prior: Prior | None = None,
     with_rows: bool = False,
     all_classes: bool = False,
+    id_column: str = "",
 ) -> list[str]:
     """Write the table of predictions as CSV, a few examples at a time.
 
@@ -57,9 +59,11 @@ def write_predictions(
     prior : str, optional
         As in `ClientModel.predict`.
     with_rows : bool
-        Whether there is a column ``row``.
+        Whether there is a column ``row``, and for a model that reads images a column ``image``.
     all_classes : bool
         Whether there is a column for the probability of each class.
+    id_column : str
+        Name of a column for the examples' ids; empty for none.
 
     Returns
     -------
@@ -68,7 +72,8 @@ def write_predictions(
     """
     writer, left_out = csv.writer(stream, lineterminator="\n"), []
     each = [f"p({name})" for name in model.classes] if all_classes else []
-    writer.writerow(["file", *(["row"] if with_rows else []), "class", "probability", *each])
+    of_rows = ["row", *(["image"] if model.reads_images else [])] if with_rows else []
+    writer.writerow(["file", *of_rows, *filter(None, [id_column]), "class", "probability", *each])
     remaining = iter(examples)
     while part := list(islice(remaining, AT_ONCE)):
         kept, problems = _readable(model, part)
@@ -79,7 +84,7 @@ def write_predictions(
         for (example, _), row_C in zip(kept, probabilities_NC.tolist(), strict=True):
             best = max(range(len(row_C)), key=row_C.__getitem__)
             numbers = [f"{value:.4f}" for value in (row_C[best], *(row_C if all_classes else []))]
-            place = [example.file, *([example.row] if with_rows else [])]
+            place = [example.file, *[example.row, example.named][: len(of_rows)], *([example.id] if id_column else [])]
             writer.writerow([*place, model.classes[best], *numbers])
         stream.flush()
     return left_out
@@ -92,7 +97,8 @@ def _readable(model: ClientModel, examples: list[Unlabelled]) -> tuple[list[tupl
     kept: list[tuple[Unlabelled, Any]] = []
     problems = []
     for example in examples:
-        where = example.file if example.row is None else f"{example.file}, row {example.row}"
+        called = f" ({example.id})" if example.id else f" ({example.named})" if example.named else ""
+        where = example.file if example.row is None else f"{example.file}, row {example.row}{called}"
         image = None
         if model.reads_texts and not (example.text or "").strip():
             problems.append(f"{where}: it has no text")
@@ -121,12 +127,15 @@ def _run(options: argparse.Namespace) -> int:
         model.reads_texts,
         options.image_column or model.description.image_column,
         options.text_column or model.description.text_column,
+        options.id_column,
     )
     with_rows = any(map(kind_of, options.files))
     left_out: list[str] = []
 
     def write(stream: TextIO) -> None:
-        left_out.extend(write_predictions(model, examples, stream, options.prior, with_rows, options.all_classes))
+        left_out.extend(
+            write_predictions(model, examples, stream, options.prior, with_rows, options.all_classes, options.id_column)
+        )
 
     def write_file(path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="") as stream:
@@ -159,6 +168,9 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all-classes", action="store_true", help="add the probability of each class")
     parser.add_argument("--image-column", default="", help="column of images (default: that of the client's data)")
     parser.add_argument("--text-column", default="", help="column of texts (default: that of the client's data)")
+    parser.add_argument(
+        "--id-column", default="", help="column of tables that goes into the predictions, such as an id"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--app", type=Path, metavar="FOLDER", help="folder of your own app, if the model is of it")
     return parser.parse_args(arguments)

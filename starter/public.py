@@ -26,7 +26,7 @@ from fedmmkt.common.config import ConfigError, DataConfig
 from fedmmkt.common.datasets import Examples, labels_of, load_splits, to_examples, with_readable_images
 from fedmmkt.common.devices import pick_device
 from fedmmkt.common.files import replaced_folder
-from fedmmkt.common.tables import some, write_parquet
+from fedmmkt.common.tables import ORIGIN, some, write_parquet
 from fedmmkt.starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
 
 if TYPE_CHECKING:
@@ -59,28 +59,75 @@ class PublicPart:
     classes: tuple[str, ...]
 
 
-def divide(config: DataConfig, count: int, seed: int, private: int = 0, test: int = 0) -> PublicPart:
-    """Draw ``count`` public examples from a dataset's training part, in proportion to the classes.
+def divide(config: DataConfig, public: int | str, seed: int, private: int = 0, test: int = 0) -> PublicPart:
+    """Divide a dataset into public examples and the clients'.
 
-    ``private`` and ``test`` are the numbers of other training examples and of test examples to keep; 0 keeps all.
+    Parameters
+    ----------
+    config : DataConfig
+        Names the dataset and its columns.
+    public : int or str
+        How many examples are drawn from the training part, in proportion to the classes; or ``COLUMN=VALUE``: all
+        examples with this value are public, those of the test part too.
+    seed : int
+        Seed of all draws.
+    private, test : int
+        Numbers of other training examples and of test examples to keep; 0 keeps all.
 
     Raises
     ------
     ConfigError
-        If the dataset cannot be read, or does not have more training examples than ``count``.
+        If the dataset cannot be read, or does not have as many examples, or not the column, the value or others.
     """
     splits = load_splits(config, seed)
     train, held = (with_readable_images(part, config) for part in (splits.train, splits.test))
-    labels_N = labels_of(train, config)
-    if not len(splits.classes) <= count <= len(labels_N) - len(splits.classes):
-        raise ConfigError(
-            f"--public is {count}; allowed: {len(splits.classes)} (the classes) up to "
-            f"{len(labels_N) - len(splits.classes)} ({config.dataset} has {len(labels_N)} training examples)"
-        )
-    public, rest = _drawn(train, config, count, seed)
+    if isinstance(public, str):
+        chosen, rest, held = _marked(train, held, config, public)
+    else:
+        labels_N = labels_of(train, config)
+        if not len(splits.classes) <= public <= len(labels_N) - len(splits.classes):
+            raise ConfigError(
+                f"--public is {public}; allowed: {len(splits.classes)} (the classes) up to "
+                f"{len(labels_N) - len(splits.classes)} ({config.dataset} has {len(labels_N)} training examples)"
+            )
+        chosen, rest = _drawn(train, config, public, seed)
     kept = _drawn(rest, config, private, seed)[0] if private else rest
     tested = _drawn(held, config, test, seed)[0] if test else held
-    return PublicPart(public, kept, tested, splits.classes)
+    return PublicPart(chosen, kept, tested, splits.classes)
+
+
+def _marked(
+    train: datasets.Dataset, test: datasets.Dataset, config: DataConfig, condition: str
+) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset]:
+    """Return the rows of both parts that a column marks as public, and the other rows of each part."""
+    import datasets
+
+    column, _, value = condition.partition("=")
+    said = f"--public is {condition!r}"
+    if column not in train.column_names or column not in test.column_names:
+        columns = ", ".join(name for name in train.column_names if name != ORIGIN)
+        raise ConfigError(
+            f"{said}, and the dataset has no column {column!r}; allowed: a number, or COLUMN=VALUE with one of "
+            f"{columns}"
+        )
+    values = [[_as_text(part, column, entry) for entry in part[column][:]] for part in (train, test)]
+    marked = [[row for row, entry in enumerate(entries) if entry == value] for entries in values]
+    others = [[row for row, entry in enumerate(entries) if entry != value] for entries in values]
+    if not any(marked) or not all(others):
+        held = some(sorted({entry for entries in values for entry in entries}))
+        what = "no row has this value" if not any(marked) else "it leaves clients nothing to learn from or to test on"
+        raise ConfigError(f"{said}, and {what}; the column's values: {held}")
+    parts = (train, test)
+    public = datasets.concatenate_datasets([part.select(rows) for part, rows in zip(parts, marked, strict=True)])
+    return public, *(part.select(rows) for part, rows in zip(parts, others, strict=True))
+
+
+def _as_text(part: datasets.Dataset, column: str, entry: Any) -> str:
+    """Return an entry as one would type it: the name of a class, `true`, `7`."""
+    names = getattr(part.features[column], "names", None)
+    if names and isinstance(entry, int) and entry >= 0:
+        return str(names[entry])
+    return str(entry).lower() if isinstance(entry, bool) else "" if entry is None else str(entry)
 
 
 def _drawn(
@@ -125,7 +172,13 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder to write; one that this command wrote is replaced"
     )
-    parser.add_argument("--public", type=int, required=True, help="training examples for the T2I")
+    parser.add_argument(
+        "--public",
+        type=_number_or_condition,
+        required=True,
+        metavar="N|COLUMN=VALUE",
+        help="examples for the T2I: a number, drawn at random; or those with a value in a column, such as split=public",
+    )
     parser.add_argument("--private", type=int, default=0, help="training examples for clients; 0: all others")
     parser.add_argument("--test", type=int, default=0, help="test examples; 0: all")
     parser.add_argument("--image-column", default="image")
@@ -159,6 +212,14 @@ def main(command: list[str] | None = None) -> int:
     print(f"{cost['seconds']:.0f} s of training; what the model draws: {arguments.out / 'model' / 'samples.png'}")
     print(f"fedmmkt demo --run-config '{run_config_of(arguments)}'")
     return 0
+
+
+def _number_or_condition(text: str) -> int | str:
+    if text.isdecimal():
+        return int(text)
+    if text.partition("=")[0] and "=" in text:
+        return text
+    raise argparse.ArgumentTypeError(f"is {text!r}; allowed: a number, or COLUMN=VALUE such as split=public")
 
 
 def run_config_of(arguments: argparse.Namespace) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,16 +33,22 @@ class Unlabelled:
         The image's file, or its encoded bytes.
     text : str, optional
         The text.
+    named : str
+        The file of a table's image, as the table names it, or as it was called when it was put into the table.
+    id : str
+        The row's entry in a column of the user's choice.
     """
 
     file: str
     row: int | None = None
     image: str | bytes | None = None
     text: str | None = None
+    named: str = ""
+    id: str = ""
 
 
 def read_unlabelled(
-    files: Iterable[Path], images: bool, texts: bool, image_column: str, text_column: str
+    files: Iterable[Path], images: bool, texts: bool, image_column: str, text_column: str, id_column: str = ""
 ) -> Iterator[Unlabelled]:
     """Return the examples of files, in order; tables are read as they come, and no image is decoded.
 
@@ -54,6 +60,8 @@ def read_unlabelled(
         Whether examples need an image, and a text. Where they need a text, only tables will do.
     image_column, text_column : str
         The columns of tables.
+    id_column : str
+        A further column of tables, which tells their rows apart; empty for none.
 
     Raises
     ------
@@ -67,7 +75,8 @@ def read_unlabelled(
         if texts and not kind_of(file):
             raise ConfigError(f"{file} is no table, and the model reads texts; allowed: {_allowed(texts)}")
     return chain.from_iterable(
-        _rows(file, images, texts, image_column, text_column) if kind_of(file) else _images(file) for file in files
+        _rows(file, images, texts, image_column, text_column, id_column) if kind_of(file) else _images(file)
+        for file in files
     )
 
 
@@ -81,7 +90,9 @@ def _images(place: Path) -> list[Unlabelled]:
     return [Unlabelled(name, image=name) for name in sorted(map(str, found), key=natural_key)]
 
 
-def _rows(file: Path, images: bool, texts: bool, image_column: str, text_column: str) -> Iterator[Unlabelled]:
+def _rows(
+    file: Path, images: bool, texts: bool, image_column: str, text_column: str, id_column: str
+) -> Iterator[Unlabelled]:
     import datasets
 
     config = DataConfig(dataset=str(file), image_column=image_column, text_column=text_column)
@@ -91,8 +102,12 @@ def _rows(file: Path, images: bool, texts: bool, image_column: str, text_column:
         except Exception as error:  # Readers raise many kinds of errors on damaged files.
             reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"{file} cannot be read: {reason}") from None
+        names: Sequence[str | None] = ()
+        if id_column:
+            _check_column(rows, "id", id_column, file)
         if images:
             _check_column(rows, "image", image_column, file)
+            names = rows[image_column][:] if is_text(rows.features[image_column]) else ()
             rows, _ = with_images(rows, image_column, file.parent)
             if not isinstance(rows.features[image_column], datasets.Image):
                 raise ConfigError(f"{file}: its column {image_column!r} holds no images; allowed: a column of images")
@@ -104,7 +119,12 @@ def _rows(file: Path, images: bool, texts: bool, image_column: str, text_column:
         for number, row in enumerate(rows):
             image = (row[image_column] or {}) if images else {}
             yield Unlabelled(
-                str(file), number, image.get("bytes") or image.get("path"), row[text_column] if texts else None
+                str(file),
+                number,
+                image.get("bytes") or image.get("path"),
+                row[text_column] if texts else None,
+                (names[number] if names else image.get("path")) or "",
+                "" if not id_column or row[id_column] is None else str(row[id_column]),
             )
 
 

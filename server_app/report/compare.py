@@ -26,7 +26,7 @@ from fedmmkt.server_app.report.measures import (
     points_of,
 )
 from fedmmkt.server_app.report.numbers import flat
-from fedmmkt.server_app.report.pictures import Picture, pictures_of
+from fedmmkt.server_app.report.pictures import Captions, Picture, captions_of, pictures_of
 from fedmmkt.server_app.report.template import render
 
 OWN_SETTINGS = ("output-dir", "resume-from")  # Each run has its own.
@@ -57,6 +57,8 @@ class ComparedRun:
         Its measures before and after, by title.
     pictures : list of Picture
         The first and the last of its pictures.
+    captions : Captions
+        What they show.
     seconds : dict of str to float
         Seconds of all rounds, by stage.
     down, up : int
@@ -70,6 +72,7 @@ class ComparedRun:
     clients: dict[str, ClientRow]
     headlines: dict[str, Headline]
     pictures: list[Picture]
+    captions: Captions
     seconds: dict[str, float]
     down: int
     up: int
@@ -159,6 +162,7 @@ def _read(run: RunFolder, name: str) -> ComparedRun:
         clients={row.name: row for row in client_rows(lines)},
         headlines={headline.title: headline for headline in headlines_of(lines)},
         pictures=[pictures[0], pictures[-1]] if len(pictures) > 1 else pictures,
+        captions=captions_of(run),
         seconds=stages,
         down=sum(line["bytes"]["down"] for line in lines),
         up=sum(line["bytes"]["up"] for line in lines),

@@ -78,8 +78,29 @@ def test_a_client_of_pairs_reads_both_columns(tmp_path, images, capsys):
     shown = capsys.readouterr()
     assert code == 1
     assert [row["row"] for row in rows(shown.out)] == ["0", "2"]
-    assert f"pairs.csv, row 1: its image '{tmp_path / 'new' / 'lost.png'}' is not there" in shown.err
+    assert f"pairs.csv, row 1 (lost.png): its image '{tmp_path / 'new' / 'lost.png'}' is not there" in shown.err
     assert "lost.png' is not there" in shown.err
+
+
+def test_rows_of_tables_are_told_apart_by_their_photo_and_their_id(tmp_path, images, capsys):
+    folder, _ = saved(tmp_path, image_column="photo")
+    (tmp_path / "new" / "t.csv").write_text("photo,case\n2.png,A7\nlost.png,A8\nmore/3.png,\n")
+    embedded = {"photo": [{"bytes": images[0].read_bytes(), "path": "2.png"}], "case": [9]}
+    datasets.Dataset.from_dict(embedded).cast_column("photo", datasets.Image()).to_parquet(tmp_path / "e.parquet")
+
+    code = main([str(folder), str(tmp_path / "new" / "t.csv"), str(tmp_path / "e.parquet"), "--id-column", "case"])
+    shown = capsys.readouterr()
+    plain = main([str(folder), str(tmp_path / "e.parquet"), str(images[1])])
+    other = rows(capsys.readouterr().out)
+    unknown = main([str(folder), str(tmp_path / "e.parquet"), "--id-column", "nr"])
+
+    assert (code, plain, unknown) == (1, 0, 2)
+    assert list(rows(shown.out)[0]) == ["file", "row", "image", "case", "class", "probability"]
+    told = [(row["row"], row["image"], row["case"]) for row in rows(shown.out)]
+    assert told == [("0", "2.png", "A7"), ("2", "more/3.png", ""), ("0", "2.png", "9")]
+    assert "t.csv, row 1 (A8): its image" in shown.err
+    assert [(row["row"], row["image"]) for row in other] == [("0", "2.png"), ("", "")]
+    assert "has no id column 'nr'; allowed: --id-column with one of photo, case" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

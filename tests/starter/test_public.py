@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from benchmarks import cifar10, curves
 from benchmarks.emoji import ACROSS, WHOLE, WITHIN, PairJudge, measures, paired_tests, run_row, table
 from benchmarks.rows import keep
-from fedmmkt.common.config import DataConfig, RunConfig, T2IConfig, to_flower
+from fedmmkt.common.config import ConfigError, DataConfig, RunConfig, T2IConfig, to_flower
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.starter import public
 
@@ -76,6 +77,47 @@ def test_broken_and_missing_photos_are_found_before_anything_is_written(tmp_path
     assert len(part.public) + len(part.private) + len(part.test) == 38
     assert f"row 7 of t.csv (its image '{tmp_path / 'photo-7.png'}' does not decode: " in caplog.text
     assert f"row 8 of t.csv (its image '{tmp_path / 'photo-8.png'}' is not there)" in caplog.text
+
+
+def write_marked(folder, marks):
+    for index, _ in enumerate(marks):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(folder / f"{index}.png")
+    lines = [f"{index}.png,{'ab'[index % 2]},{mark}" for index, mark in enumerate(marks)]
+    (folder / "t.csv").write_text("\n".join(["image,label,consent", *lines]))
+    return DataConfig(dataset=str(folder / "t.csv"), image_size=16)
+
+
+def files_of(rows):
+    return {Path(item["path"]).name for item in rows.cast_column("image", datasets.Image(decode=False))["image"]}
+
+
+def test_a_column_says_which_rows_are_public(tmp_path):
+    config = write_marked(tmp_path, ["yes" if index % 4 < 2 else "no" for index in range(40)])
+
+    part = public.divide(config, "consent=yes", 0)
+
+    assert files_of(part.public) == {f"{index}.png" for index in range(40) if index % 4 < 2}
+    assert files_of(part.private) | files_of(part.test) == {f"{index}.png" for index in range(40) if index % 4 >= 2}
+    assert len(part.test) > 0
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ("split=yes", "has no column 'split'; allowed: a number, or COLUMN=VALUE with one of consent, image, label"),
+        ("consent=maybe", "no row has this value; the column's values: no, yes"),
+        ("consent=", "no row has this value"),
+        ("label=a", ""),
+    ],
+)
+def test_a_mark_that_is_not_there_is_refused(tmp_path, condition, said):
+    config = write_marked(tmp_path, ["yes", "no"] * 20)
+
+    if not said:  # the label is a column too
+        assert len(public.divide(config, condition, 0).public) == 20
+        return
+    with pytest.raises(ConfigError, match=said):
+        public.divide(config, condition, 0)
 
 
 def test_what_is_made_is_a_pipeline_with_its_prompts_and_cost(start):

@@ -113,3 +113,13 @@ def test_names_are_text_not_markup(runs, tmp_path):
 def test_one_run_alone_is_refused(runs, tmp_path):
     with pytest.raises(ConfigError, match="1 of 1 folders can be read; allowed: two runs or more"):
         write_comparison([runs[0], runs[0]], tmp_path / "page.html")
+
+
+def test_the_rows_of_pictures_have_their_classes_and_prompts(runs, tmp_path):
+    RunFolder(runs[0]).write_captions(["a nought", "the digit 0", "an ace", "an ace"], 2, ["zero", "one"])
+
+    page = text_of(write_comparison(runs, tmp_path / "page.html").read_text())
+
+    assert "long Class zero one After, round 2 Class zero one Before, round 0" in page
+    assert "All prompts a nought · the digit 0 an ace" in page
+    assert page.count("All prompts") == 1  # the other run has no pictures
