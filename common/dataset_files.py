@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmmkt.common.config import ConfigError, DataConfig, OwnDataConfig
+from fedmmkt.common.hub import unreachable_hub
 from fedmmkt.common.image_folders import SPLIT_WORDS, divide_by_folders, image_suffixes, read_class_folders, split_of
 from fedmmkt.common.table_files import SAVED, is_lfs_pointer, kind_of, read_header, read_table, stem_of
 from fedmmkt.common.tables import ORIGIN, Table, joined, some, with_column, with_images
@@ -207,13 +208,14 @@ def _name_unread(files: list[Path], root: Path, config: DataConfig) -> None:
 def _hub(config: DataConfig, options: dict[str, Any]) -> Parts:
     import datasets
 
+    unreachable = unreachable_hub()
     try:
         loaded = datasets.load_dataset(config.dataset, config.subset or None, **options)
     except Exception as error:  # The library raises many kinds of errors.
         raise ConfigError(
-            f"{_key(config)}, which is not a path here and cannot be had from the hub ({_reason(error)}); allowed: "
-            f"{ALLOWED}, which this machine can reach (a gated one needs `hf auth login`, one of several "
-            "configurations `data.subset`) or has in its cache"
+            f"{_key(config)}, which is not a path here and cannot be had from the hub "
+            f"({unreachable or _reason(error)}); allowed: {ALLOWED}, which this machine can reach "
+            "(a gated one needs `hf auth login`, one of several configurations `data.subset`) or has in its cache"
         ) from None
     tables = {}
     for name, rows in loaded.items():

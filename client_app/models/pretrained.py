@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fedmmkt.client_app.models.task_model import PADDING, TaskModel, TextLengths
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.files import write_text
+from fedmmkt.common.hub import unreachable_hub
 
 LONGEST_TEXT = 512
 BILINEAR, BICUBIC = 2, 3  # PIL's codes, as in the configurations of image processors
@@ -229,8 +230,12 @@ def check_on_hub(source: str) -> None:
     """
     from huggingface_hub import hf_hub_download
 
+    unreachable = unreachable_hub()
     with _explained(f"client model {'transformers:' + source!r}"):
-        hf_hub_download(source, "config.json")
+        try:
+            hf_hub_download(source, "config.json")
+        except Exception as error:
+            raise (OSError(unreachable) if unreachable else error) from None
 
 
 def build_transformers_model(source: str, labels: tuple[str, ...], image_size: int) -> TransformersModel:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmmkt.common.config import ConfigError
+from fedmmkt.common.hub import unreachable_hub
 from fedmmkt.common.installed import installed
 from fedmmkt.common.table_files import is_lfs_pointer
 
@@ -70,6 +71,7 @@ def check_pipeline(model: str) -> str:
         else:
             from huggingface_hub import hf_hub_download
 
+            unreachable_hub()
             index = Path(hf_hub_download(model, "model_index.json"))
         return str(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
     except Exception as error:  # The hub's library raises many kinds of errors.
@@ -83,8 +85,9 @@ def cannot_load(model: str, error: Exception) -> ConfigError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     remedy = "; a folder that diffusers saved is whole if it loads with DiffusionPipeline.from_pretrained"
     if local_folder(model) is None:
+        reason = unreachable_hub() or f"{reason} (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')})"
         remedy = (
-            f" (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', 'not set')}); allowed: 'starter', a folder, or "
+            "; allowed: 'starter', a folder, or "
             "a hub id that this machine can reach (a gated one needs `hf auth login`) or has in its cache"
         )
     return ConfigError(f"{KEY} is {model!r}, which diffusers cannot load: {reason}{remedy}")
