@@ -210,7 +210,8 @@ def check_same_settings(
         changed.append(f"the classes were {', '.join(were)} and are {', '.join(are)}")
     if changed:
         defaults = _flat(RunConfig().model_dump(mode="json", by_alias=True))
-        merged = present | {key: value for key, value in earlier.items() if key not in CHANGEABLE_ON_RESUME}
+        known = present.keys() - CHANGEABLE_ON_RESUME  # An earlier version had other keys.
+        merged = present | {key: value for key, value in earlier.items() if key in known or key.startswith("extra.")}
         typed = {key: value for key, value in merged.items() if key in other or defaults.get(key) != value}
         raise ConfigError(
             f"run-config key 'resume-from' is {config.resume_from!r}, a run of another configuration: "

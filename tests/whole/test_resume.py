@@ -181,7 +181,7 @@ def test_a_resumed_run_takes_the_settings_of_the_earlier_one(tiny_run, make_grid
     folder = Path(run_config["output-dir"])
     earlier = json.loads((folder / "config.json").read_text())["config"]
     strategy = {"strategy": "fedmmkt"}  # these tests have one of their own
-    (folder / "config.json").write_text(json.dumps({"config": earlier | strategy}))
+    (folder / "config.json").write_text(json.dumps({"config": earlier | strategy | {"of-old": 1}}))
     typed = {"resume-from": str(folder), "rounds": 2}
 
     complete = {**to_flower(RunConfig()), **effective_config(ROOT, 2, folder.parent / "new", typed)}
