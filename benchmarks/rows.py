@@ -31,23 +31,25 @@ Overrides = dict[str, bool | int | float | str]
 Lines = list[dict[str, Any]]  # The metrics of a run, one line per round.
 Runs = dict[str, list[Lines]]  # For each row, one run per seed.
 
+CLIENT_APP = "fedmmkt.client_app.app:app"
+
 # Clients that use plain distillation on synthetic samples.
 PLAIN: Overrides = {"client.balanced-softmax": False, "client.prompt-weight": 0.0, "client.alignment-weight": 0.0}
 
 
-def run_once(folder: Path, overrides: Overrides, nodes: int) -> Lines:
+def run_once(folder: Path, overrides: Overrides, nodes: int, app: str = CLIENT_APP) -> Lines:
     """Run one row with one seed on simulated nodes, unless the run is kept; return its lines of metrics."""
     done = folder / "done.json"
     if not done.exists():
         # Not `fork`: the peak memory would then include the memory of this process.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            lines, seconds = pool.submit(_run, folder, overrides, nodes).result()
+            lines, seconds = pool.submit(_run, folder, overrides, nodes, app).result()
         keep(folder, lines, seconds)
     kept: Lines = json.loads(done.read_text())["lines"]
     return kept
 
 
-def _run(folder: Path, overrides: Overrides, nodes: int) -> tuple[Lines, float]:
+def _run(folder: Path, overrides: Overrides, nodes: int, app: str) -> tuple[Lines, float]:
     """Run once, with the server in this process and separate client processes.
 
     Returns the lines of metrics and the seconds. The last line also has the peak memory of server and clients.
@@ -57,9 +59,7 @@ def _run(folder: Path, overrides: Overrides, nodes: int) -> tuple[Lines, float]:
     common: dict[str, Setting] = {"tracker": "", "local-only-control": False, "min-nodes": nodes}
     run_config = to_flower(RunConfig()) | common | folders | overrides
     node_configs: list[Any] = [{"partition-id": node, "num-partitions": nodes} for node in range(nodes)]
-    grid = InProcessGrid(
-        "fedmmkt.client_app.app:app", run_config, node_configs, workers=min(nodes, os.cpu_count() or 1)
-    )
+    grid = InProcessGrid(app, run_config, node_configs, workers=min(nodes, os.cpu_count() or 1))
     start = time.perf_counter()
     # A new run id, because clients must not continue from their memory of an interrupted run.
     strategy = build_strategy(RunConfig.from_flower(run_config), time.time_ns() % 2**31)

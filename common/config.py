@@ -360,6 +360,10 @@ class RunConfig(_Section):
     client_cap: float = Field(
         10, ge=1, le=1e6, description="a client counts for at most this many times the examples of the median client"
     )
+    robust: bool = Field(
+        True,
+        description="a client whose answers clearly contradict the prompts and the other clients counts less, or not",
+    )
     judge: bool = Field(
         True, description="measure the T2I with a classifier trained on the dataset, which the server then needs"
     )

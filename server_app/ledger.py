@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fedmmkt.common.payloads import ClientReport, Modality, PayloadError, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.exchange import Reply
+from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.t2i.samples import Samples
 
 # An earlier run that this run continues: its key, and the round after which it was continued.
@@ -93,6 +94,7 @@ class Ledger:
         self.clients: set[str] = set()
         self.history: list[tuple[SyntheticBatch, TargetsByClient]] = []
         self.pool: list[Samples] = []
+        self.standings: dict[str, Standing] = {}
         self.ancestors: tuple[Ancestor, ...] = ()
         self._served: dict[int, tuple[SyntheticBatch, Samples]] = {}
         self._overdue: dict[str, tuple[int, int]] = {}
@@ -104,6 +106,7 @@ class Ledger:
         history: list[tuple[SyntheticBatch, TargetsByClient]],
         pool: list[Samples],
         identities: Mapping[int, Identity],
+        standings: Mapping[str, Standing] | None = None,
     ) -> None:
         """Continue from the ledger of an earlier run.
 
@@ -111,7 +114,7 @@ class Ledger:
         run's checkpoint. So a round that is repeated does not count twice, and the runs do not mix.
         """
         self.ancestors, self.clients, self.history, self.pool = ancestors, set(clients), history, pool
-        self.identities = dict(identities)
+        self.identities, self.standings = dict(identities), dict(standings or {})
 
     # ------------------------------------------------------------------ batches
 

@@ -34,6 +34,8 @@ from fedmmkt.server_app.record.round_record import RoundRecord
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.record.trackers import Trackers
 from fedmmkt.server_app.report.page import write_report
+from fedmmkt.server_app.rules.reliability import Standing
+from fedmmkt.server_app.standings import log_changes
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import sample_seeds
 
@@ -184,6 +186,11 @@ class Recorder:
             alone = evaluation.alone_correct_C.sum() / evaluation.tested_C.sum()
             log(INFO, "  evaluate  %-12s accuracy %.3f; alone %.3f", name, reply.answer.report.accuracy, alone)
 
+    def record_standings(self, before: Mapping[str, Standing], after: Mapping[str, Standing]) -> None:
+        """Record what each client's answer counts for, and show changes."""
+        log_changes(before, after)
+        self._record.standings = dict(after)
+
     def record_asked(self, clients: set[str]) -> None:
         """Record which clients were asked."""
         self._record.asked |= clients
@@ -281,6 +288,7 @@ class Recorder:
             classes=self.classes,
             clients=tuple(sorted(ledger.clients)),
             identities=ledger.identities,
+            standings=ledger.standings,
             adapter=self.generator.adapter.state(),
             pool=ledger.pool,
             history=ledger.history,

@@ -45,7 +45,9 @@ from fedmmkt.server_app.rules.aggregation import aggregations, normalised
 from fedmmkt.server_app.rules.bounds import bounded
 from fedmmkt.server_app.rules.checks import check_result
 from fedmmkt.server_app.rules.scores import Feedback, scores
+from fedmmkt.server_app.rules.sureness import RULES_OF_PROBABILITIES, common_scale
 from fedmmkt.server_app.rules.updates import updates
+from fedmmkt.server_app.standings import weigh_answers
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
 
@@ -193,8 +195,10 @@ class FedMMKT(Strategy):
         payloads = [answer.required_payload for answer in answers]
         logits_KNC = torch.stack([torch.from_numpy(payload.logits_NC).float() for payload in payloads])
         counts_KC = torch.stack([torch.from_numpy(payload.class_counts_C) for payload in payloads])
-        mass_NC = self.aggregation(logits_KNC, counts_KC, prompted_N)
         shape, name = tuple(logits_KNC.shape[1:]), self.config.t2i.aggregation
+        if self.config.robust and name not in RULES_OF_PROBABILITIES:
+            logits_KNC = common_scale(logits_KNC)
+        mass_NC = self.aggregation(logits_KNC, counts_KC, prompted_N)
         return normalised(check_result(mass_NC, shape, aggregations.key, name))
 
     def make_targets(self, batch: SyntheticBatch, answers: list[Answer]) -> SoftTargets:
@@ -292,8 +296,8 @@ class FedMMKT(Strategy):
         answers = sorted(map(self.read_train_reply, replies), key=lambda answer: answer.report.client)
         if not answers:
             return None, None
-        answers = self._bounded(answers)
         batch, samples = self.ledger.served(server_round)
+        answers = self._bounded(answers, batch)
         with self.recorder.timed("aggregate"):
             scores_N = self.score_samples(answers, samples.prompted_N)
             targets = self._targets_by_client(batch, answers)
@@ -471,9 +475,17 @@ class FedMMKT(Strategy):
         """Return the side of the images that clients get, in pixels."""
         return min(self.config.data.image_size, self.generator.image_size)
 
-    def _bounded(self, answers: list[Answer]) -> list[Answer]:
-        """Bound what each client can contribute, and name those that are bounded."""
-        payloads = bounded([answer.required_payload for answer in answers], self.config.client_cap)
+    def _bounded(self, answers: list[Answer], batch: SyntheticBatch) -> list[Answer]:
+        """Weigh the clients' answers by their reliability, bound what each can contribute, and name those concerned."""
+        most = [self.config.client_cap] * len(answers)
+        if self.config.robust:
+            learns = self.config.client.distillation_weight or self.config.client.prompt_weight
+            known = self.ledger.standings if learns else {}
+            answers, excess, standings = weigh_answers(answers, batch.prompted_N, known, self.classes)
+            most = [1 + part * (self.config.client_cap - 1) for part in excess]
+            self.recorder.record_standings(self.ledger.standings, standings)
+            self.ledger.standings |= standings
+        payloads = bounded([answer.required_payload for answer in answers], most)
         for answer, payload in zip(answers, payloads, strict=True):
             if payload is not answer.payload:
                 said, counted = answer.report.examples, int(payload.class_counts_C.sum())

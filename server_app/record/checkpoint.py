@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fedmmkt.common.payloads import MAX_ANCESTORS, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.ledger import Ancestor, Identity, TargetsByClient
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.report.settings import run_config_option
+from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.t2i.samples import Samples
 
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
@@ -80,6 +81,8 @@ class ServerState:
         Images of the last round for the image grid, all of one size.
     metrics : list of dict
         The lines of ``metrics.jsonl``.
+    standings : dict of str to Standing
+        How far each client's answers can be relied on, by the last round.
     """
 
     round: int
@@ -95,6 +98,7 @@ class ServerState:
     measured: tuple[float | None, float | None]
     pictures: list[Image.Image]
     metrics: list[dict[str, Any]]
+    standings: dict[str, Standing] = field(default_factory=dict)
 
     def lineage(self) -> tuple[Ancestor, ...]:
         """Return the ancestors of a run that continues from this state."""
@@ -253,15 +257,16 @@ def _to_parts(state: ServerState) -> tuple[dict[str, Any], dict[str, Tensor]]:
         described = {}
         for name, message in messages.items():
             described[name], arrays = message.parts()
-            for field, array in arrays.items():
+            for key, array in arrays.items():
                 # Copy, because arrays from a message are read-only.
-                tensors[f"history/{index}/{name}/{field}"] = torch.from_numpy(np.array(array))
+                tensors[f"history/{index}/{name}/{key}"] = torch.from_numpy(np.array(array))
         history.append({"messages": described, "of_client": targets.of_client, "of_modality": targets.of_modality})
     if state.pictures:
         tensors["pictures"] = torch.from_numpy(np.stack([np.asarray(picture) for picture in state.pictures]))
     plain = ("round", "run_key", "ancestors", "config", "classes", "clients", "measured", "metrics")
     described = {name: getattr(state, name) for name in plain} | {"pool": pool, "history": history}
-    return described | {"identities": list(state.identities.items())}, tensors
+    standings = {name: asdict(standing) for name, standing in state.standings.items()}
+    return described | {"identities": list(state.identities.items()), "standings": standings}, tensors
 
 
 def _from_parts(described: dict[str, Any], tensors: dict[str, Tensor]) -> ServerState:
@@ -291,6 +296,7 @@ def _from_parts(described: dict[str, Any], tensors: dict[str, Tensor]) -> Server
         classes=tuple(described["classes"]),
         clients=tuple(described["clients"]),
         identities={node_id: Identity(*said) for node_id, said in described.get("identities", ())},
+        standings={name: Standing(**known) for name, known in described.get("standings", {}).items()},
         adapter=_below(tensors, "adapter/"),
         pool=pool,
         history=history,

@@ -12,6 +12,8 @@ import numpy as np
 
 from fedmmkt.common.payloads import ClientReport, FinalEvaluation
 from fedmmkt.server_app.exchange import Reply
+from fedmmkt.server_app.rules.reliability import Standing
+from fedmmkt.server_app.standings import standings_to_json
 
 
 @dataclass
@@ -32,6 +34,8 @@ class RoundRecord:
         Clients that took part before and are no longer connected, or that went offline in this round.
     evaluations : dict of str to FinalEvaluation
         The measures by class, by client; only in the last round.
+    standings : dict of str to Standing, optional
+        What each client's answer counts for; None if that was not judged.
     """
 
     round: int
@@ -49,6 +53,7 @@ class RoundRecord:
     late: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
     evaluations: dict[str, FinalEvaluation] = field(default_factory=dict)
+    standings: dict[str, Standing] | None = None
     generator_loss: float | None = None
     alignment: float | None = None
     frechet: float | None = None
@@ -95,7 +100,8 @@ class RoundRecord:
             for report in self.reports
         }
         modalities = sorted({report.modality for report in self.reports})
-        final = {"evaluation": _evaluation_to_json(self.evaluations)} if self.evaluations else {}
+        judged = {} if self.standings is None else {"reliability": standings_to_json(self.standings)}
+        final = judged | ({"evaluation": _evaluation_to_json(self.evaluations)} if self.evaluations else {})
         return {
             "round": self.round,
             "clients": {

@@ -53,6 +53,8 @@ class ClientRow:
         These rounds.
     personal, alone_personal : float or None
         The accuracy weighted by the client's own class distribution, federated and alone.
+    doubt : str
+        In how many rounds the client did not count whole, and why at last; empty if it always did.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ClientRow:
     last: int
     personal: float | None
     alone_personal: float | None
+    doubt: str = ""
 
     @property
     def base(self) -> Share:
@@ -256,9 +259,19 @@ def client_rows(lines: list[Line]) -> list[ClientRow]:
                 last=last,
                 personal=evaluation.get("personal"),
                 alone_personal=evaluation.get("alone_personal"),
+                doubt=_doubt(lines, name),
             )
         )
     return sorted(rows, key=lambda row: (row.modality, natural_key(row.name)))
+
+
+def _doubt(lines: Sequence[Line], name: str) -> str:
+    judged = [line["reliability"] for line in lines if "reliability" in line]
+    doubts = [found[name] for found in judged if name in found]
+    if not doubts:
+        return ""
+    what = "not counted" if all(not doubt["weight"] for doubt in doubts) else "not counted whole"
+    return f"{what} in {len(doubts)} of {len(judged)} rounds: {doubts[-1]['reason']}"
 
 
 def summary_of(rows: Sequence[ClientRow]) -> list[str]:

@@ -10,25 +10,25 @@ import numpy as np
 from fedmmkt.common.payloads import DistillationPayload
 
 
-def bounded(payloads: Sequence[DistillationPayload], most: float) -> list[DistillationPayload]:
+def bounded(payloads: Sequence[DistillationPayload], most: Sequence[float]) -> list[DistillationPayload]:
     """Scale down the class counts and votes of clients with very many examples.
 
-    A client counts for at most ``most`` times the examples of the median client. The lower of two medians is taken, so
-    that of two clients one cannot raise the bound by what it claims. Payloads within the bound are returned as they
+    A client counts for at most its ``most`` times the examples of the median client. The lower of two medians is taken,
+    so that of two clients one cannot raise the bound by what it claims. Payloads within the bound are returned as they
     are. Class counts are rounded up, so that no held class is lost.
 
     Parameters
     ----------
     payloads : sequence of DistillationPayload
         All answers of a round; at least one.
-    most : float
-        At least 1.
+    most : sequence of float
+        One for each answer, at least 1.
     """
     totals = [int(payload.class_counts_C.sum()) for payload in payloads]
-    bound = most * median_low(totals)
+    median = median_low(totals)
     return [
-        payload if total <= bound else _scaled(payload, bound / total)
-        for payload, total in zip(payloads, totals, strict=True)
+        payload if total <= times * median else _scaled(payload, times * median / total)
+        for payload, total, times in zip(payloads, totals, most, strict=True)
     ]
 
 

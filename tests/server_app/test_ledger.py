@@ -7,6 +7,7 @@ import torch
 from fedmmkt.common.payloads import ClientReport, PayloadError, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.exchange import Answer, Reply
 from fedmmkt.server_app.ledger import Ledger, TargetsByClient
+from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.t2i.samples import Samples
 
 SOFT, OTHER = (np.array([row], np.float16) for row in ([0.75, 0.25], [0.25, 0.75]))
@@ -223,9 +224,10 @@ def test_a_run_that_goes_on_keeps_its_own_key_and_asks_who_is_there(ledger):
     teach(ledger, 1)
     later = Ledger("later", batches_kept=2, samples_kept=3)
 
-    later.restore((("run", 1),), ["ann"], ledger.history, ledger.pool, ledger.identities)
+    later.restore((("run", 1),), ["ann"], ledger.history, ledger.pool, ledger.identities, {"ann": Standing(0.5)})
 
     assert (later.run_key, later.ancestors, later.clients) == ("later", (("run", 1),), {"ann"})
+    assert later.standings == {"ann": Standing(0.5)}
     assert lacking(later, 5) == (("run-1",), ("run-1",))
     assert len(later.pool) == 1
     assert later.reports == {}

@@ -16,11 +16,12 @@ from fedmmkt.client_app.memory import ClientMemory
 from fedmmkt.client_app.models.small import mlp
 from fedmmkt.client_app.models.task_model import task_models
 from fedmmkt.common.config import ConfigError, RunConfig
-from fedmmkt.common.payloads import ClientReport, DistillationPayload, PayloadError
+from fedmmkt.common.payloads import ClientReport, DistillationPayload, PayloadError, Request
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.exchange import Answer
 from fedmmkt.server_app.loop import RunError
 from fedmmkt.server_app.prompts import Prompt
+from fedmmkt.server_app.record.checkpoint import checkpoints, read_checkpoint
 from fedmmkt.server_app.rules.aggregation import aggregations
 from fedmmkt.server_app.strategy import FedMMKT, strategies
 from fedmmkt.server_app.t2i.samples import Samples
@@ -44,7 +45,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
 
     assert [line["round"] for line in lines] == [0, 1, 2]
     last = lines[-1]
-    assert set(last) == {"round", "clients", "generator", "bytes", "seconds", "replies", "evaluation"}
+    assert set(last) == {"round", "clients", "generator", "bytes", "seconds", "replies", "reliability", "evaluation"}
     assert all("evaluation" not in line for line in lines[:-1])
     clients = ["cnn-0", "dual-5", "mlp-1", "resnet-3", "text-4", "vit-2"]
     counts = {"received": 6, "rejected": 0, "missing": 0, "reasons": {}}
@@ -265,6 +266,61 @@ def _train(message: Message, context):
     if partition == 9:
         reply.content["report"]["client"] = "mlp-0"
     return Message(RecordDict(dict(reply.content)), reply_to=message)
+
+
+liar = ClientApp()
+
+
+@liar.evaluate()
+def _evaluate_liar(message: Message, context):
+    return honest.evaluate_model(message, context)
+
+
+@liar.train("distill")
+def _distill_liar(message: Message, context):
+    return honest.distill(message, context)
+
+
+@liar.train()
+def _lie(message: Message, context):
+    """In round 1, client 2 names a wrong class for each sample, and says that it holds all classes."""
+    reply = honest.train_round(message, context)
+    request = Request.from_content(message.content)
+    if context.node_config["partition-id"] != 2 or request.instructions.round > 1:
+        return reply
+    payload = DistillationPayload.from_records(reply.content, "payload")
+    logits_NC = np.eye(10)[(request.batches[-1].prompted_N + 1) % 10] * 20
+    changes = {"logits_NC": logits_NC.astype(np.float16), "class_counts_C": np.full(10, 10**6)}
+    lie = payload.model_copy(update=changes)
+    report = ClientReport.from_records(reply.content, "report").model_copy(update={"examples": 10**7})
+    return Message(RecordDict({**report.to_records("report"), **lie.to_records("payload")}), reply_to=message)
+
+
+def test_a_client_that_contradicts_the_prompts_has_no_voice_until_it_is_trusted_again(tiny_run, make_grid, caplog):
+    run_config = tiny_run(client__models="mlp", t2i__samples_per_round=200, client__warmup_epochs=4)
+    grid = make_grid(run_config, nodes=3, app="tests.server_app.test_strategy:liar")
+
+    strategy, _, lines = run(run_config, grid)
+
+    assert ["reliability" in line for line in lines] == [False, True, True]
+    told = lines[1]["reliability"]
+    assert list(told) == ["mlp-2"]
+    assert (told["mlp-2"]["weight"], told["mlp-2"]["reason"][:35]) == (0, "its answers contradict the prompts ")
+    assert "mlp-2 counts for 0.00: its answers contradict the prompts" in caplog.text
+    assert lines[2]["reliability"]["mlp-2"]["weight"] < 1
+    state = read_checkpoint(checkpoints(strategy.recorder.run_folder.checkpoints)[-1])
+    assert state.standings == strategy.ledger.standings
+    assert state.standings["mlp-2"].trust <= 0.25
+
+
+def test_the_voice_of_a_liar_is_heard_where_robust_is_off(tiny_run, make_grid):
+    run_config = tiny_run(client__models="mlp", rounds=1, robust=False)
+    grid = make_grid(run_config, nodes=3, app="tests.server_app.test_strategy:liar")
+
+    strategy, _, lines = run(run_config, grid)
+
+    assert "reliability" not in lines[1]
+    assert strategy.ledger.standings == {}
 
 
 def test_bad_clients_are_named_and_change_nothing_for_the_others(tiny_run, make_grid):
