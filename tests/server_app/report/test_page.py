@@ -151,6 +151,22 @@ def test_rounds_clients_and_configuration_are_tabled(tmp_path):
     assert "classes zero, one" in page
 
 
+def test_a_client_that_does_not_count_whole_is_told_with_the_reason(tmp_path):
+    doubts = [{}, {"cnn-0": {"weight": 0, "votes": True, "reason": "first"}}]
+    doubts += [{"cnn-0": {"weight": weight, "votes": True, "reason": "it says <b>"}} for weight in (0, 0.5)]
+
+    texts = []
+    for count in (2, 3, 4):
+        lines = [
+            make_line(number, {"cnn-0": 0.1, "text-1": 0.2}, reliability=doubts[number]) for number in range(count)
+        ]
+        texts.append(text_of(write_report(make_run(tmp_path / str(count), lines).path).read_text()))
+
+    assert "cnn-0 not counted in 1 of 2 rounds: first" in texts[0]
+    assert "cnn-0 not counted in 2 of 3 rounds: it says &lt;b&gt;" in texts[1]
+    assert "cnn-0 not counted whole in 3 of 4 rounds: it says &lt;b&gt;" in texts[2]
+
+
 def test_the_command_that_repeats_the_run_is_shown(tmp_path):
     page = text_of(write_report(make_two_rounds(tmp_path / "run").path).read_text())
 
