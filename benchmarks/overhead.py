@@ -54,7 +54,7 @@ clientapp = "plainfedavg.apps:client"
 [tool.flwr.app.config]
 rounds = 4
 evaluate = 1.0
-min-nodes = 4
+min-available-nodes = 4
 model = "cnn"
 out = ""
 """
@@ -124,7 +124,7 @@ def evaluate(message, context):
 
 @server.main()
 def main(grid, context):
-    config, nodes = context.run_config, context.run_config["min-nodes"]
+    config, nodes = context.run_config, context.run_config["min-available-nodes"]
     arrays = ArrayRecord(build(config["model"]).state_dict())
     strategy = FedAvg(
         fraction_evaluate=config["evaluate"],
@@ -161,7 +161,7 @@ class Costs:
 
 def fedmmkt_costs(federation: Federation, relays: Sequence[Relay], rounds: int, folder: Path) -> Costs:
     """Run FedMMKT; the seconds are those of the exchange with clients."""
-    config = NOTHING_TRAINED | {"output-dir": str(folder), "min-nodes": len(relays), "rounds": rounds}
+    config = NOTHING_TRAINED | {"output-dir": str(folder), "min-available-nodes": len(relays), "rounds": rounds}
     file = folder / "metrics.jsonl"
     with marked(file, relays) as marks:
         _run(federation, ROOT, config)
@@ -179,7 +179,8 @@ def fedavg_costs(
     (package / "__init__.py").touch()
     (package / "apps.py").write_text(FEDAVG_APPS, encoding="utf-8")
     file = folder / "rounds.txt"
-    config: dict[str, Setting] = {"min-nodes": len(relays), "rounds": rounds, "model": model, "evaluate": evaluate}
+    config: dict[str, Setting] = {"min-available-nodes": len(relays), "rounds": rounds}
+    config |= {"model": model, "evaluate": evaluate}
     with marked(file, relays) as marks:
         _run(federation, folder, config | {"out": str(file)})
     return _costs(marks, len(relays), [after.seconds - before.seconds for before, after in pairwise(marks)][1:-1])

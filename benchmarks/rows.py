@@ -56,7 +56,7 @@ def _run(folder: Path, overrides: Overrides, nodes: int, app: str) -> tuple[Line
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folders = {"output-dir": str(folder / "run"), "client.state-dir": str(folder / "clients")}
-    common: dict[str, Setting] = {"tracker": "", "local-only-control": False, "min-nodes": nodes}
+    common: dict[str, Setting] = {"tracker": "", "local-only-control": False, "min-available-nodes": nodes}
     run_config = to_flower(RunConfig()) | common | folders | overrides
     node_configs: list[Any] = [{"partition-id": node, "num-partitions": nodes} for node in range(nodes)]
     grid = InProcessGrid(app, run_config, node_configs, workers=min(nodes, os.cpu_count() or 1))

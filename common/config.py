@@ -30,6 +30,7 @@ from pydantic import (
 from fedmmkt.common.plain_text import is_plain
 
 Setting = bool | int | float | str
+RENAMED = {"min-nodes": "min-available-nodes"}
 TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 
 
@@ -350,7 +351,18 @@ class RunConfig(_Section):
     feedback: Literal["logits", "logits+votes"] = Field(
         "logits+votes", description="what clients return: logits, as in the paper, or also nearest-neighbour votes"
     )
-    min_nodes: int = Field(2, ge=1, description="connected nodes needed to start")
+    fraction_train: float = Field(1, gt=0, le=1, description="fraction of the connected nodes that a round asks")
+    fraction_evaluate: float = Field(
+        1,
+        gt=0,
+        le=1,
+        description="fraction of them that is measured before the first round, and learns once more after the last",
+    )
+    min_train_nodes: int = Field(
+        2, ge=1, description="smallest number of nodes that a round asks, if so many are there"
+    )
+    min_evaluate_nodes: int = Field(2, ge=1, description="smallest number of nodes that are measured")
+    min_available_nodes: int = Field(2, ge=1, description="connected nodes needed to start")
     node_timeout: float = Field(120, gt=0, description="seconds to wait for these nodes")
     round_deadline: float = Field(3600, gt=0, description="seconds after which a round closes, if the quorum is met")
     quorum: Fraction = Field(0.5, description="fraction of the asked nodes that must have answered by then")
@@ -529,6 +541,8 @@ def _explain(cls: type[BaseModel], item: Any, source: str) -> str:
     location = _location(item)
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
+        if cls is RunConfig and key in RENAMED:
+            return f"{source} key {key!r} is now {RENAMED[key]!r}; allowed: the new name"
         known = [_kebab(name) for name in _section_of(cls, location).model_fields]
         meant = _meant(cls, location, known)
         own = "; a setting of your own belongs in the table 'extra'" if cls is RunConfig else ""

@@ -76,10 +76,13 @@ class Federation:
         A private folder for certificates, keys, logs and Flower's state.
     address : str
         IPv4 address of this host for the nodes to reach the SuperLink. Everything else stays on loopback.
+    node_authentication : bool
+        Whether only nodes with a registered key may connect.
     """
 
-    def __init__(self, home: Path, address: str = _LOOPBACK) -> None:
+    def __init__(self, home: Path, address: str = _LOOPBACK, node_authentication: bool = True) -> None:
         self.home = home
+        self.node_authentication = node_authentication
         self.pki = home / "pki"
         self.nodes: dict[str, Node] = {}
         self.runtime, self.health, self.superexec_health = (f"{_LOOPBACK}:{free_port()}" for _ in range(3))
@@ -124,7 +127,8 @@ class Federation:
             *("flower-superlink", "--host", host, "--port", port, "--fleet-api-address", self.fleet),
             *("--ssl-ca-certfile", str(self.pki / "ca.crt")),
             *("--ssl-certfile", str(self.pki / "server.pem"), "--ssl-keyfile", str(self.pki / "server.key")),
-            *("--enable-supernode-auth", "--database", str(self.server.home / "state.db")),
+            *(("--enable-supernode-auth",) if self.node_authentication else ()),
+            *("--database", str(self.server.home / "state.db")),
             *("--isolation", "process", "--disable-runtime-dependency-installation", *self.secret),
             *("--health-server-address", self.health),
         )
@@ -222,14 +226,16 @@ class Federation:
 
 
 @contextlib.contextmanager
-def local_federation(home: Path | None = None, address: str = _LOOPBACK) -> Iterator[Federation]:
+def local_federation(
+    home: Path | None = None, address: str = _LOOPBACK, node_authentication: bool = True
+) -> Iterator[Federation]:
     """Start a federation on this host, and stop it at the end of the block.
 
     Parameters
     ----------
     home : Path, optional
         A new folder, which is kept. By default a temporary folder, which is removed with all keys.
-    address : str
+    address, node_authentication
         See `Federation`.
 
     Raises
@@ -239,7 +245,7 @@ def local_federation(home: Path | None = None, address: str = _LOOPBACK) -> Iter
     StartError
         If the SuperLink or the SuperExec does not start.
     """
-    federation = Federation(_private_folder(home), address)
+    federation = Federation(_private_folder(home), address, node_authentication)
     try:
         federation.start()
         yield federation

@@ -134,9 +134,11 @@ def _within(app: Path, check: Check) -> None:
 
 
 def _check_nodes(nodes: int, config: Mapping[str, Setting]) -> None:
-    needed = config.get("min-nodes", 1)
+    needed = config.get("min-available-nodes", 1)
     if isinstance(needed, int) and needed > nodes:
-        raise ConfigError(f"min-nodes is {needed}, but only {nodes} nodes are simulated: the run would never start")
+        raise ConfigError(
+            f"min-available-nodes is {needed}, but only {nodes} nodes are simulated: the run would never start"
+        )
 
 
 def _check_keys(app: str, unknown: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from fedmmkt.common.config import ConfigError, RunConfig, Setting, to_flower
 
 # Where a run writes, and on how many nodes, is each run's own.
-OWN_OF_A_RUN = ("output-dir", "resume-from", "min-nodes")
+OWN_OF_A_RUN = ("output-dir", "resume-from", "min-available-nodes")
 
 
 def right_part(settings: Mapping[str, Setting]) -> tuple[RunConfig, ConfigError | None]:
@@ -57,7 +57,9 @@ def earlier_nodes(folder: Path) -> int | None:
     try:
         last = checkpoints(RunFolder(folder.expanduser()).checkpoints)[-1]
         state = json.loads((last / STATE).read_text(encoding="utf-8"))
-        return max(len(state["clients"]), int(state["config"]["min-nodes"]))
+        config = state["config"]
+        needed = config["min-nodes"] if "min-nodes" in config else config["min-available-nodes"]  # Its earlier name.
+        return max(len(state["clients"]), int(needed))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

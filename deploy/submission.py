@@ -101,7 +101,7 @@ def effective_config(app: Path, nodes: int, out: Path | None, run_config: Mappin
     """
     project = read_app(app)
     defaults = default_config(project)
-    ours: dict[str, Setting] = {"min-nodes": nodes}
+    ours: dict[str, Setting] = {"min-available-nodes": nodes}
     if out is not None:
         ours["output-dir"] = str(out.expanduser().absolute())
     changes = {key: _absolute(key, value) for key, value in run_config.items()}

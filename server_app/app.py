@@ -132,7 +132,9 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     recorder = Recorder(config, classes, run_folder, generator, prompts, judge, described)
     if state:
         generator.adapter.load_state(state.adapter, f"the checkpoint of round {state.round}")
-        ledger.restore(state.lineage(), state.clients, state.history, state.pool, state.identities, state.standings)
+        ledger.restore(
+            state.lineage(), state.clients, state.history, state.pool, state.identities, state.standings, state.drawn
+        )
         recorder.restore(state)
     return strategy(config, classes, generator, prompts, ledger, recorder)
 

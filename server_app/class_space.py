@@ -32,8 +32,9 @@ def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> None:
     while (connected := len(list(grid.get_node_ids()))) < needed:
         if time.monotonic() > closing:
             raise ConfigError(
-                f"run-config key 'min-nodes' is {needed}, but {connected} node(s) connected within "
-                f"{timeout:g} s ('node-timeout'); start more (in simulation: num-supernodes), or lower min-nodes"
+                f"run-config key 'min-available-nodes' is {needed}, but {connected} node(s) connected within "
+                f"{timeout:g} s ('node-timeout'); start more (in simulation: num-supernodes), or lower "
+                "min-available-nodes"
             )
         if time.monotonic() - told > FIRST_SECONDS:
             told = time.monotonic()
@@ -51,7 +52,7 @@ def classes_of_clients(grid: Grid, config: RunConfig) -> tuple[str, ...]:
     ConfigError
         If too few nodes connect, or all clients together hold fewer than two classes.
     """
-    wait_for_nodes(grid, config.min_nodes, config.node_timeout)
+    wait_for_nodes(grid, config.min_available_nodes, config.node_timeout)
     asked = [
         Message(RecordDict(), dst_node_id=node_id, message_type=f"{MessageType.QUERY}.classes")
         for node_id in sorted(grid.get_node_ids())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from flwr.app import Message
@@ -21,10 +22,13 @@ from fedmmkt.server_app.inbox import pull_reply
 
 POLL_SECONDS = 0.1
 NAMED = 6  # Most clients that a line names.
+MOST_POLL_SECONDS = 3.0  # As Flower's own strategies.
+PATIENCE = 0.05  # A pause is at most this fraction of the time waited so far, so that polling costs no round more.
 IDLE = 3  # Each message is asked for by a call of its own (13 ms), so the SuperLink is left alone this much longer.
 NOT_TAKEN = "Flower did not take the message to the node"
 NO_ANSWER = "no answer before the round closed"
 WENT_OFFLINE = "the node went offline during the round"
+BUSY = "still busy with an earlier round, and not asked"
 
 Admit = Callable[[int, ClientReport], None]
 
@@ -54,7 +58,8 @@ class Reply:
     kind : str
         ``answered``: the reply is valid. ``rejected``: the reply is an error or invalid, or Flower did not accept the
         message. ``offline``: the node went offline. ``unanswered``: there was no reply before the exchange closed.
-        ``late``: the reply answers a message of an earlier exchange.
+        ``late``: the reply answers a message of an earlier exchange. ``busy``: the message was not sent, because the
+        node has not answered an earlier one.
     node_id : int
         The node that got the message.
     message_id : str
@@ -67,12 +72,17 @@ class Reply:
         Why there is no valid answer.
     """
 
-    kind: Literal["answered", "rejected", "offline", "unanswered", "late"]
+    kind: Literal["answered", "rejected", "offline", "unanswered", "late", "busy"]
     node_id: int
     message_id: str
     message: Message | None = None
     answer: Answer | None = None
     reason: str = ""
+
+    @property
+    def counts_late(self) -> bool:
+        """Whether it is late, and answers a batch that is still taught."""
+        return self.kind == "late" and self.answer is not None and self.answer.payload is not None
 
     @property
     def bytes(self) -> int:
@@ -91,6 +101,7 @@ def exchange(
     most_bytes: int,
     least_valid: int = 1,
     waiting: Callable[[Collection[int]], object] = lambda node_ids: None,
+    read_late: Callable[[str, Message], Answer] | None = None,
 ) -> Iterator[Reply]:
     """Send messages and yield replies as they arrive, until all are there or the deadline passes with a quorum.
 
@@ -119,16 +130,19 @@ def exchange(
         Valid replies without which the exchange does not close.
     waiting : callable
         Called again and again with the nodes that have not answered yet.
+    read_late : callable, optional
+        Parses the reply to an overdue message, given its id. If it is there, nodes with an overdue message are sent
+        their new one when they have answered the old one, and not at all if the exchange closes before.
     """
     outgoing = list(messages)
-    pending = _push(grid, outgoing)
-    for message in outgoing:
-        if (node_id := message.metadata.dst_node_id) not in pending.values():
-            yield Reply("rejected", node_id, "", reason=NOT_TAKEN)
+    busy = set(overdue.values()) if read_late else set()
+    held = {message.metadata.dst_node_id: message for message in outgoing if message.metadata.dst_node_id in busy}
+    pending, refused = _push(grid, [message for message in outgoing if message.metadata.dst_node_id not in held])
+    yield from refused
     awaited = dict(overdue)
     began = time.monotonic()
-    valid = 0
-    while pending:
+    asked, valid = len(outgoing) - len(held), 0
+    while pending or (held and valid < least_valid):
         swept, any_arrived = time.monotonic(), False
         for message_id, node_id in [*pending.items(), *awaited.items()]:
             reply = _pull(grid, message_id, node_id, most_bytes)
@@ -136,20 +150,39 @@ def exchange(
                 continue
             any_arrived = True
             if awaited.pop(message_id, None) is not None:
-                yield replace(reply, kind="late", reason="")
+                yield _late(reply, read_late, admit)
+                if node_id in held and node_id not in awaited.values():
+                    sent, refused = _push(grid, [held.pop(node_id)])
+                    pending, asked = pending | sent, asked + 1
+                    yield from refused
                 continue
             del pending[message_id]
             reply = _read(reply, read, admit)
             valid += reply.kind == "answered"
             yield reply
-        now, answered = time.monotonic(), len(outgoing) - len(pending)
-        if valid >= least_valid and now - began > deadline and answered >= quorum * len(outgoing):
+        now, answered = time.monotonic(), asked - len(pending)
+        if valid >= least_valid and now - began > deadline and answered >= quorum * asked:
             break
-        if pending and not any_arrived:
-            waiting(pending.values())
-            time.sleep(max(POLL_SECONDS, IDLE * (now - swept)))
+        if not any_arrived and (pending or held):
+            waiting([*pending.values(), *held])
+            time.sleep(pause(now - began, now - swept))
     for message_id, node_id in pending.items():
         yield Reply("unanswered", node_id, message_id, reason=NO_ANSWER)
+    for node_id in held:
+        yield Reply("busy", node_id, "", reason=BUSY)
+
+
+def pause(waited: float, swept: float) -> float:
+    """Return the seconds until the next poll.
+
+    Parameters
+    ----------
+    waited : float
+        Seconds since the exchange began: polls become rarer, down to one in `MOST_POLL_SECONDS`.
+    swept : float
+        Seconds that the last poll of all messages took.
+    """
+    return max(POLL_SECONDS, min(PATIENCE * waited, MOST_POLL_SECONDS), IDLE * swept)
 
 
 def causes_of(problems: Mapping[str, str], total: int) -> list[str]:
@@ -165,13 +198,18 @@ def listed_names(clients: Sequence[str]) -> str:
     return ", ".join([*names[:NAMED], *(["..."] if len(names) > NAMED else [])])
 
 
-def _push(grid: Grid, messages: list[Message]) -> dict[str, int]:
-    """Send messages; return the node of each message that Flower accepted.
+def _push(grid: Grid, messages: list[Message]) -> tuple[dict[str, int], list[Reply]]:
+    """Send messages; return the node of each message that Flower accepted, and what became of the others.
 
     For other messages, Flower returns an empty id or no id.
     """
+    if not messages:
+        return {}, []
     pushed = zip(grid.push_messages(messages), messages, strict=False)
-    return {message_id: message.metadata.dst_node_id for message_id, message in pushed if message_id}
+    accepted = {message_id: message.metadata.dst_node_id for message_id, message in pushed if message_id}
+    nodes = [message.metadata.dst_node_id for message in messages]
+    taken = set(accepted.values())
+    return accepted, [Reply("rejected", node_id, "", reason=NOT_TAKEN) for node_id in nodes if node_id not in taken]
 
 
 def _pull(grid: Grid, message_id: str, node_id: int, most_bytes: int) -> Reply | None:
@@ -181,6 +219,13 @@ def _pull(grid: Grid, message_id: str, node_id: int, most_bytes: int) -> Reply |
     except PayloadError as error:
         return Reply("rejected", node_id, message_id, reason=printable(str(error)))
     return None if message is None else Reply("answered", node_id, message_id, message)
+
+
+def _late(reply: Reply, read_late: Callable[[str, Message], Answer] | None, admit: Admit) -> Reply:
+    """Parse the reply to an overdue message, if anybody wants it."""
+    if read_late is None:
+        return replace(reply, kind="late", reason="")
+    return replace(_read(reply, partial(read_late, reply.message_id), admit), kind="late")
 
 
 def _read(reply: Reply, read: Callable[[Message], Answer], admit: Admit) -> Reply:

@@ -7,11 +7,13 @@ still lacks. The strategy writes to it. The ledger itself does not depend on the
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from torch import Tensor
+
 from fedmmkt.common.payloads import ClientReport, Modality, PayloadError, SoftTargets, SyntheticBatch
-from fedmmkt.server_app.exchange import Reply
+from fedmmkt.server_app.exchange import Answer, Reply
 from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.t2i.samples import Samples
 
@@ -84,6 +86,8 @@ class Ledger:
         The scored samples for the update of the T2I model, oldest first.
     ancestors : tuple of (str, int)
         Keys of the runs that this run continues, oldest first, and the round after which each was continued.
+    drawn : frozenset of str
+        Names of the nodes that had their turn, if a round asks a part of the nodes only.
     """
 
     def __init__(self, run_key: str, batches_kept: int, samples_kept: int) -> None:
@@ -96,8 +100,12 @@ class Ledger:
         self.pool: list[Samples] = []
         self.standings: dict[str, Standing] = {}
         self.ancestors: tuple[Ancestor, ...] = ()
+        self.drawn: frozenset[str] = frozenset()
         self._served: dict[int, tuple[SyntheticBatch, Samples]] = {}
         self._overdue: dict[str, tuple[int, int]] = {}
+        self._answers: dict[int, list[Answer]] = {}
+        self._heard: dict[int, int] = {}
+        self._changed: dict[str, int] = {}
 
     def restore(
         self,
@@ -107,6 +115,7 @@ class Ledger:
         pool: list[Samples],
         identities: Mapping[int, Identity],
         standings: Mapping[str, Standing] | None = None,
+        drawn: Iterable[str] = (),
     ) -> None:
         """Continue from the ledger of an earlier run.
 
@@ -115,6 +124,7 @@ class Ledger:
         """
         self.ancestors, self.clients, self.history, self.pool = ancestors, set(clients), history, pool
         self.identities, self.standings = dict(identities), dict(standings or {})
+        self.drawn = frozenset(drawn)
 
     # ------------------------------------------------------------------ batches
 
@@ -136,12 +146,56 @@ class Ledger:
         self.history = [*self.history, (batch, targets)][-self.batches_kept :]
         self.pool = [*self.pool, scored][-self.samples_kept :]
 
+    def taught(self, server_round: int) -> SyntheticBatch | None:
+        """Return the batch of an earlier round, if its soft targets are kept and a late answer to it still counts."""
+        batches = (batch for batch, _ in self.history if batch.round == server_round)
+        return next(batches, None) if server_round in self._answers else None
+
+    def keep_answers(self, server_round: int, answers: list[Answer]) -> None:
+        """Keep the answers to a round's batch, as long as a node still owes one and the batch is kept.
+
+        So answers take memory beyond their round only where a node is late.
+        """
+        self._answers[server_round] = answers
+        owed = {sent_in for _, sent_in in self._overdue.values()} & {batch.round for batch, _ in self.history}
+        self._answers = {sent_in: kept for sent_in, kept in self._answers.items() if sent_in in owed}
+
+    def answers(self, server_round: int) -> list[Answer]:
+        """Return the answers that are kept of a round."""
+        return self._answers[server_round]
+
+    def teach_again(self, server_round: int, taught_in: int, targets: TargetsByClient, scores_N: Tensor) -> None:
+        """Replace the results of an earlier round's batch, for all that have not heard of them.
+
+        Parameters
+        ----------
+        server_round : int
+            The present round.
+        taught_in : int
+            The round of the batch.
+        targets : TargetsByClient
+            Its new soft targets.
+        scores_N : torch.Tensor
+            Its new scores.
+        """
+        for index, (batch, _) in enumerate(self.history):
+            if batch.round != taught_in:
+                continue
+            self.history[index] = (batch, targets)
+            self._changed[batch.batch_id] = server_round
+            age = len(self.history) - index
+            if age <= len(self.pool):  # The pool may keep fewer rounds.
+                self.pool[-age] = replace(self.pool[-age], scores_N=scores_N)
+
     def missing_for(self, node_id: int) -> tuple[tuple[SyntheticBatch, ...], tuple[SoftTargets, ...]]:
         """Return the batches with soft targets that a node does not hold, and the soft targets that it lacks."""
         report = self.reports.get(node_id)
         kept, awaiting = (set(report.kept), set(report.awaiting)) if report else (set(), set())
         absent = tuple(batch for batch, _ in self.history if batch.batch_id not in kept)
-        wanted = awaiting | {batch.batch_id for batch in absent}
+        heard = self._heard.get(node_id, -1)
+        # Soft targets that were made again after the request that the node last answered.
+        changed = {batch_id for batch_id in kept & self._changed.keys() if self._changed[batch_id] >= heard}
+        wanted = awaiting | changed | {batch.batch_id for batch in absent}
         lacking = (targets.for_client(report) for batch, targets in self.history if batch.batch_id in wanted)
         return absent, tuple(targets for targets in lacking if targets is not None)
 
@@ -203,11 +257,18 @@ class Ledger:
 
     def record_reply(self, reply: Reply, server_round: int) -> int:
         """Record a reply; return the round in which its message was sent."""
+        sent_in = self._overdue.pop(reply.message_id)[1] if reply.kind == "late" else server_round
         if reply.answer is not None:
+            before = self.name(reply.node_id)
             self.reports.pop(reply.node_id, None)
             self.reports[reply.node_id] = reply.answer.report
+            self._heard[reply.node_id] = sent_in
+            if before in self.drawn:  # It was drawn before it told its name.
+                self.drawn = self.drawn - {before} | {reply.answer.report.client}
         if reply.kind == "unanswered":
             self._overdue[reply.message_id] = (reply.node_id, server_round)
-        if reply.kind == "late":
-            return self._overdue.pop(reply.message_id)[1]
-        return server_round
+        return sent_in
+
+    def round_of(self, message_id: str) -> int:
+        """Return the round in which an overdue message was sent."""
+        return self._overdue[message_id][1]

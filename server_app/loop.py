@@ -22,8 +22,10 @@ from fedmmkt.server_app.exchange import Answer, Reply, causes_of, exchange
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.recorder import Recorder
 
+LEAST_TTL = 600.0  # Seconds that a node has to answer, however short the rounds are.
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 Read = Callable[[Message], Answer]
+Late = dict[int, dict[str, Message]]  # Replies that count, by the round that asked for them and by client.
 
 
 class RunError(RuntimeError):
@@ -56,6 +58,12 @@ class RoundSteps(Protocol):
 
     def read_train_reply(self, reply: Message) -> Answer:
         """Parse the reply to such a request."""
+
+    def read_late_reply(self, sent_in: int, reply: Message) -> Answer:
+        """Parse the reply to such a request of an earlier round."""
+
+    def aggregate_late(self, server_round: int, sent_in: int, replies: Iterable[Message]) -> None:
+        """Learn from the late replies to an earlier round."""
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -111,6 +119,7 @@ class Loop:
     train_config: ConfigRecord = field(default_factory=ConfigRecord)
     evaluate_config: ConfigRecord = field(default_factory=ConfigRecord)
     evaluate_fn: EvaluateFn | None = None
+    _connected: set[int] = field(default_factory=set, init=False)  # When the last exchange began.
 
     def run(self) -> Result:
         """Run the remaining rounds.
@@ -129,7 +138,7 @@ class Loop:
             log(INFO, "All %s rounds are done; to continue, raise 'rounds'", self.rounds)
             self.recorder.report()
         else:
-            wait_for_nodes(self.grid, self.recorder.config.min_nodes, self.recorder.config.node_timeout)
+            wait_for_nodes(self.grid, self.recorder.config.min_available_nodes, self.recorder.config.node_timeout)
             log(INFO, "")
             if last_round is None:
                 self._begin(result)
@@ -167,7 +176,10 @@ class Loop:
         strategy = self.strategy
         with self.recorder.round(server_round, self.ledger):
             messages = strategy.configure_train(server_round, strategy.arrays(), self.train_config, self.grid)
-            replies = self._ask(server_round, messages, strategy.read_train_reply, REPORT_RECORDS | PAYLOAD_RECORDS)
+            records, late = REPORT_RECORDS | PAYLOAD_RECORDS, Late()
+            replies = self._ask(server_round, messages, strategy.read_train_reply, records, late)
+            for sent_in, by_client in sorted(late.items()):
+                strategy.aggregate_late(server_round, sent_in, [by_client[client] for client in sorted(by_client)])
             arrays, metrics = strategy.aggregate_train(server_round, replies)
             if arrays is not None:
                 strategy.load_arrays(arrays)
@@ -192,22 +204,40 @@ class Loop:
             result.evaluate_metrics_clientapp[server_round] = metrics
 
     def _ask(
-        self, server_round: int, messages: Iterable[Message], read: Read, records: frozenset[str]
+        self,
+        server_round: int,
+        messages: Iterable[Message],
+        read: Read,
+        records: frozenset[str],
+        late: Late | None = None,
     ) -> list[Message]:
-        """Exchange messages; return the valid replies sorted by client name, so that sums are reproducible."""
-        outgoing = list(messages)
+        """Exchange messages; return the valid replies sorted by client name, so that sums are reproducible.
+
+        With ``late``, nodes that still owe an answer are not asked before they gave it; those that count are put there.
+        """
+        outgoing = {message.metadata.dst_node_id: message for message in messages}
+        overdue, read_late = self.ledger.overdue, None if late is None else self._read_late
         valid: dict[str, Message] = {}
         problems: dict[str, str] = {}
-        with self.recorder.exchange(outgoing):
-            for reply in self._exchange(outgoing, read, records, self.recorder.config.quorum, self.ledger.overdue):
+        with self.recorder.exchange(list(outgoing.values())):
+            exchanged = self._exchange(
+                outgoing.values(), read, records, self.recorder.config.quorum, overdue, 1, read_late
+            )
+            for reply in exchanged:
                 sent_in = self.ledger.record_reply(reply, server_round)
                 name = self.ledger.name(reply.node_id)
                 self.recorder.record_reply(reply, name, sent_in)
-                if reply.answer is not None and reply.message is not None:
+                if reply.kind == "busy":
+                    self.recorder.record_unsent(outgoing.pop(reply.node_id))
+                elif reply.kind == "late":
+                    if late is not None and reply.counts_late and reply.message is not None:
+                        late.setdefault(sent_in, {})[name] = reply.message
+                elif reply.answer is not None and reply.message is not None:
                     valid[reply.answer.report.client] = reply.message
-                elif reply.kind != "late":
+                else:
                     problems[name] = reply.reason
-        self.recorder.record_asked({self.ledger.name(message.metadata.dst_node_id) for message in outgoing})
+        self.recorder.record_asked({self.ledger.name(node_id) for node_id in outgoing})
+        self.recorder.record_connected({self.ledger.name(node_id) for node_id in self._connected})
         if not valid:
             causes = "\n".join(causes_of(problems, len(outgoing))) or "none was asked"
             raise RunError(f"round {server_round}: none of {len(outgoing)} nodes gave a valid reply\n{causes}")
@@ -223,15 +253,18 @@ class Loop:
 
     def _exchange(
         self,
-        outgoing: list[Message],
+        outgoing: Collection[Message],
         read: Read,
         records: frozenset[str],
         quorum: float,
         overdue: Mapping[str, int],
         least_valid: int = 1,
+        read_late: Callable[[str, Message], Answer] | None = None,
     ) -> Iterator[Reply]:
         """Exchange messages, with the bounds of the run on what replies may hold and who may answer."""
-        asked = {message.metadata.dst_node_id for message in outgoing}
+        self._connected = {*self.grid.get_node_ids(), *(message.metadata.dst_node_id for message in outgoing)}
+        for message in outgoing:
+            message.metadata.ttl = self._ttl
 
         def read_asked(message: Message) -> Answer:
             check_keys(message.content, records | self.strategy.extra_records)
@@ -241,14 +274,28 @@ class Loop:
             self.grid,
             outgoing,
             read_asked,
-            admit=lambda node_id, report: self.ledger.admit(node_id, report, asked),
+            admit=lambda node_id, report: self.ledger.admit(node_id, report, self._connected),
             deadline=self.round_deadline,
             quorum=quorum,
             overdue=overdue,
             most_bytes=round(self.recorder.config.reply_limit * 1e6),
             least_valid=least_valid,
             waiting=self._tell_waiting,
+            read_late=read_late,
         )
+
+    @property
+    def _ttl(self) -> float:
+        """Seconds after which a message need not be answered any more: its batch is then no longer taught."""
+        return max(self.round_deadline * (self.ledger.batches_kept + 1), LEAST_TTL)
+
+    def _read_late(self, message_id: str, reply: Message) -> Answer:
+        """Parse the reply to an overdue message: its report alone, if there is nothing else or nobody wants it."""
+        check_keys(reply.content, REPORT_RECORDS | PAYLOAD_RECORDS | self.strategy.extra_records)
+        sent_in = self.ledger.round_of(message_id)
+        if self.ledger.taught(sent_in) is None or "payload" not in reply.content:
+            return self.strategy.read_evaluate_reply(reply)
+        return self.strategy.read_late_reply(sent_in, reply)
 
     def _tell_waiting(self, node_ids: Collection[int]) -> None:
         self.recorder.log_waiting([self.ledger.name(node_id) for node_id in node_ids])

@@ -124,7 +124,7 @@ class Recorder:
             yield
             self._measure()
             self.generator.adapter.save(self.run_folder.lora)
-        record.gone |= ledger.clients - record.asked
+        record.gone |= ledger.clients - record.connected
         self.run_folder.append_metrics(record.to_json())
         self.trackers.log(record.to_json())
         self.report()
@@ -165,7 +165,7 @@ class Recorder:
         """Record and show the result of a message; ``name`` is the node's name, ``sent_in`` the message's round."""
         known = dict(self._record.rejected)
         self._record.record_reply(reply, name)
-        if reply.answer is not None:
+        if reply.kind == "answered" and reply.answer is not None:
             self._answered, self._told = self._answered + 1, time.perf_counter()
             seconds, accuracy = self._told - self._began, reply.answer.report.accuracy
             count = f"{self._answered}/{self._expected}"
@@ -173,8 +173,11 @@ class Recorder:
         elif reply.kind == "rejected":
             same = next((other for other in known if other != name and known[other] == reply.reason), "")
             log(WARNING, "  clients   %s is left out of this round: %s", name, f"as {same}" if same else reply.reason)
+        elif reply.counts_late:
+            log(INFO, "  clients   %s answered round %s late; its batch is still taught, so it counts", name, sent_in)
         elif reply.kind == "late" and reply.bytes:
-            log(WARNING, "  clients   %s answered round %s too late; the reply is not counted", name, sent_in)
+            why = f": {reply.reason}" if reply.reason else ""
+            log(WARNING, "  clients   %s answered round %s too late; the reply is not counted%s", name, sent_in, why)
 
     def record_evaluation(self, reply: Reply, name: str) -> None:
         """Record and show a client's final evaluation; one that is missing is shown only."""
@@ -189,7 +192,15 @@ class Recorder:
     def record_standings(self, before: Mapping[str, Standing], after: Mapping[str, Standing]) -> None:
         """Record what each client's answer counts for, and show changes."""
         log_changes(before, after)
-        self._record.standings = dict(after)
+        self._record.standings = {**(self._record.standings or {}), **after}
+
+    def record_unsent(self, message: Message) -> None:
+        """Record that a message of the present exchange was not sent."""
+        self._record.bytes_down -= record_bytes(message.content)
+
+    def record_connected(self, clients: set[str]) -> None:
+        """Record which clients are connected."""
+        self._record.connected = clients
 
     def record_asked(self, clients: set[str]) -> None:
         """Record which clients were asked."""
@@ -289,6 +300,7 @@ class Recorder:
             clients=tuple(sorted(ledger.clients)),
             identities=ledger.identities,
             standings=ledger.standings,
+            drawn=tuple(sorted(ledger.drawn)),
             adapter=self.generator.adapter.state(),
             pool=ledger.pool,
             history=ledger.history,

@@ -6,7 +6,7 @@ The module `loop` calls these steps. The ledger and the recorder store their res
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
@@ -47,6 +47,7 @@ from fedmmkt.server_app.rules.checks import check_result
 from fedmmkt.server_app.rules.scores import Feedback, scores
 from fedmmkt.server_app.rules.sureness import RULES_OF_PROBABILITIES, common_scale
 from fedmmkt.server_app.rules.updates import updates
+from fedmmkt.server_app.sampling import draw, draw_in_turns, sample_size
 from fedmmkt.server_app.standings import weigh_answers
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
@@ -62,7 +63,7 @@ class FedMMKT(Strategy):
     and answers the new batch with logits. The server turns the answers into soft targets for the clients, and into
     scores for the fine-tuning of the T2I's LoRA adapter.
 
-    A subclass changes a step by overriding it: `make_prompts`, `generate`, `make_batch`, `teachers`,
+    A subclass changes a step by overriding it: `make_prompts`, `generate`, `make_batch`, `choose_nodes`, `teachers`,
     `aggregate_logits`, `make_targets`, `score_samples`, `adapt_generator`, or one of Flower's hooks: `configure_train`,
     `aggregate_train`, `configure_evaluate`, `aggregate_evaluate`. Each step gets its inputs as arguments and returns
     its result. The run-config chooses the rules that the steps use.
@@ -172,6 +173,24 @@ class FedMMKT(Strategy):
             anchor_index_N=np.array([row[prompt] for prompt in samples.prompts]) if anchored else None,
         )
 
+    def choose_nodes(self, server_round: int, node_ids: Collection[int]) -> list[int]:
+        """Choose the nodes that a round asks: by default ``fraction-train`` of those that are connected.
+
+        They are drawn at random, and none for a second time before each had its turn. The draw depends on seed, round
+        and names alone. A node that still owes an answer may be drawn; it is asked when it has answered.
+
+        Parameters
+        ----------
+        server_round : int
+            The round, from 1.
+        node_ids : collection of int
+            The connected nodes.
+        """
+        config, names = self.config, {node_id: self.ledger.name(node_id) for node_id in node_ids}
+        count = sample_size(len(names), config.fraction_train, config.min_train_nodes)
+        chosen, self.ledger.drawn = draw_in_turns(names, count, f"{config.seed}/{server_round}", self.ledger.drawn)
+        return chosen
+
     def teachers(self, client: ClientReport, answers: list[Answer]) -> list[Answer]:
         """Choose the answers that become a client's soft targets; by default all answers.
 
@@ -263,7 +282,8 @@ class FedMMKT(Strategy):
             batch = self.make_batch(server_round, samples)
         self.ledger.serve(batch, samples)
         instructions = partial(self._instructions, server_round)
-        return make_requests(grid.get_node_ids(), self.ledger, instructions, MessageType.TRAIN, batch)
+        node_ids = self.choose_nodes(server_round, list(grid.get_node_ids()))
+        return make_requests(node_ids, self.ledger, instructions, MessageType.TRAIN, batch)
 
     def read_train_reply(self, reply: Message) -> Answer:
         """Parse a client's answer to the current batch.
@@ -273,10 +293,22 @@ class FedMMKT(Strategy):
         PayloadError
             If any part is invalid.
         """
+        return self._read_answer(reply, self.ledger.open_batch(), "when none is served")
+
+    def read_late_reply(self, sent_in: int, reply: Message) -> Answer:
+        """Parse a client's answer to the batch of an earlier round.
+
+        Raises
+        ------
+        PayloadError
+            If any part is invalid, or the batch is no longer taught.
+        """
+        return self._read_answer(reply, self.ledger.taught(sent_in), "which is no longer taught")
+
+    def _read_answer(self, reply: Message, batch: SyntheticBatch | None, otherwise: str) -> Answer:
         payload = DistillationPayload.from_records(reply.content, "payload")
-        batch = self.ledger.open_batch()
         if batch is None:
-            raise PayloadError(f"answers batch {payload.batch_id!r}, when none is served")
+            raise PayloadError(f"answers batch {payload.batch_id!r}, {otherwise}")
         votes = self.config.feedback == FEEDBACK_WITH_VOTES
         payload.check_answers(batch.batch_id, len(batch), len(self.classes), votes)
         answer = replace(self.read_evaluate_reply(reply), payload=payload)
@@ -297,28 +329,55 @@ class FedMMKT(Strategy):
         if not answers:
             return None, None
         batch, samples = self.ledger.served(server_round)
-        answers = self._bounded(answers, batch)
         with self.recorder.timed("aggregate"):
-            scores_N = self.score_samples(answers, samples.prompted_N)
-            targets = self._targets_by_client(batch, answers)
+            targets, scores_N = self._learn_from(batch, answers)
             self.ledger.teach(server_round, targets, samples.scored(scores_N))
+            self.ledger.keep_answers(server_round, answers)
         with self.recorder.timed("adapt"):
             loss = self.adapt_generator(server_round, self.ledger.pool)
         self.recorder.record_update(loss)
         accuracy = float(np.mean([answer.report.accuracy for answer in answers]))
         return self.arrays(), MetricRecord({"accuracy": accuracy, "replies": len(answers)})
 
+    def aggregate_late(self, server_round: int, sent_in: int, replies: Iterable[Message]) -> None:
+        """Make the soft targets and scores of an earlier round's batch again, with valid replies that came late.
+
+        Clients that lack soft targets of this batch, or have those from before, get the new ones with their next
+        request.
+
+        Parameters
+        ----------
+        server_round : int
+            The present round.
+        sent_in : int
+            The round of the batch.
+        replies : iterable of Message
+            The late replies to it.
+        """
+        if (batch := self.ledger.taught(sent_in)) is None:
+            return
+        late = [self.read_late_reply(sent_in, reply) for reply in replies]
+        answers = sorted([*self.ledger.answers(sent_in), *late], key=lambda answer: answer.report.client)
+        with self.recorder.timed("aggregate"):
+            names = {answer.report.client for answer in late}
+            self.ledger.teach_again(server_round, sent_in, *self._learn_from(batch, answers, names))
+            self.ledger.keep_answers(sent_in, answers)
+
     def configure_distill(self, server_round: int, grid: Grid) -> Iterable[Message]:
-        """Return the requests after the last round: the last soft targets, without a new batch."""
+        """Return the requests after the last round: the last soft targets, without a new batch.
+
+        They go to ``fraction-evaluate`` of the connected nodes: those that were measured before the first round, as far
+        as they are still there.
+        """
         # Round + 1, so that the random draws of a client differ from those of its last round.
         instructions = partial(self._instructions, server_round + 1)
-        return make_requests(grid.get_node_ids(), self.ledger, instructions, f"{MessageType.TRAIN}.distill")
+        return make_requests(self._measured(grid), self.ledger, instructions, f"{MessageType.TRAIN}.distill")
 
     def configure_final_evaluation(self, server_round: int, grid: Grid) -> Iterable[Message]:
         """Return the requests after the last distillation: one per known client, for its measures by class."""
         # Round + 1: a client has learned once more in the last distillation.
         content = Request(self._instructions(server_round + 1, is_known=True)).to_content()
-        for node_id in sorted(set(grid.get_node_ids()) & set(self.ledger.reports)):
+        for node_id in sorted(set(self._measured(grid)) & set(self.ledger.reports)):
             yield Message(content, dst_node_id=node_id, message_type=f"{MessageType.EVALUATE}.final")
 
     def read_final_evaluation(self, reply: Message) -> Answer:
@@ -340,9 +399,9 @@ class FedMMKT(Strategy):
         config: ConfigRecord,
         grid: Grid,
     ) -> Iterable[Message]:
-        """Return one request per node, for a report on its current model."""
+        """Return one request for each of ``fraction-evaluate`` of the nodes, for a report on its current model."""
         content = Request(self._instructions(server_round, is_known=False)).to_content()
-        for node_id in sorted(grid.get_node_ids()):
+        for node_id in sorted(self._measured(grid)):
             yield Message(content, dst_node_id=node_id, message_type=MessageType.EVALUATE)
 
     def read_evaluate_reply(self, reply: Message) -> Answer:
@@ -387,6 +446,7 @@ class FedMMKT(Strategy):
         log(INFO, "\t├──> Per round: %s images, guidance %s", t2i.samples_per_round, ", ".join(map(str, t2i.guidance)))
         log(INFO, "\t├──> Aggregation: %s; scores: %s; update: %s", t2i.aggregation, t2i.scores, t2i.update)
         log(INFO, "\t├──> Feedback: %s", config.feedback)
+        log(INFO, "\t├──> Nodes: fraction %s, %s measured", config.fraction_train, config.fraction_evaluate)
         log(
             INFO,
             "\t└──> Clients: %s; distillation %s, prompts %s, alignment %s",
@@ -471,18 +531,40 @@ class FedMMKT(Strategy):
             ancestor_rounds=tuple(last for _, last in ancestors),
         )
 
+    def _measured(self, grid: Grid) -> list[int]:
+        """Draw the nodes that are measured: by their ids, so that they are the same before and after the run."""
+        ids = {node_id: str(node_id) for node_id in grid.get_node_ids()}
+        count = sample_size(len(ids), self.config.fraction_evaluate, self.config.min_evaluate_nodes)
+        return draw(ids, count, f"{self.config.seed}/evaluate")
+
+    def _learn_from(
+        self, batch: SyntheticBatch, answers: list[Answer], late: Collection[str] | None = None
+    ) -> tuple[TargetsByClient, Tensor]:
+        """Make soft targets for clients and scores for the T2I from all answers to a batch; see `_bounded`."""
+        bounded_answers = self._bounded(answers, batch, late)
+        scores_N = self.score_samples(bounded_answers, torch.from_numpy(batch.prompted_N))
+        return self._targets_by_client(batch, bounded_answers), scores_N
+
     def _image_size(self) -> int:
         """Return the side of the images that clients get, in pixels."""
         return min(self.config.data.image_size, self.generator.image_size)
 
-    def _bounded(self, answers: list[Answer], batch: SyntheticBatch) -> list[Answer]:
-        """Weigh the clients' answers by their reliability, bound what each can contribute, and name those concerned."""
+    def _bounded(
+        self, answers: list[Answer], batch: SyntheticBatch, late: Collection[str] | None = None
+    ) -> list[Answer]:
+        """Weigh the clients' answers by their reliability, bound what each can contribute, and name those concerned.
+
+        With ``late``, the names of clients whose answers came late, the standings of these alone change: the other
+        answers were judged before.
+        """
         most = [self.config.client_cap] * len(answers)
         if self.config.robust:
             learns = self.config.client.distillation_weight or self.config.client.prompt_weight
             known = self.ledger.standings if learns else {}
             answers, excess, standings = weigh_answers(answers, batch.prompted_N, known, self.classes)
             most = [1 + part * (self.config.client_cap - 1) for part in excess]
+            if late is not None:
+                standings = {name: standing for name, standing in standings.items() if name in late}
             self.recorder.record_standings(self.ledger.standings, standings)
             self.ledger.standings |= standings
         payloads = bounded([answer.required_payload for answer in answers], most)

@@ -16,7 +16,7 @@ from tests.network import SERVER_ADDRESS, inside, node_address
 
 def main(folder, namespaces):
     parts = write_partitions(DataConfig(alpha=1), len(namespaces), 0, folder / "data")
-    config = to_flower(RunConfig()) | TINY | {"output-dir": str(folder / "run"), "min-nodes": len(namespaces)}
+    config = to_flower(RunConfig()) | TINY | {"output-dir": str(folder / "run"), "min-available-nodes": len(namespaces)}
     with local_federation(address=SERVER_ADDRESS) as federation:
         for index, (namespace, model, part) in enumerate(zip(namespaces, ("cnn", "text"), parts, strict=True)):
             settings = {"name": model, "model": model, "data-path": str(part), "state-dir": str(part / "state")}

@@ -35,7 +35,7 @@ STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 # If any other setting changed, it would be a different run.
 CHANGEABLE_ON_RESUME = {
     *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tracker", "local-only-control"),
-    *("min-nodes", "node-timeout", "round-deadline", "quorum", "reply-limit", "client.threads"),
+    *("min-available-nodes", "node-timeout", "round-deadline", "quorum", "reply-limit", "client.threads"),
     *("t2i.device", "t2i.offload", "t2i.gradient-checkpointing", "t2i.attention-slicing", "t2i.vae-tiling"),
     *("t2i.generation-batch-size", "t2i.adaptation-micro-batch-size"),
 }
@@ -83,6 +83,8 @@ class ServerState:
         The lines of ``metrics.jsonl``.
     standings : dict of str to Standing
         How far each client's answers can be relied on, by the last round.
+    drawn : tuple of str
+        Names of the nodes that had their turn, if a round asks a part of the nodes only.
     """
 
     round: int
@@ -99,6 +101,7 @@ class ServerState:
     pictures: list[Image.Image]
     metrics: list[dict[str, Any]]
     standings: dict[str, Standing] = field(default_factory=dict)
+    drawn: tuple[str, ...] = ()
 
     def lineage(self) -> tuple[Ancestor, ...]:
         """Return the ancestors of a run that continues from this state."""
@@ -263,7 +266,7 @@ def _to_parts(state: ServerState) -> tuple[dict[str, Any], dict[str, Tensor]]:
         history.append({"messages": described, "of_client": targets.of_client, "of_modality": targets.of_modality})
     if state.pictures:
         tensors["pictures"] = torch.from_numpy(np.stack([np.asarray(picture) for picture in state.pictures]))
-    plain = ("round", "run_key", "ancestors", "config", "classes", "clients", "measured", "metrics")
+    plain = ("round", "run_key", "ancestors", "config", "classes", "clients", "drawn", "measured", "metrics")
     described = {name: getattr(state, name) for name in plain} | {"pool": pool, "history": history}
     standings = {name: asdict(standing) for name, standing in state.standings.items()}
     return described | {"identities": list(state.identities.items()), "standings": standings}, tensors
@@ -303,6 +306,7 @@ def _from_parts(described: dict[str, Any], tensors: dict[str, Tensor]) -> Server
         measured=(alignment, frechet),
         pictures=pictures,
         metrics=described["metrics"],
+        drawn=tuple(described.get("drawn", ())),
     )
 
 

@@ -29,7 +29,13 @@ class RoundRecord:
     rejected, missing : dict of str to str
         The reason why there is no valid reply, by client.
     late : set of str
-        Clients whose reply to an earlier round came too late, in this round; it is not counted.
+        Clients whose reply to an earlier round came in this round.
+    late_counted : set of str
+        Those of them whose reply counts, because the batch that it answers is still taught.
+    busy : set of str
+        Clients that were not asked, because they had not answered an earlier round.
+    connected : set of str
+        Clients that are connected; a node that has never answered is named by its id.
     gone : set of str
         Clients that took part before and are no longer connected, or that went offline in this round.
     evaluations : dict of str to FinalEvaluation
@@ -51,6 +57,9 @@ class RoundRecord:
     rejected: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
+    late_counted: set[str] = field(default_factory=set)
+    busy: set[str] = field(default_factory=set)
+    connected: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
     evaluations: dict[str, FinalEvaluation] = field(default_factory=dict)
     standings: dict[str, Standing] | None = None
@@ -70,7 +79,7 @@ class RoundRecord:
     def record_reply(self, reply: Reply, name: str) -> None:
         """Add the result of a message; a newer report of a client replaces the older one."""
         self.bytes_up += reply.bytes
-        if reply.answer is not None:
+        if reply.kind == "answered" and reply.answer is not None:
             newest = {report.client: report for report in self.reports} | {name: reply.answer.report}
             self.reports = [newest[client] for client in sorted(newest)]
         elif reply.kind == "rejected":
@@ -79,8 +88,12 @@ class RoundRecord:
             self.missing[name] = reply.reason
             if reply.kind == "offline":
                 self.gone.add(name)
+        elif reply.kind == "busy":
+            self.busy.add(name)
         elif reply.bytes:  # Late error replies have no content and do not count.
             self.late.add(name)
+            if reply.counts_late:
+                self.late_counted.add(name)
 
     def accuracy(self, modality: str | None = None) -> float | None:
         """Return the mean accuracy of all clients, or of one modality; None if there are none."""
@@ -89,7 +102,13 @@ class RoundRecord:
 
     def participation(self) -> str:
         """Return a line with the numbers of asked and answered clients, and the names of the others."""
-        others = {"rejected": self.rejected, "missing": self.missing, "late": self.late, "gone": self.gone}
+        others = {
+            "rejected": self.rejected,
+            "missing": self.missing,
+            "late": self.late,
+            "busy": self.busy,
+            "gone": self.gone,
+        }
         named = [f"{kind}: {', '.join(sorted(names))}" for kind, names in others.items() if names]
         return "; ".join([f"{len(self.asked)} asked, {len(self.reports)} answered", *named])
 
@@ -119,6 +138,8 @@ class RoundRecord:
                 "asked": sorted(self.asked),
                 "answered": [report.client for report in self.reports],
                 "late": sorted(self.late),
+                "late_counted": sorted(self.late_counted),
+                "busy": sorted(self.busy),
                 "gone": sorted(self.gone),
                 "reasons": self.rejected | self.missing,
             },

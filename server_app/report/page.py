@@ -169,11 +169,14 @@ def _shown_clients(rows: list[ClientRow]) -> list[ClientRow]:
 def _troubles(replies: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Yield the clients that did not take part in a round as expected, each with the reason.
 
-    Runs of earlier versions have no ``late`` and ``gone``.
+    Runs of earlier versions lack some of the keys.
     """
     yield from sorted(replies["reasons"].items())
     for name in replies.get("late", ()):
-        yield name, "a reply to an earlier round came too late and is not counted"
+        counts = "late, and counts" if name in replies.get("late_counted", ()) else "too late, and is not counted"
+        yield name, f"a reply to an earlier round came {counts}"
+    for name in replies.get("busy", ()):
+        yield name, "still busy with an earlier round, and not asked"
     for name in replies.get("gone", ()):
         if name not in replies["reasons"]:
             yield name, "not connected"

@@ -11,7 +11,7 @@ from fedmmkt.common.config import RunConfig
 from fedmmkt.server_app.report.numbers import flat
 
 # Where a run writes and for which nodes it waits is no property of its results.
-PLACES = ("output-dir", "resume-from", "min-nodes")
+PLACES = ("output-dir", "resume-from", "min-available-nodes")
 
 
 class Setting(NamedTuple):

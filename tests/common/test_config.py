@@ -36,6 +36,8 @@ def test_flat_settings_come_back_as_they_were():
             r"'roundz' is unknown \(did you mean 'rounds'\?\); allowed: strategy, .*; a setting of your own",
         ),
         ({"t2i.rank": 3}, r"'t2i.rank' is unknown \(did you mean 't2i.lora-rank'\?\); allowed: model, family, adapter"),
+        ({"min-nodes": 3}, r"'min-nodes' is now 'min-available-nodes'; allowed: the new name"),
+        ({"fraction-train": 0}, r"'fraction-train' is 0; allowed: above 0, up to 1"),
         ({"rounds": 0}, r"'rounds' is 0; allowed: from 1, up to 100000"),
         ({"rounds": "many"}, r"'rounds' is 'many'; allowed: a whole number from 1, up to 100000"),
         ({"judge": "maybe"}, r"'judge' is 'maybe'; allowed: true or false"),

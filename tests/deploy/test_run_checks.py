@@ -42,11 +42,11 @@ def test_all_wrong_names_are_told_at_once(tmp_path):
         t2i__prompts=str(tmp_path / "p.jsonl"),
         resume_from="/nowhere/run",
         output_dir="/proc/no",
-        min_nodes=3,
+        min_available_nodes=3,
     )
 
     expected = [
-        "min-nodes is 3, but only 2 nodes are simulated",
+        "min-available-nodes is 3, but only 2 nodes are simulated",
         "output folder '/proc/no' cannot be written",
         "'client.models' is 'foo', but no task model",
         "client model 'transformers:/nowhere/vit' is not there",
@@ -169,7 +169,7 @@ def test_paths_are_those_of_the_folder_of_the_command(birds, monkeypatch):
     config = effective_config(ROOT, 2, None, given)
 
     assert config == given | {
-        "min-nodes": 2,
+        "min-available-nodes": 2,
         "data.dataset": str(birds),
         "client.models": f"cnn, transformers:a/b,transformers:{birds.parent}",
         "resume-from": str(birds.parent / "runs/first"),

@@ -43,7 +43,7 @@ clientapp = "toyfed.apps:client"
 
 [tool.flwr.app.config]
 output-dir = ""
-min-nodes = 1
+min-available-nodes = 1
 mode = "answer"
 """
 
@@ -71,7 +71,7 @@ def main(grid, context):
     print("server app is here", flush=True)
     if config["mode"] == "raise":
         raise ValueError("planned failure")
-    while len(nodes := list(grid.get_node_ids())) < config["min-nodes"]:
+    while len(nodes := list(grid.get_node_ids())) < config["min-available-nodes"]:
         time.sleep(0.1)
     replies = grid.send_and_receive([Message(RecordDict(), node, "query.partition") for node in nodes])
     answers = sorted(reply.content["answer"]["partition"] for reply in replies)
@@ -204,14 +204,14 @@ def test_dotted_keys_stay_flat():
 
 def test_the_users_settings_win(toy):
     ours = submission.effective_config(toy, 3, Path("runs/x"), {})
-    assert ours == {"min-nodes": 3, "output-dir": str(Path("runs/x").absolute())}
-    users = {"min-nodes": 1, "output-dir": "/elsewhere", "mode": "x"}
+    assert ours == {"min-available-nodes": 3, "output-dir": str(Path("runs/x").absolute())}
+    users = {"min-available-nodes": 1, "output-dir": "/elsewhere", "mode": "x"}
     assert submission.effective_config(toy, 3, Path("runs/x"), users) == users
 
 
 def test_keys_that_an_app_lacks_are_not_set(toy):
     project = toy / "pyproject.toml"
-    project.write_text(project.read_text().replace("min-nodes = 1\n", ""))
+    project.write_text(project.read_text().replace("min-available-nodes = 1\n", ""))
     assert submission.effective_config(toy, 3, None, {"mode": "x"}) == {"mode": "x"}
 
 
@@ -244,7 +244,7 @@ def test_a_toml_file_is_read(tmp_path):
         (["--nodes", "0"], ["--nodes is 0"]),
         (["--run-config", "rouns=2 t2i.lora-rank=0"], ["'rouns' is unknown", "'t2i.lora-rank' is 0"]),
         (["--run-config", "rounds : 2"], ["'rounds : 2' is not of the form"]),
-        (["--nodes", "2", "--run-config", "min-nodes=3"], ["min-nodes is 3, but only 2 nodes"]),
+        (["--nodes", "2", "--run-config", "min-available-nodes=3"], ["min-available-nodes is 3, but only 2 nodes"]),
         (
             ["--run-config", 't2i.scores="vots"'],
             ["'t2i.scores' is 'vots', but no score rule", "(did you mean 'votes'?)"],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedmmkt.common.payloads import ClientReport, PayloadError, record_bytes
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app import exchange as module
-from fedmmkt.server_app.exchange import Answer, exchange
+from fedmmkt.server_app.exchange import Answer, exchange, pause
 from fedmmkt.server_app.ledger import Ledger
 
 NEVER = 1_000
@@ -219,3 +219,76 @@ def test_bytes_are_those_of_what_came():
     assert valid.bytes == record_bytes(valid.message.content) > 0
     assert wrong.bytes == 0
     assert wrong.reason == "it failed"
+
+
+# ---------------------------------------------------------------------- nodes that still owe an answer
+
+
+def read_any(message_id, reply):
+    return read(reply)
+
+
+def overdue_of(grid, fate):
+    """Send node 2 a message that stays unanswered; return it as overdue, to be answered by this fate later."""
+    (message_id,) = grid.push_messages(grid.send_as([fate])[1:])
+    return {message_id: 2}
+
+
+def exchange_with(grid, overdue, fates, deadline=0.0, quorum=0.5):
+    messages = grid.send_as(fates)
+    admit = lambda node_id, report: None  # noqa: E731
+    return exchange(grid, messages, read, admit, deadline, quorum, overdue, 1_000_000, read_late=read_any)
+
+
+def test_a_busy_node_is_asked_when_it_has_answered(monkeypatch):
+    monkeypatch.setattr(module, "POLL_SECONDS", 0)
+    grid = FatefulGrid(2)
+    overdue = overdue_of(grid, Fate(2, "valid"))
+
+    replies = list(exchange_with(grid, overdue, [Fate(3, "valid"), Fate(1, "valid")], deadline=60))
+
+    told = [(reply.kind, reply.node_id) for reply in replies]
+    assert told == [("late", 2), ("answered", 1), ("answered", 2)]
+    assert replies[0].answer.report.client == "client-2"
+
+
+def test_a_busy_node_is_not_asked_if_the_others_are_done_before(monkeypatch):
+    monkeypatch.setattr(module, "POLL_SECONDS", 0)
+    grid = FatefulGrid(2)
+    overdue = overdue_of(grid, Fate(NEVER, "valid"))
+
+    replies = list(exchange_with(grid, overdue, [Fate(0, "valid"), Fate(0, "valid")], deadline=60))
+
+    assert [(reply.kind, reply.node_id, reply.message_id) for reply in replies] == [
+        ("answered", 1, "message-2"),
+        ("busy", 2, ""),
+    ]
+    assert len(grid.fates) == 2  # Its first message, and that of the other.
+
+
+def test_a_node_whose_message_ran_out_is_free_again(monkeypatch):
+    """Flower answers for it with an error; so it does for a node that is gone."""
+    monkeypatch.setattr(module, "POLL_SECONDS", 0)
+    grid = FatefulGrid(2)
+    overdue = overdue_of(grid, Fate(0, "error"))
+
+    replies = list(exchange_with(grid, overdue, [Fate(1, "valid"), Fate(0, "valid")], deadline=60))
+
+    assert [(reply.kind, reply.node_id, reply.answer is None) for reply in replies] == [
+        ("late", 2, True),
+        ("answered", 1, False),
+        ("answered", 2, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("waited", "swept", "expected"),
+    [
+        (0.0, 0.0, 0.1),
+        (10.0, 0.0, 0.5),  # A twentieth of the time waited,
+        (600.0, 0.0, 3.0),  # and at most as rare as Flower polls,
+        (600.0, 4.0, 12.0),  # unless the poll itself takes long.
+    ],
+)
+def test_polling_backs_off(waited, swept, expected):
+    assert pause(waited, swept) == pytest.approx(expected)

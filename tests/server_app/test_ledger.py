@@ -128,6 +128,74 @@ def test_a_client_without_soft_targets_of_a_batch_is_due_the_batch_alone(ledger)
     assert lacking(ledger, 6) == (("run-1",), ("run-1",))
 
 
+# ---------------------------------------------------------------------- late answers
+
+
+def unanswered(node_id):
+    return Reply("unanswered", node_id, f"message-{node_id}")
+
+
+def late(node_id, told):
+    return Reply("late", node_id, f"message-{node_id}", answer=Answer(told))
+
+
+def test_answers_are_kept_only_while_a_node_owes_one_and_the_batch_is_taught(ledger):
+    answers = [Answer(report("ann"))]
+    teach(ledger, 1)
+    ledger.keep_answers(1, answers)
+    assert ledger.taught(1) is None  # Nobody owes one.
+    ledger.record_reply(unanswered(6), 2)
+    teach(ledger, 2)
+    ledger.keep_answers(2, answers)
+    assert (ledger.taught(1), ledger.taught(2).batch_id) == (None, "run-2")
+    assert ledger.answers(2) is answers
+
+    for round_ in (3, 4):  # Two batches are kept.
+        teach(ledger, round_)
+        ledger.keep_answers(round_, answers)
+
+    assert ledger.taught(2) is None
+
+
+def test_answers_are_forgotten_once_the_last_has_come(ledger):
+    ledger.record_reply(unanswered(6), 1)
+    teach(ledger, 1)
+    ledger.keep_answers(1, [Answer(report("ann"))])
+
+    assert ledger.record_reply(late(6, report("bob")), 2) == 1
+    ledger.keep_answers(1, [Answer(report("ann")), Answer(report("bob"))])
+
+    assert ledger.taught(1) is None
+    assert ledger.reports[6].client == "bob"
+
+
+def test_what_was_taught_again_goes_once_to_all_that_had_it_before(ledger):
+    """Ann answers in time; bob's answer to round 1 comes in round 2."""
+    ledger.record_reply(unanswered(6), 1)
+    teach(ledger, 1)
+    ledger.record_reply(answered(5, report("ann", kept=("run-1", "run-2"), awaiting=("run-2",))), 2)
+    ledger.record_reply(late(6, report("bob", kept=("run-1",), awaiting=("run-1",))), 2)
+    again = TargetsByClient((targets(1, OTHER),), {}, {"image": 0, "text": 0, "image+text": 0})
+
+    ledger.teach_again(2, 1, again, torch.full((1,), 3.0))
+    teach(ledger, 2)
+
+    assert lacking(ledger, 5) == ((), ("run-1", "run-2"))
+    assert ledger.missing_for(5)[1][0] is again.distinct[0]
+    assert lacking(ledger, 6) == (("run-2",), ("run-1", "run-2"))
+    assert [float(samples_.scores_N[0]) for samples_ in ledger.pool] == [3.0, 1.0]
+    ledger.record_reply(answered(5, report("ann", kept=("run-1", "run-2"))), 3)
+    assert lacking(ledger, 5) == ((), ())
+
+
+def test_a_node_that_was_drawn_before_it_told_its_name_had_its_turn(ledger):
+    ledger.drawn = frozenset(["node 5", "bob"])
+
+    ledger.record_reply(answered(5, report("ann")), 1)
+
+    assert ledger.drawn == {"ann", "bob"}
+
+
 # ---------------------------------------------------------------------- soft targets by client
 
 

@@ -49,7 +49,8 @@ def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
     assert all("evaluation" not in line for line in lines[:-1])
     clients = ["cnn-0", "dual-5", "mlp-1", "resnet-3", "text-4", "vit-2"]
     counts = {"received": 6, "rejected": 0, "missing": 0, "reasons": {}}
-    assert last["replies"] == counts | {"asked": clients, "answered": clients, "late": [], "gone": []}
+    late = {"late": [], "late_counted": [], "busy": []}
+    assert last["replies"] == counts | {"asked": clients, "answered": clients, "gone": []} | late
     assert set(last["seconds"]) == {"generate", "clients", "aggregate", "adapt", "evaluate", "measure", "total"}
     assert len(last["clients"]["per_client"]) == 6
     accuracies = [client["accuracy"] for client in last["clients"]["per_client"].values()]
@@ -78,7 +79,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
 
 def test_the_smallest_settings_run(tiny_run, make_grid):
     run_config = tiny_run(
-        judge=True, min_nodes=1, client__models="mlp", t2i__inference_steps=1, t2i__evaluation_samples=1
+        judge=True, min_available_nodes=1, client__models="mlp", t2i__inference_steps=1, t2i__evaluation_samples=1
     )
 
     _, _, lines = run(run_config, make_grid(run_config, nodes=1))
@@ -87,7 +88,7 @@ def test_the_smallest_settings_run(tiny_run, make_grid):
 
 
 def test_a_page_that_cannot_be_drawn_costs_itself_and_not_the_run(tiny_run, make_grid, monkeypatch, caplog):
-    run_config = tiny_run(min_nodes=1, client__models="mlp", rounds=1)
+    run_config = tiny_run(min_available_nodes=1, client__models="mlp", rounds=1)
 
     def write_report(folder):
         raise ValueError("a fault in a chart")
@@ -100,7 +101,7 @@ def test_a_page_that_cannot_be_drawn_costs_itself_and_not_the_run(tiny_run, make
 
 
 def test_without_a_judge_only_the_images_that_are_shown_are_made(tiny_run, make_grid, monkeypatch):
-    run_config = tiny_run(min_nodes=1, client__models="mlp", judge=False)
+    run_config = tiny_run(min_available_nodes=1, client__models="mlp", judge=False)
     strategy = build_strategy(RunConfig.from_flower(run_config), 1)
     monkeypatch.setattr("fedmmkt.server_app.recorder.GRID_ROWS", 2)
     made, generate = [], strategy.generator.generate
@@ -324,7 +325,7 @@ def test_the_voice_of_a_liar_is_heard_where_robust_is_off(tiny_run, make_grid):
 
 
 def test_bad_clients_are_named_and_change_nothing_for_the_others(tiny_run, make_grid):
-    run_config = tiny_run(client__models="mlp", min_nodes=1)
+    run_config = tiny_run(client__models="mlp", min_available_nodes=1)
     _, _, lines = run(run_config, make_grid(run_config, nodes=10, app="tests.server_app.test_strategy:hostile"))
     replies = lines[1]["replies"]
     assert replies["received"] == 1
@@ -345,7 +346,7 @@ def test_bad_clients_are_named_and_change_nothing_for_the_others(tiny_run, make_
     assert all(reason in replies["reasons"][client] for client, reason in expected.items())
 
     # The T2I and the honest client are what they are without the others, digit for digit.
-    alone = tiny_run(name="alone", client__models="mlp", min_nodes=1)
+    alone = tiny_run(name="alone", client__models="mlp", min_available_nodes=1)
     grid = make_grid(alone, nodes=10)
     for node_id in list(grid.contexts)[1:]:
         del grid.contexts[node_id]
@@ -363,8 +364,8 @@ def test_a_run_ends_in_a_clear_error_when_no_valid_reply_is_left(tiny_run, make_
 
 
 def test_too_few_nodes_end_the_run_before_anything_is_generated(tiny_run, make_grid):
-    run_config = tiny_run(min_nodes=3, node_timeout=0.1)
-    with pytest.raises(ConfigError, match=r"'min-nodes' is 3, but 2 node\(s\) connected within 0.1 s"):
+    run_config = tiny_run(min_available_nodes=3, node_timeout=0.1)
+    with pytest.raises(ConfigError, match=r"'min-available-nodes' is 3, but 2 node\(s\) connected within 0.1 s"):
         run(run_config, make_grid(run_config, nodes=2))
 
 

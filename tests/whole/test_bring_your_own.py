@@ -87,7 +87,7 @@ def test_all_kinds_of_nodes_run_together(digits_of, tiny_run, tmp_path):
 def test_a_class_that_the_run_does_not_have_costs_its_node_alone(digits_of, tiny_run, tmp_path, caplog):
     nodes = [{"name": name, "model": "mlp", "data-path": digits_of(name, classes, ["image"])}
              for name, classes in (("fits", (0, 1)), ("strange", (0, 9)))]  # fmt: skip
-    run_config = tiny_run(rounds=1, data__classes="zero,one", min_nodes=1)
+    run_config = tiny_run(rounds=1, data__classes="zero,one", min_available_nodes=1)
     strategy = build_strategy(RunConfig.from_flower(run_config), 1)
     strategy.start(InProcessGrid("fedmmkt.client_app.app:app", run_config, nodes))
     assert strategy.recorder.run_folder.read_metrics()[-1]["replies"]["received"] == 1

@@ -130,7 +130,7 @@ def test_the_commands_of_the_page_do_what_it_says(hosts):
         if "NODE_ID" in text:
             assert nodes(yours).count("online") == 2
             text = text.replace("NODE_ID", re.findall(r"SuperNode (\d+) registered", yours.said)[0])
-        text = text.replace("min-nodes=2 ", f"min-nodes=2 {format_run_config(tiny)} ")
+        text = text.replace("min-available-nodes=2 ", f"min-available-nodes=2 {format_run_config(tiny)} ")
         for name in names:
             hosts[name].give(text)
             given += 1

@@ -132,7 +132,7 @@ def test_a_run_outlives_a_kill_of_the_superlink(federation, nodes, tmp_path):
 
     log = Watcher("[ROUND 2/2]", kill_and_restart)
 
-    outcome = federation.run(ROOT, settings(tmp_path / "run", min_nodes=3), log)
+    outcome = federation.run(ROOT, settings(tmp_path / "run", min_available_nodes=3), log)
 
     assert outcome.status == "finished:completed", log.getvalue()
     assert killed
@@ -163,7 +163,7 @@ def test_an_upload_that_cannot_be_put_together_costs_its_node_alone(federation, 
         federation.wait_for_nodes()
         log = io.StringIO()
 
-        outcome = federation.run(ROOT, settings(tmp_path / "run", min_nodes=4, rounds=2), log)
+        outcome = federation.run(ROOT, settings(tmp_path / "run", min_available_nodes=4, rounds=2), log)
     finally:
         liar.processes.stop()
         del federation.nodes["liar"]
@@ -177,7 +177,7 @@ def test_an_upload_that_cannot_be_put_together_costs_its_node_alone(federation, 
 
 @pytest.mark.slow
 def test_a_run_whose_server_app_was_killed_goes_on_and_equals_the_uninterrupted_one(federation, nodes, tmp_path):
-    changes = {"min_nodes": 3, "rounds": 3}
+    changes = {"min_available_nodes": 3, "rounds": 3}
     whole = federation.run(ROOT, settings(tmp_path / "whole", **changes), io.StringIO())
     killed = []
 
@@ -221,7 +221,8 @@ def test_a_node_that_dies_and_one_that_lies_cost_their_voices_only(tmp_path):
         supervisor = threading.Thread(target=kill_and_keep_up, args=(federation.nodes["cnn"], over))
         log = Watcher("[ROUND 3/8]", supervisor.start)
 
-        outcome = federation.run(ROOT, settings(tmp_path / "run", min_nodes=4, rounds=8, round_deadline=40.0), log)
+        changes = {"min_available_nodes": 4, "rounds": 8, "round_deadline": 40.0}
+        outcome = federation.run(ROOT, settings(tmp_path / "run", **changes), log)
 
         over.set()
         supervisor.join()
@@ -250,7 +251,7 @@ def test_a_node_that_dies_and_one_that_lies_cost_their_voices_only(tmp_path):
 
 @pytest.mark.slow
 def test_a_node_that_lies_changes_nothing_for_the_others(federation, nodes, tmp_path):
-    changes = {"min_nodes": 3, "rounds": 4, "judge": True}
+    changes = {"min_available_nodes": 3, "rounds": 4, "judge": True}
     folder = write_partitions(DataConfig(), 4, 1, tmp_path / "data")[0]
     honest = federation.run(ROOT, settings(tmp_path / "honest", **changes), io.StringIO())
     config = {"name": "liar", "model": "hostile_node:model", "data-path": str(folder), "state-dir": str(tmp_path)}
@@ -259,7 +260,7 @@ def test_a_node_that_lies_changes_nothing_for_the_others(federation, nodes, tmp_
         federation.wait_for_nodes()
         log = io.StringIO()
 
-        lied_to = federation.run(ROOT, settings(tmp_path / "lied-to", **changes | {"min_nodes": 4}), log)
+        lied_to = federation.run(ROOT, settings(tmp_path / "lied-to", **changes | {"min_available_nodes": 4}), log)
     finally:
         liar.processes.stop()
         del federation.nodes["liar"]

@@ -19,7 +19,7 @@ from tests import ROOT
 
 def test_a_real_run_ends_well_and_as_it_does_in_one_process(tiny_run, tmp_path):
     """Two tiny rounds; clients that run side by side under Ray must not change a digit."""
-    settings = tiny_run("flower", client__models="cnn,dual", min_nodes=2)
+    settings = tiny_run("flower", client__models="cnn,dual", min_available_nodes=2)
     settings["output-dir"] = str(tmp_path / "flower")
 
     status = simulate(ROOT, 2, tmp_path / "flower", settings)

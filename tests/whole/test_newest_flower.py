@@ -8,7 +8,7 @@ from packaging.version import Version
 from tests.environments import fresh_environment, run
 
 BRIEF = (
-    'rounds=1 min-nodes=2 judge=false tracker="" t2i.samples-per-round=12 t2i.inference-steps=2 '
+    'rounds=1 min-available-nodes=2 judge=false tracker="" t2i.samples-per-round=12 t2i.inference-steps=2 '
     't2i.adaptation-steps=1 t2i.evaluation-samples=10 client.models="cnn,text" client.warmup-epochs=1 '
     "client.distillation-steps=2"
 )

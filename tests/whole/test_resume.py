@@ -187,7 +187,7 @@ def test_a_resumed_run_takes_the_settings_of_the_earlier_one(tiny_run, make_grid
     complete = {**to_flower(RunConfig()), **effective_config(ROOT, 2, folder.parent / "new", typed)}
     config = RunConfig.from_flower(complete).model_dump(mode="json", by_alias=True)
 
-    own = {"rounds": 2, "output-dir": str(folder.parent / "new"), "resume-from": str(folder), "min-nodes": 2}
+    own = {"rounds": 2, "output-dir": str(folder.parent / "new"), "resume-from": str(folder), "min-available-nodes": 2}
     assert config == earlier | strategy | own
     assert earlier_nodes(folder) == 2
     check_run(ROOT, 2, effective_config(ROOT, 2, folder.parent / "new", typed))  # finds nothing wrong
@@ -269,7 +269,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
 
 def test_nodes_join_leave_return_and_lose_their_disk(tiny_run, make_grid, caplog):
     """Text joins in round 3 with a modality that was not there; mlp-0 is away in rounds 2 and 3 and loses its disk."""
-    run_config = tiny_run(rounds=5, client__models="mlp,mlp,text", min_nodes=1, checkpoints_kept=10)
+    run_config = tiny_run(rounds=5, client__models="mlp,mlp,text", min_available_nodes=1, checkpoints_kept=10)
     grid = make_grid(run_config, nodes=3)
     nodes, memory = dict(grid.contexts), Path(run_config["client.state-dir"]) / f"{1:020d}"
     connected = {1: {1, 2}, 2: {2}, 3: {2, 3}, 4: {1, 2, 3}, 5: {1, 2, 3}}
@@ -299,9 +299,9 @@ def test_nodes_join_leave_return_and_lose_their_disk(tiny_run, make_grid, caplog
     assert names == {f"batch-{n:05d}.npz" for n in (2, 3, 4, 5)} | {f"targets-{n:05d}.npz" for n in (2, 3, 4)}
 
 
-def test_a_late_reply_is_named_and_not_counted(tiny_run, make_grid):
-    """A node whose reply to round 1 comes in round 2."""
-    run_config = tiny_run(rounds=2, client__models="mlp", round_deadline=0.01, quorum=0.5, min_nodes=1)
+def test_a_late_reply_is_named_and_counts_while_its_batch_is_taught(tiny_run, make_grid):
+    """A node whose reply to round 1 comes in round 2, and which is then asked for round 2."""
+    run_config = tiny_run(rounds=2, client__models="mlp", round_deadline=0.01, quorum=0.5, min_available_nodes=1)
     grid = make_grid(run_config, nodes=2)
     pull, push, held = grid.pull_messages, grid.push_messages, set()
 
@@ -316,12 +316,22 @@ def test_a_late_reply_is_named_and_not_counted(tiny_run, make_grid):
                 held.clear()
         return ids
 
+    class Watching(FedMMKT):
+        def make_targets(self, batch, answers):
+            taught_again[batch.round] = answers
+            return super().make_targets(batch, answers)
+
+    taught_again = {}
     grid.push_messages = slow_push
     grid.pull_messages = lambda ids: pull([message_id for message_id in ids if message_id not in held])
-    strategy = start(run_config, grid, 1)
+    strategy = start(run_config, grid, 1, Watching)
 
     lines = strategy.recorder.run_folder.read_metrics()
     assert lines[1]["replies"]["answered"] == ["mlp-0"]
     assert lines[1]["replies"]["reasons"] == {"mlp-1": "no answer before the round closed"}
-    assert lines[2]["replies"]["late"] == ["mlp-1"]
+    assert lines[2]["replies"]["late"] == lines[2]["replies"]["late_counted"] == ["mlp-1"]
     assert lines[2]["replies"]["received"] == 2
+    assert lines[2]["replies"]["busy"] == []
+    # Batch 1 was taught again, with both answers.
+    logits = [answer.report.client for answer in taught_again[1]]
+    assert logits == ["mlp-0", "mlp-1"]
