@@ -5,12 +5,27 @@ import pytest
 from fedmmkt.common.config import RunConfig
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.app import build_strategy
+from fedmmkt.server_app.strategy import FedMMKT
 
 
-# A round closes when two of three have answered: it waits for both others, and not for the straggler.
+class Impatient(FedMMKT):
+    """A strategy whose rounds close when two of three have answered: they wait for both others of a straggler."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        self.recorder.config = self.recorder.config.model_copy(update={"quorum": 0.6})
+        return super().configure_train(server_round, arrays, config, grid)
+
+
 @pytest.fixture
 def grid(tiny_run):
-    run_config = tiny_run(rounds=7, client__models="mlp", round_deadline=0.01, quorum=0.6, client__pool_rounds=3)
+    run_config = tiny_run(
+        rounds=7,
+        client__models="mlp",
+        round_deadline=0.01,
+        quorum=1.0,
+        client__pool_rounds=3,
+        strategy=f"{__name__}:Impatient",
+    )
     nodes = [{"partition-id": index, "num-partitions": 3} for index in range(3)]
     grid = InProcessGrid("tests.whole.straggler:app", run_config, nodes, workers=3)
     yield grid
