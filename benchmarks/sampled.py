@@ -24,7 +24,7 @@ from fedmmkt.common.payloads import ClientReport, DistillationPayload, FinalEval
 from fedmmkt.deploy.in_process import InProcessGrid
 
 CASES = ((100, 1.0), (1000, 0.1))  # Connected clients, and the fraction that a round asks: 100 in both.
-ROUNDS = 4
+ROUNDS = 3
 
 app = ClientApp()
 
