@@ -240,6 +240,12 @@ class T2IConfig(_Section):
         "its own `{}`; empty: four for digits with the starter, else `a picture of a {}`",
     )
     samples_per_round: int = Field(400, ge=1, le=1_000_000, description="images generated per round")
+    classes_per_round: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="classes that the prompts of a round name, in turn, so that each has several samples; 0: all",
+    )
     generation_batch_size: int = Field(
         0, ge=0, le=4096, description="images generated at once; 0: chosen by their size, at most 100"
     )

@@ -78,6 +78,7 @@ def checks_of_server(app: Path, config: RunConfig) -> Iterator[Check]:
     yield partial(read_class_names, config.data)
     if config.t2i.model != RunConfig().t2i.model:
         yield partial(_check_pipeline, config)
+    yield partial(_check_sizes, config)
     if config.t2i.adapter:
         yield partial(_check_adapter, Path(config.t2i.adapter).expanduser())
     if config.t2i.prompts != RunConfig().t2i.prompts:
@@ -181,15 +182,28 @@ def _check_adapter(folder: Path) -> None:
         )
 
 
-def _check_prompts(config: RunConfig) -> None:
-    """Check a file of prompts; their classes too where these are known without the data."""
+def _cheap_classes(config: RunConfig) -> tuple[str, ...]:
+    """Return the class space where it is known without the data, else none."""
     from fedmmkt.common.dataset_files import DIGIT_NAMES
     from fedmmkt.common.datasets import FROM_CLIENTS, read_class_names
+
+    if config.data.classes == FROM_CLIENTS:
+        return ()
+    return read_class_names(config.data) or (DIGIT_NAMES if config.data.dataset == "digits" else ())
+
+
+def _check_sizes(config: RunConfig) -> None:
+    from fedmmkt.server_app.sizes import check_sizes
+
+    if classes := _cheap_classes(config):
+        check_sizes(config, len(classes))
+
+
+def _check_prompts(config: RunConfig) -> None:
+    """Check a file of prompts; their classes too where these are known without the data."""
     from fedmmkt.server_app.prompts import FilePrompts, read_prompts
 
-    classes: tuple[str, ...] = ()
-    if config.data.classes != FROM_CLIENTS:
-        classes = read_class_names(config.data) or (DIGIT_NAMES if config.data.dataset == "digits" else ())
+    classes = _cheap_classes(config)
     path = Path(config.t2i.prompts).expanduser()
     if classes:
         FilePrompts(path, classes)

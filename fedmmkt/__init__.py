@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fedmmkt.server_app.report.compare import write_comparison
     from fedmmkt.server_app.rules.aggregation import aggregations
     from fedmmkt.server_app.rules.scores import Feedback, scores
+    from fedmmkt.server_app.rules.streaming import by_sample
     from fedmmkt.server_app.rules.updates import UpdateRule, updates
     from fedmmkt.server_app.strategy import FedMMKT, strategies
     from fedmmkt.server_app.t2i.families import Family, FlowFamily, MaskedFamily, families
@@ -54,6 +55,7 @@ _PUBLIC = {
     "server_app.report.compare": ("write_comparison",),
     "server_app.rules.aggregation": ("aggregations",),
     "server_app.rules.scores": ("Feedback", "scores"),
+    "server_app.rules.streaming": ("by_sample",),
     "server_app.rules.updates": ("UpdateRule", "updates"),
     "server_app.t2i.families": ("Family", "FlowFamily", "MaskedFamily", "families"),
     "server_app.t2i.generator": ("Generator",),
@@ -104,6 +106,7 @@ __all__ = [
     "TaskModel",
     "UpdateRule",
     "aggregations",
+    "by_sample",
     "families",
     "generate_folder",
     "load_client_model",

@@ -28,6 +28,7 @@ from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.record.trackers import check_trackers
 from fedmmkt.server_app.recorder import Recorder
 from fedmmkt.server_app.rules.checks import check_rules
+from fedmmkt.server_app.sizes import check_sizes, warn_of_sizes
 from fedmmkt.server_app.strategy import FedMMKT, strategies
 from fedmmkt.server_app.t2i.families import families
 from fedmmkt.server_app.t2i.generator import Generator
@@ -111,6 +112,8 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     classes, splits = _classes_and_splits(config, classes or (state.classes if state else ()))
     if state:
         check_resumable(state, config, classes)
+    check_sizes(config, len(classes))
+    warn_of_sizes(config, len(classes))
     path = _run_path(run_id, config.output_dir, config.resume_from)
     if state:
         run_folder = RunFolder.resume(path, earlier, state.metrics)

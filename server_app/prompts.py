@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import WARNING
 from pathlib import Path
@@ -32,8 +33,14 @@ class Prompt:
 class PromptSource(Protocol):
     """A source of prompts."""
 
-    def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
-        """Return ``count`` prompts for a round."""
+    @property
+    def named_classes(self) -> Sequence[int]:
+        """The classes that prompts can name."""
+
+    def __call__(
+        self, count: int, rng: np.random.Generator, classes: Sequence[int] | None = None
+    ) -> list[Prompt]:
+        """Return ``count`` prompts for a round, of some classes or of all."""
 
     def per_class(self, count: int, rng: np.random.Generator) -> list[Prompt]:
         """Return ``count`` prompts of each class, class by class."""
@@ -80,13 +87,20 @@ class TemplatePrompts:
         self.templates = templates
         self.classes = classes
 
-    def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
-        """Return ``count`` prompts."""
-        classes = _balanced(np.arange(len(self.classes)), count, rng)
+    @property
+    def named_classes(self) -> Sequence[int]:
+        """The classes that prompts can name: all."""
+        return range(len(self.classes))
+
+    def __call__(
+        self, count: int, rng: np.random.Generator, classes: Sequence[int] | None = None
+    ) -> list[Prompt]:
+        """Return ``count`` prompts, of some classes or of all."""
+        drawn_N = _balanced(np.array(self.named_classes if classes is None else classes), count, rng)
         chosen = rng.integers(len(self.templates), size=count)
         return [
             Prompt(self.templates[template].format(self.classes[index]), int(index))
-            for template, index in zip(chosen, classes, strict=True)
+            for template, index in zip(chosen, drawn_N, strict=True)
         ]
 
     def per_class(self, count: int, rng: np.random.Generator) -> list[Prompt]:
@@ -104,9 +118,21 @@ class FilePrompts:
             for number, text, name in read_prompts(path)
         ]
 
-    def __call__(self, count: int, rng: np.random.Generator) -> list[Prompt]:
-        """Return ``count`` prompts; all prompts of the file are used equally often (at most one apart)."""
-        return [self.prompts[index] for index in _balanced(np.arange(len(self.prompts)), count, rng)]
+    @property
+    def named_classes(self) -> Sequence[int]:
+        """The classes that prompts of the file name."""
+        return sorted({prompt.class_index for prompt in self.prompts if prompt.class_index >= 0})
+
+    def __call__(
+        self, count: int, rng: np.random.Generator, classes: Sequence[int] | None = None
+    ) -> list[Prompt]:
+        """Return ``count`` prompts; all prompts of the file are used equally often (at most one apart).
+
+        With ``classes``, these are the prompts that name one of them, or no class.
+        """
+        allowed = None if classes is None else {*classes, -1}
+        rows = [row for row, prompt in enumerate(self.prompts) if allowed is None or prompt.class_index in allowed]
+        return [self.prompts[index] for index in _balanced(np.array(rows), count, rng)]
 
     def per_class(self, count: int, rng: np.random.Generator) -> list[Prompt]:
         """Return ``count`` prompts of each class, class by class; those of a class are used equally often.
@@ -126,6 +152,27 @@ class FilePrompts:
                 )
             chosen += [own[index] for index in _balanced(np.arange(len(own)), count, rng)]
         return chosen
+
+
+def classes_of_round(classes: Sequence[int], per_round: int, seed: int, server_round: int) -> Sequence[int] | None:
+    """Choose the classes of a round (from 1), so that all come in turn; None if there is no need to choose.
+
+    Parameters
+    ----------
+    classes : sequence of int
+        All classes.
+    per_round : int
+        Number of classes of a round; 0 for all.
+    seed : int
+        Seed of their order, which is the same in each turn.
+    server_round : int
+        The round.
+    """
+    if not 0 < per_round < len(classes):
+        return None
+    order = np.random.default_rng(seed).permutation(np.array(classes))
+    first = (server_round - 1) * per_round
+    return sorted(order[np.arange(first, first + per_round) % len(order)].tolist())
 
 
 def read_prompts(path: Path) -> list[tuple[int, str, Any]]:

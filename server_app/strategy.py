@@ -6,7 +6,8 @@ The module `loop` calls these steps. The ledger and the recorder store their res
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
@@ -38,14 +39,15 @@ from fedmmkt.server_app.exchange import Answer
 from fedmmkt.server_app.exploration import draw_parents, generate_or_vary
 from fedmmkt.server_app.ledger import Ledger, TargetsByClient
 from fedmmkt.server_app.loop import Loop, RunError
-from fedmmkt.server_app.prompts import Prompt, PromptSource
+from fedmmkt.server_app.prompts import Prompt, PromptSource, classes_of_round
 from fedmmkt.server_app.recorder import Recorder
 from fedmmkt.server_app.requests import make_requests
 from fedmmkt.server_app.rules.aggregation import aggregations, normalised
 from fedmmkt.server_app.rules.bounds import bounded
 from fedmmkt.server_app.rules.checks import check_result
 from fedmmkt.server_app.rules.scores import Feedback, scores
-from fedmmkt.server_app.rules.sureness import RULES_OF_PROBABILITIES, common_scale
+from fedmmkt.server_app.rules.streaming import aggregate
+from fedmmkt.server_app.rules.sureness import RULES_OF_PROBABILITIES, scale_of
 from fedmmkt.server_app.rules.updates import updates
 from fedmmkt.server_app.sampling import draw, draw_in_turns, sample_size
 from fedmmkt.server_app.standings import weigh_answers
@@ -115,13 +117,16 @@ class FedMMKT(Strategy):
         self.aggregation = aggregations.get(config.t2i.aggregation, extra)
         self.score = scores.get(config.t2i.scores, extra)
         self.update = updates.get(config.t2i.update, extra)()
+        self._known: dict[tuple[int, ...], tuple[list[Answer], Tensor]] | None = None
 
     # ------------------------------------------------------------------ the steps of a round
 
     def make_prompts(self, server_round: int) -> list[Prompt]:
-        """Return the prompts of a round."""
-        rng = np.random.default_rng((self.config.seed, server_round))
-        return self.prompts(self.config.t2i.samples_per_round, rng)
+        """Return the prompts of a round, of all classes or, by ``t2i.classes-per-round``, of the next ones."""
+        seed, t2i = self.config.seed, self.config.t2i
+        rng = np.random.default_rng((seed, server_round))
+        classes = classes_of_round(self.prompts.named_classes, t2i.classes_per_round, seed, server_round)
+        return self.prompts(t2i.samples_per_round, rng, classes)
 
     def guidance(self, server_round: int) -> float:
         """Return the guidance scale of a round (from 1), by ``t2i.guidance``.
@@ -212,18 +217,18 @@ class FedMMKT(Strategy):
     def aggregate_logits(self, answers: list[Answer], prompted_N: Tensor) -> Tensor:
         """Aggregate the clients' logits into probabilities (samples x classes), with the rule ``t2i.aggregation``."""
         payloads = [answer.required_payload for answer in answers]
-        logits_KNC = torch.stack([torch.from_numpy(payload.logits_NC).float() for payload in payloads])
+        logits = [payload.logits_NC for payload in payloads]
         counts_KC = torch.stack([torch.from_numpy(payload.class_counts_C) for payload in payloads])
-        shape, name = tuple(logits_KNC.shape[1:]), self.config.t2i.aggregation
-        if self.config.robust and name not in RULES_OF_PROBABILITIES:
-            logits_KNC = common_scale(logits_KNC)
-        mass_NC = self.aggregation(logits_KNC, counts_KC, prompted_N)
-        return normalised(check_result(mass_NC, shape, aggregations.key, name))
+        name = self.config.t2i.aggregation
+        check = partial(check_result, key=aggregations.key, name=name)
+        scale = scale_of(logits) if self.config.robust and name not in RULES_OF_PROBABILITIES else None
+        mass_NC = aggregate(self.aggregation, logits, counts_KC, prompted_N, check, scale)
+        return normalised(check(mass_NC, tuple(logits[0].shape)))
 
     def make_targets(self, batch: SyntheticBatch, answers: list[Answer]) -> SoftTargets:
         """Make the soft targets of a batch from answers; samples are weighted by the agreement of these clients."""
         prompted_N = torch.from_numpy(batch.prompted_N)
-        probabilities_NC = self.aggregate_logits(answers, prompted_N)
+        probabilities_NC = self._aggregated(answers, prompted_N)
         text_consensus_NC = self._read_in_prompts(answers, prompted_N)
         agreement_N = Feedback(probabilities_NC, prompted_N, None, text_consensus_NC).agreement_N()
         return SoftTargets(
@@ -239,11 +244,11 @@ class FedMMKT(Strategy):
         judge. If no image client holds a class, image+text clients judge the samples of this class.
         """
         judges = [answer for answer in answers if answer.report.modality == "image"] or answers
-        consensus_NC = self.aggregate_logits(judges, prompted_N)
+        consensus_NC = self._aggregated(judges, prompted_N)
         unjudged_N = (prompted_N >= 0) & ~covered_classes_C(judges)[prompted_N]
         pairs = [answer for answer in answers if answer.report.modality == "image+text"]
         if pairs and bool(unjudged_N.any()):
-            consensus_NC = torch.where(unjudged_N[:, None], self.aggregate_logits(pairs, prompted_N), consensus_NC)
+            consensus_NC = torch.where(unjudged_N[:, None], self._aggregated(pairs, prompted_N), consensus_NC)
         payload_votes = [answer.required_payload.votes_N for answer in answers]
         votes = [torch.from_numpy(votes_N) for votes_N in payload_votes if votes_N is not None]
         text_consensus_NC = self._read_in_prompts(answers, prompted_N)
@@ -329,7 +334,7 @@ class FedMMKT(Strategy):
         if not answers:
             return None, None
         batch, samples = self.ledger.served(server_round)
-        with self.recorder.timed("aggregate"):
+        with self.recorder.timed("aggregate"), self._aggregating_once():
             targets, scores_N = self._learn_from(batch, answers)
             self.ledger.teach(server_round, targets, samples.scored(scores_N))
             self.ledger.keep_answers(server_round, answers)
@@ -513,6 +518,25 @@ class FedMMKT(Strategy):
 
     # ------------------------------------------------------------------ parts of the steps
 
+    @contextmanager
+    def _aggregating_once(self) -> Iterator[None]:
+        """Aggregate the same answers once inside the block, though soft targets and scores both need them."""
+        self._known = {}
+        try:
+            yield
+        finally:
+            self._known = None
+
+    def _aggregated(self, answers: list[Answer], prompted_N: Tensor) -> Tensor:
+        """Return what `aggregate_logits` does; inside `_aggregating_once`, from memory if it was called before."""
+        known = self._known
+        if known is None:
+            return self.aggregate_logits(answers, prompted_N)
+        key = tuple(map(id, answers))
+        if key not in known:
+            known[key] = (answers, self.aggregate_logits(answers, prompted_N))  # Kept alive: ids are reused.
+        return known[key][1]
+
     def _overrides(self) -> str:
         """Name the methods that a subclass overrides, so that a misspelt one shows in the log."""
         public = [name for name, part in vars(FedMMKT).items() if callable(part) and not name.startswith("_")]
@@ -606,7 +630,7 @@ class FedMMKT(Strategy):
         readers = [answer for answer in answers if answer.report.modality == "text"]
         if not readers or self.config.t2i.agreement != "cross-modal" or not bool((prompted_N < 0).any()):
             return None
-        return self.aggregate_logits(readers, prompted_N)
+        return self._aggregated(readers, prompted_N)
 
 
 strategies: Registry[type[FedMMKT]] = Registry(

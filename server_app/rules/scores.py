@@ -57,12 +57,15 @@ def votes(feedback: Feedback) -> Tensor:
     """Weight by votes, scaled to mean one within each prompted class, times the squared agreement with the prompt.
 
     Votes show how real a sample looks among samples of its class, but not whether it shows this class. The squared
-    agreement keeps out samples that show another class. Without votes (``feedback = "logits"``, or no image clients),
+    agreement keeps out samples that show another class. A sample that is alone in its class gets all votes of the class,
+    whatever it shows, so its votes count as the mean and its agreement decides. Without votes (``feedback = "logits"``, or no image clients),
     the rule is `consensus`.
     """
     if feedback.votes_N is None or not bool(feedback.votes_N.any()):
         return consensus(feedback)
-    return _class_normalised(feedback.votes_N, feedback.prompted_N) * feedback.agreement_N().clamp_min(0.02).square()
+    votes_N = _class_normalised(feedback.votes_N, feedback.prompted_N)
+    lone_votes_N = votes_N.masked_fill(_is_alone_N(feedback.prompted_N) & (feedback.prompted_N >= 0), 1.0)
+    return lone_votes_N * feedback.agreement_N().clamp_min(0.02).square()
 
 
 @scores.register("consensus")
@@ -83,8 +86,12 @@ def _class_normalised(values_N: Tensor, prompted_N: Tensor) -> Tensor:
     Scaled alone, every such sample would have the same value.
     """
     index_N = prompted_N + 1
-    is_alone_N = torch.bincount(index_N)[index_N] == 1
-    index_N = torch.where(is_alone_N, index_N.max() + 1, index_N)
+    index_N = torch.where(_is_alone_N(prompted_N), index_N.max() + 1, index_N)
     sums = torch.zeros(int(index_N.max()) + 1).index_add(0, index_N, values_N.float())
     counts = torch.bincount(index_N, minlength=len(sums))
     return values_N / (sums / counts.clamp_min(1)).clamp_min(1e-8)[index_N]
+
+
+def _is_alone_N(prompted_N: Tensor) -> Tensor:
+    """Return whether each sample is the only one of its prompted class."""
+    return torch.bincount(prompted_N + 1)[prompted_N + 1] == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +24,41 @@ def common_scale(logits_KNC: Tensor) -> Tensor:
     logits_KNC : torch.Tensor
         Logits, clients x samples x classes.
     """
-    mean_KN1 = logits_KNC.mean(-1, keepdim=True)
-    spread_KN1 = (logits_KNC - mean_KN1).square().mean(-1, keepdim=True).sqrt()
-    factor_KN1 = (_bound(spread_KN1) / spread_KN1.clamp_min(1e-12)).clamp_max(1)
-    scaled_KNC = torch.where(factor_KN1 < 1, mean_KN1 + (logits_KNC - mean_KN1) * factor_KN1, logits_KNC)
-    level_KN1 = scaled_KNC.logsumexp(-1, keepdim=True)
-    excess_KN1 = (level_KN1 - _bound(level_KN1)).clamp_min(0)
-    return torch.where(excess_KN1 > 0, scaled_KNC - excess_KN1, scaled_KNC)
+    return scale_of([logits_NC.numpy() for logits_NC in logits_KNC])(logits_KNC)
 
 
-def _bound(measure_KN1: Tensor) -> Tensor:
-    return measure_KN1[..., 0].quantile(SUREST, dim=1).median()
+def scale_of(clients: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:
+    """Return a function that bounds logits as `common_scale` does, of any clients and samples (..., classes).
+
+    The bounds are found one client at a time, so that the logits of all need not be held in full precision.
+
+    Parameters
+    ----------
+    clients : sequence of numpy.ndarray
+        Logits of each client, samples x classes.
+    """
+    spread_K, level_K = torch.empty(len(clients)), torch.empty(len(clients))
+    for index, logits_NC in enumerate(clients):
+        spread_K[index] = _spread(torch.from_numpy(logits_NC).float())[..., 0].quantile(SUREST)
+    most_spread = spread_K.median()
+    for index, logits_NC in enumerate(clients):
+        narrowed_NC = _narrowed(torch.from_numpy(logits_NC).float(), most_spread)
+        level_K[index] = narrowed_NC.logsumexp(-1).quantile(SUREST)
+    most_level = level_K.median()
+
+    def scale(logits: Tensor) -> Tensor:
+        narrowed = _narrowed(logits, most_spread)
+        excess = (narrowed.logsumexp(-1, keepdim=True) - most_level).clamp_min(0)
+        return torch.where(excess > 0, narrowed - excess, narrowed)
+
+    return scale
+
+
+def _spread(logits: Tensor) -> Tensor:
+    return (logits - logits.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt()
+
+
+def _narrowed(logits: Tensor, most_spread: Tensor) -> Tensor:
+    mean = logits.mean(-1, keepdim=True)
+    factor = (most_spread / _spread(logits).clamp_min(1e-12)).clamp_max(1)
+    return torch.where(factor < 1, mean + (logits - mean) * factor, logits)

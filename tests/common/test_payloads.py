@@ -207,3 +207,20 @@ def test_bytes_count_arrays_as_they_are_sent():
     assert record_bytes(RecordDict(payload.to_records("payload"))) == 3 * 128 + 12 + 16 + 12 + len(
         '{"batch_id": "run-1"}'
     )
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 21_000, 100_000])
+def test_half_precision_holds_soft_targets_of_many_classes(classes):
+    """Uniform, peaked with a long tail that rounds to zero, and drawn: each row still sums to one within .004."""
+    rng = np.random.default_rng(0)
+    tail = np.full(classes, 2.9e-8)  # Just under half of the smallest number of half precision.
+    tail[0] = 1 - tail[1:].sum()
+    probabilities_NC = np.stack([np.full(classes, 1 / classes), tail, rng.dirichlet(np.full(classes, 0.1))])
+
+    targets = SoftTargets(
+        batch_id="b", probabilities_NC=probabilities_NC.astype(np.float16), weights_N=np.ones(3, np.float32)
+    )
+
+    sums_N = targets.probabilities_NC.astype(np.float64).sum(1)
+    assert np.abs(sums_N - 1).max() < 0.004
+    assert np.abs(targets.probabilities_NC - probabilities_NC).max() < 5e-4

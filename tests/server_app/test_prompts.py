@@ -9,7 +9,7 @@ import pytest
 
 from fedmmkt.common.config import ConfigError, RunConfig, T2IConfig
 from fedmmkt.server_app.app import build_strategy
-from fedmmkt.server_app.prompts import Prompt, build_prompt_source, templates_of
+from fedmmkt.server_app.prompts import Prompt, build_prompt_source, classes_of_round, templates_of
 
 CLASSES = ("cat", "dog", "cow")
 
@@ -121,3 +121,35 @@ def test_a_bad_file_is_named(tmp_path, line, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"'t2i.prompts' is .*missing.jsonl', which cannot be read"):
         build_prompt_source(T2IConfig(prompts=str(tmp_path / "missing.jsonl")), CLASSES)
+
+
+def test_the_classes_of_rounds_come_in_turn(tmp_path):
+    """Of five classes two a round: after five rounds each has come twice, in the same order again."""
+    rounds = [classes_of_round(range(5), 2, 7, server_round) for server_round in range(1, 11)]
+
+    assert all(len(set(classes)) == 2 for classes in rounds)
+    assert Counter(index for classes in rounds[:5] for index in classes) == dict.fromkeys(range(5), 2)
+    assert rounds[5:] == rounds[:5]
+    assert rounds != [classes_of_round(range(5), 2, 8, server_round) for server_round in range(1, 11)]
+    assert [classes_of_round(range(5), count, 7, 1) for count in (0, 5, 9)] == [None] * 3
+
+
+def test_prompts_of_some_classes_name_these_or_none(tmp_path):
+    lines = [json.dumps({"prompt": name, "class": name}) for name in ("cat", "cow")]
+    from_file = source(tmp_path, *lines, '{"prompt": "anything"}')
+    templates = build_prompt_source(T2IConfig(prompt_templates=("a {}",)), CLASSES)
+
+    assert from_file.named_classes == [0, 2]
+    assert {prompt.text for prompt in from_file(8, np.random.default_rng(0), [2])} == {"cow", "anything"}
+    drawn = templates(6, np.random.default_rng(0), [0, 1])
+    assert Counter(prompt.text for prompt in drawn) == {"a cat": 3, "a dog": 3}
+
+
+def test_a_run_shows_as_many_classes_a_round_as_is_set(tiny_run):
+    settings = tiny_run(t2i__classes_per_round=4)
+    strategy = build_strategy(RunConfig.from_flower(settings), 1)
+
+    rounds = [{prompt.class_index for prompt in strategy.make_prompts(number)} for number in (1, 2, 3)]
+
+    assert [len(classes) for classes in rounds] == [4, 4, 4]
+    assert set.union(*rounds) == set(range(10))

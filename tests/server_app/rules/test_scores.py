@@ -44,6 +44,16 @@ def test_samples_that_are_alone_in_their_class_are_scaled_together():
     assert scores_N.tolist() == pytest.approx([0.9 / 0.7, 0.5 / 0.7, 0.6 / 0.4, 0.2 / 0.4])
 
 
+def test_votes_of_a_sample_that_is_alone_in_its_class_count_as_the_mean():
+    """It gets one vote of each image of its class: 500 and 5 say how large the classes are, and nothing else."""
+    consensus_NC = torch.tensor([[0.9, 0.1, 0.0], [0.5, 0.5, 0.0], [0.2, 0.6, 0.2], [0.5, 0.3, 0.2]])
+    votes_N = torch.tensor([1.0, 3.0, 500.0, 5.0])
+
+    scores_N = scores.get("votes")(Feedback(consensus_NC, torch.tensor([0, 0, 1, 2]), votes_N))
+
+    assert scores_N.tolist() == pytest.approx([0.5 * 0.81, 1.5 * 0.25, 0.36, 0.04])
+
+
 @pytest.mark.parametrize("votes", [None, torch.zeros(3)])
 def test_vote_scores_fall_back_to_agreement_where_nobody_voted(votes):
     assert torch.equal(scores.get("votes")(feedback(votes)), scores.get("consensus")(feedback()))
