@@ -1,8 +1,8 @@
 """Time and memory of aggregation by number of clients: ``python -m benchmarks.aggregation``.
 
-Each rule is applied as the server applies it, in parts, and once to the stacked logits of all clients, as the rule itself
-is written. Both use the same logits in one process; the ratio of their times is what counts on a shared machine. Memory
-is the peak above what the process held before, and so without the clients' answers. Linux only.
+Each rule is applied as the server applies it, in parts, and with ``--stacked`` also to the logits of all clients at
+once, as the rule itself is written. Both use the same logits in one process; the ratio of their times is what counts on
+a shared machine. Memory is the peak above what the process held before, so without the clients' answers. Linux only.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ def main() -> None:
             at_once = [float("nan")] * 3
             if arguments.stacked:
                 at_once = [*_measured(lambda: rule(_stacked(given[0]), *given[1:]))]  # noqa: B023
-            seconds, processor, megabytes = (f"{figure:.3g}" for figure in figures)
-            print(f"| {name} | {clients} | {seconds} | {processor} | {megabytes} | {at_once[0]:.3g} | {at_once[2]:.0f} |",
-                  flush=True)  # fmt: skip
+            shown = " | ".join(f"{figure:.3g}" for figure in (*figures, at_once[0], at_once[2]))
+            print(f"| {name} | {clients} | {shown} |", flush=True)
 
 
 def _stacked(logits: list[np.ndarray]) -> Tensor:

@@ -385,6 +385,11 @@ class RunConfig(_Section):
     judge: bool = Field(
         True, description="measure the T2I with a classifier trained on the dataset, which the server then needs"
     )
+    judge_cache: str = Field(
+        "",
+        description="folder where trained judges are kept, each for its images, labels and seed; empty: "
+        "~/.fedmmkt/judges; `none`: they are not kept",
+    )
     local_only_control: bool = Field(
         True,
         description="at the end, each simulated client also trains a model on its private data alone, to compare with",

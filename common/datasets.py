@@ -19,6 +19,7 @@ from fedmmkt.common.dataset_files import columns_of, read_tables
 from fedmmkt.common.images import GreyError, Square, to_rgb_arrays, to_square, whites_of
 from fedmmkt.common.labels import Labels, classes_of, indices_of, matched, named, read_labels, typed
 from fedmmkt.common.natural_order import natural_key, normal_form
+from fedmmkt.common.progress import Progress
 from fedmmkt.common.table_files import LFS_POINTER
 from fedmmkt.common.tables import (
     COLUMN_FIELDS,
@@ -397,7 +398,9 @@ def _read_images(dataset: datasets.Dataset, config: DataConfig) -> tuple[list[Sq
     """Decode a column of images; return them, and for rows whose image is missing or does not decode, the reason."""
     squares: list[Square | None] = [None] * len(dataset)
     broken: dict[int, str] = {}
+    progress = Progress("read", len(dataset), "images")
     for row, square, reason in _decoded(dataset, config):
+        progress(row + 1)
         squares[row] = square
         if reason:
             broken[row] = reason

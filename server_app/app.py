@@ -15,14 +15,14 @@ from flwr.supercore import log
 from flwr.supercore.logger import FLOWER_LOGGER, update_console_handler
 
 from fedmmkt.common.config import ConfigError, RunConfig
-from fedmmkt.common.datasets import FROM_CLIENTS, Splits, load_splits, read_class_names, to_examples
+from fedmmkt.common.datasets import FROM_CLIENTS, Splits, load_splits, read_class_names
 from fedmmkt.common.failures import one_line, write_traceback
 from fedmmkt.server_app.class_space import classes_of_clients
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.loop import RunError
 from fedmmkt.server_app.prompts import build_prompt_source
 from fedmmkt.server_app.record.checkpoint import check_resumable, checkpoints, find_state, remove_later_checkpoints
-from fedmmkt.server_app.record.judge import Judge
+from fedmmkt.server_app.record.judge_training import train_judge
 from fedmmkt.server_app.record.provenance import describe_machine
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.record.trackers import check_trackers
@@ -123,7 +123,7 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     log(INFO, "Run folder: %s", run_folder.path)
     prompts = build_prompt_source(config.t2i, classes)
     generator = Generator(config.t2i, config.seed, family)
-    judge = train_judge(config, splits) if splits else None
+    judge = train_judge(config, splits, generator.device) if splits else None
     described = (
         {"classes": list(classes), "run_id": str(run_id), "started": datetime.now().isoformat(timespec="seconds")}
         | describe_machine()
@@ -167,16 +167,3 @@ def _classes_and_splits(config: RunConfig, collected: tuple[str, ...]) -> tuple[
             f"has {', '.join(splits.classes)!r}; allowed: the dataset's classes, or empty; or judge=false"
         )
     return classes, splits if config.judge else None
-
-
-def train_judge(config: RunConfig, splits: Splits) -> Judge | None:
-    """Train the judge if the dataset has images; the result depends only on the data and the seed."""
-    if config.data.image_column not in splits.train.column_names:
-        return None
-    log(INFO, "Training the judge on %s images", len(splits.train))
-    train, test = (to_examples(part, config.data, images=True, texts=False) for part in (splits.train, splits.test))
-    if train.images_NHWC is None or test.images_NHWC is None:
-        return None
-    judge = Judge(train.images_NHWC, train.labels_N, test.images_NHWC, test.labels_N, len(splits.classes), config.seed)
-    log(INFO, "The judge recognises %.1f%% of the real test images", 100 * judge.accuracy)
-    return judge

@@ -37,9 +37,7 @@ class PromptSource(Protocol):
     def named_classes(self) -> Sequence[int]:
         """The classes that prompts can name."""
 
-    def __call__(
-        self, count: int, rng: np.random.Generator, classes: Sequence[int] | None = None
-    ) -> list[Prompt]:
+    def __call__(self, count: int, rng: np.random.Generator, classes: Sequence[int] | None = None) -> list[Prompt]:
         """Return ``count`` prompts for a round, of some classes or of all."""
 
     def per_class(self, count: int, rng: np.random.Generator) -> list[Prompt]:
@@ -92,9 +90,7 @@ class TemplatePrompts:
         """The classes that prompts can name: all."""
         return range(len(self.classes))
 
-    def __call__(
-        self, count: int, rng: np.random.Generator, classes: Sequence[int] | None = None
-    ) -> list[Prompt]:
+    def __call__(self, count: int, rng: np.random.Generator, classes: Sequence[int] | None = None) -> list[Prompt]:
         """Return ``count`` prompts, of some classes or of all."""
         drawn_N = _balanced(np.array(self.named_classes if classes is None else classes), count, rng)
         chosen = rng.integers(len(self.templates), size=count)
@@ -123,9 +119,7 @@ class FilePrompts:
         """The classes that prompts of the file name."""
         return sorted({prompt.class_index for prompt in self.prompts if prompt.class_index >= 0})
 
-    def __call__(
-        self, count: int, rng: np.random.Generator, classes: Sequence[int] | None = None
-    ) -> list[Prompt]:
+    def __call__(self, count: int, rng: np.random.Generator, classes: Sequence[int] | None = None) -> list[Prompt]:
         """Return ``count`` prompts; all prompts of the file are used equally often (at most one apart).
 
         With ``classes``, these are the prompts that name one of them, or no class.

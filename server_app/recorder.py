@@ -268,7 +268,7 @@ class Recorder:
             progress = Progress("measure", len(texts), "images")
             made = self.generator.generate(texts, [seeds[index] for index in made_for], guidance, progress)
             if self.judge:
-                images_NHWC = resize_images(made.images_NHWC, self.config.data.image_size)
+                images_NHWC = resize_images(made.images_NHWC, self.judge.image_size)
                 measures = self.judge.measure(images_NHWC, np.array([prompt.class_index for prompt in prompts]))
                 record.alignment, record.frechet = measures.alignment, measures.frechet
             images = dict(zip(made_for, made.images_NHWC, strict=True))

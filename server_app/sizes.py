@@ -39,9 +39,9 @@ def check_sizes(config: RunConfig, classes: int) -> None:
     if reply > config.reply_limit * 1e6:
         most = max(0, int((config.reply_limit * 1e6 - reply_bytes(0, classes)) / (BYTES_PER_LOGIT * classes)))
         raise ConfigError(
-            f"run-config key 'reply-limit' is {config.reply_limit:g} MB, and a client's logits of {samples} samples and "
-            f"{classes} classes take {reply / 1e6:.0f} MB; allowed: 't2i.samples-per-round' up to {most}, or a limit of "
-            f"{reply / 1e6:.0f}"
+            f"run-config key 'reply-limit' is {config.reply_limit:g} MB, and a client's logits of {samples} samples "
+            f"and {classes} classes take {reply / 1e6:.0f} MB; allowed: 't2i.samples-per-round' up to {most}, or a "
+            f"limit of {reply / 1e6:.0f}"
         )
 
 
@@ -51,8 +51,8 @@ def warn_of_sizes(config: RunConfig, classes: int) -> None:
     shown = min(config.t2i.classes_per_round or classes, classes)
     if config.t2i.prompts == "templates" and config.t2i.scores == "votes" and samples < least * shown:
         logger.warning(
-            "%s samples a round of %s classes are %.3g of each: with less than %s, a private image votes for all of its "
-            "class, so that votes say nothing of them; set t2i.classes-per-round to %s or less, or raise "
+            "%s samples a round of %s classes are %.3g of each: with less than %s, a private image votes for all of "
+            "its class, so that votes say nothing of them; set t2i.classes-per-round to %s or less, or raise "
             "t2i.samples-per-round", samples, shown, samples / shown, least, max(1, samples // least),
         )  # fmt: skip
 

@@ -23,6 +23,7 @@ TINY = {
     "rounds": 2,
     "tracker": "",
     "judge": False,
+    "judge-cache": "none",
     "local-only-control": False,
     "client.warmup-epochs": 1,
     "client.local-epochs": 1,

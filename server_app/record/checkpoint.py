@@ -34,7 +34,7 @@ STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 # it computes.
 # If any other setting changed, it would be a different run.
 CHANGEABLE_ON_RESUME = {
-    *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tracker", "local-only-control"),
+    *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tracker", "local-only-control", "judge-cache"),
     *("min-available-nodes", "node-timeout", "round-deadline", "quorum", "reply-limit", "client.threads"),
     *("t2i.device", "t2i.offload", "t2i.gradient-checkpointing", "t2i.attention-slicing", "t2i.vae-tiling"),
     *("t2i.generation-batch-size", "t2i.adaptation-micro-batch-size"),

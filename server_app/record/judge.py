@@ -6,18 +6,29 @@ reach the training of clients or of the T2I model.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from scipy import linalg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedmmkt.common.augmentation import augment
+from fedmmkt.common.files import write_atomically
+from fedmmkt.common.images import resize_images
 from fedmmkt.common.progress import Progress
 
+logger = logging.getLogger("flwr")
+
 FEATURES = 64
+LARGEST_SIDE = 64  # Of the judge's images in pixels: larger ones cost much, and show it little more.
+TRAINING = 1  # To be raised with each change of the network or of its training, so that no old judge is taken.
 JUDGE_EPOCHS = 25
 JUDGE_EXAMPLES = 200_000  # Seen in the whole training; a large dataset gets fewer epochs.
 
@@ -52,9 +63,16 @@ class Judge:
         Size of the class space.
     seed : int
         Seed of the training.
+    device : torch.device, optional
+        Where it is trained and measures; by default the CPU. Its images stay in main memory, but for a batch.
+    cache : Path, optional
+        Folder of trained judges. One that was trained on the same images and labels, with the same seed on the same
+        kind of device, is taken from there.
 
     Attributes
     ----------
+    image_size : int
+        Side of the images that it sees, in pixels: that of the given images, at most `LARGEST_SIDE`.
     accuracy : float
         Its accuracy on the real test images.
     real_images : dict of int to numpy.ndarray
@@ -69,7 +87,12 @@ class Judge:
         test_labels_N: np.ndarray,
         classes: int,
         seed: int,
+        device: torch.device | None = None,
+        cache: Path | None = None,
     ) -> None:
+        self.device = device or torch.device("cpu")
+        self.image_size = min(train_NHWC.shape[1], LARGEST_SIDE)
+        train_NHWC = resize_images(train_NHWC, self.image_size)
         torch.manual_seed(seed)
         self.features = nn.Sequential(
             *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -81,44 +104,81 @@ class Judge:
         self.real_images = {
             index: test_NHWC[np.argmax(test_labels_N == index)] for index in np.unique(test_labels_N).tolist()
         }
-        self._train(_to_float(train_NHWC), torch.from_numpy(train_labels_N), seed)
+        self._network = nn.Sequential(self.features, self.head).to(self.device)
+        file = cache / f"{self._key(train_NHWC, train_labels_N, seed)}.safetensors" if cache else None
+        if file is None or not self._load(file):
+            self._train(train_NHWC, torch.from_numpy(train_labels_N), seed)
+            if file is not None:
+                self._save(file)
+        self._network.eval().requires_grad_(False)
         test_features_NF = self.embed(test_NHWC)
-        self.accuracy = float(
-            (self.head(test_features_NF).argmax(1) == torch.from_numpy(test_labels_N)).double().mean()
-        )
+        self.accuracy = float((self._recognised_N(test_features_NF) == torch.from_numpy(test_labels_N)).double().mean())
         self.test_features_NF = test_features_NF.numpy()
 
     def measure(self, images_NHWC: np.ndarray, prompted_N: np.ndarray) -> GeneratorMeasures:
-        """Measure generated images (uint8, of the judge's image size) against their prompted classes."""
+        """Measure generated images (uint8, of one size) against their prompted classes."""
         features_NF = self.embed(images_NHWC)
-        with torch.no_grad():
-            recognised_N = self.head(features_NF).argmax(1).numpy()
+        recognised_N = self._recognised_N(features_NF).numpy()
         named_N = prompted_N >= 0
         alignment = float((recognised_N == prompted_N)[named_N].mean()) if named_N.any() else None
         has_spread = min(len(features_NF), len(self.test_features_NF)) > 1
         frechet = frechet_distance(features_NF.numpy(), self.test_features_NF) if has_spread else None
         return GeneratorMeasures(alignment, frechet)
 
-    def _train(self, images_NCHW: Tensor, labels_N: Tensor, seed: int) -> None:
-        network = nn.Sequential(self.features, self.head)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+    @torch.no_grad()
+    def _recognised_N(self, features_NF: Tensor) -> Tensor:
+        """Return the class that the judge sees in each image, by its features, on the CPU."""
+        recognised_N: Tensor = self.head(features_NF.to(self.device)).argmax(1).cpu()
+        return recognised_N
+
+    def _train(self, images_NHWC: np.ndarray, labels_N: Tensor, seed: int) -> None:
+        optimizer = torch.optim.AdamW(self._network.parameters(), lr=2e-3)
         generator = torch.Generator().manual_seed(seed)
-        epochs = judge_epochs(len(labels_N))
-        progress = Progress("judge", epochs, "epochs of training")
-        for epoch in range(epochs):
+        epochs, done = judge_epochs(len(labels_N)), 0
+        progress = Progress("judge", epochs * len(labels_N), "images of its training")
+        for _ in range(epochs):
             for index in torch.randperm(len(labels_N), generator=generator).split(64):
-                loss = F.cross_entropy(network(augment(images_NCHW[index], generator)), labels_N[index])
+                images_BCHW = augment(_to_float(images_NHWC[index.numpy()]), generator).to(self.device)
+                loss = F.cross_entropy(self._network(images_BCHW), labels_N[index].to(self.device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            progress(epoch + 1)
-        network.eval().requires_grad_(False)
+                progress(done := done + len(index))
 
     @torch.no_grad()
     def embed(self, images_NHWC: np.ndarray) -> Tensor:
-        """Return features (N, F) of uint8 images of the judge's image size."""
-        chunks = range(0, len(images_NHWC), 512)
-        return torch.cat([self.features(_to_float(images_NHWC[start : start + 512])) for start in chunks])
+        """Return features (N, F) of uint8 images of one size, on the CPU."""
+        chunks = (images_NHWC[start : start + 512] for start in range(0, len(images_NHWC), 512))
+        small = (_to_float(resize_images(chunk, self.image_size)).to(self.device) for chunk in chunks)
+        return torch.cat([self.features(images_BCHW).cpu() for images_BCHW in small])
+
+    def _key(self, train_NHWC: np.ndarray, train_labels_N: np.ndarray, seed: int) -> str:
+        """Return a text that differs if anything that the training depends on does."""
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        settings = (TRAINING, seed, self.head.out_features, train_NHWC.shape, kind, torch.get_num_threads())
+        digest = hashlib.sha256(repr((*settings, torch.__version__, np.__version__)).encode())
+        digest.update(np.ascontiguousarray(train_NHWC))
+        digest.update(np.ascontiguousarray(train_labels_N))
+        return digest.hexdigest()
+
+    def _load(self, file: Path) -> bool:
+        """Load a trained judge; return whether there is one that can be used."""
+        try:
+            self._network.load_state_dict(load_file(file))
+        except FileNotFoundError:
+            return False
+        except (OSError, SafetensorError, RuntimeError) as error:
+            logger.warning("The kept judge %s cannot be used (%s), and is trained anew", file, str(error)[:200])
+            return False
+        logger.info("The judge was trained before, and is taken from %s", file)
+        return True
+
+    def _save(self, file: Path) -> None:
+        state = {name: tensor.cpu() for name, tensor in self._network.state_dict().items()}
+        try:
+            write_atomically(file, lambda temporary: save_file(state, temporary))
+        except OSError as error:
+            logger.warning("The trained judge could not be kept, and the run goes on: %s", error)
 
 
 def judge_epochs(examples: int) -> int:

@@ -57,9 +57,9 @@ def votes(feedback: Feedback) -> Tensor:
     """Weight by votes, scaled to mean one within each prompted class, times the squared agreement with the prompt.
 
     Votes show how real a sample looks among samples of its class, but not whether it shows this class. The squared
-    agreement keeps out samples that show another class. A sample that is alone in its class gets all votes of the class,
-    whatever it shows, so its votes count as the mean and its agreement decides. Without votes (``feedback = "logits"``, or no image clients),
-    the rule is `consensus`.
+    agreement keeps out samples that show another class. A sample that is alone in its class gets all votes of the
+    class, whatever it shows, so its votes count as the mean and its agreement decides. Without votes (``feedback =
+    "logits"``, or no image clients), the rule is `consensus`.
     """
     if feedback.votes_N is None or not bool(feedback.votes_N.any()):
         return consensus(feedback)

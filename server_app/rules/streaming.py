@@ -1,8 +1,8 @@
 """Aggregation in parts, so that memory does not grow with the number of clients.
 
-The rules in `aggregation` take the logits of all clients at once, which is the simplest way to write one. Here a rule is
-applied to what fits in a few megabytes: rules that are a weighted sum of the clients' probabilities take one client at a
-time, other rules that treat each sample by itself take some samples at a time. Any other rule gets everything at once.
+The rules in `aggregation` take the logits of all clients at once, which is the simplest way to write one. Here a rule
+is applied to what fits in a few megabytes: rules that are a weighted sum of the clients' probabilities take one client
+at a time, others that treat each sample by itself take some samples at a time. Any other rule gets everything at once.
 """
 
 from __future__ import annotations

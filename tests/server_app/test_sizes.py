@@ -23,7 +23,7 @@ def test_a_reply_beyond_its_limit_is_refused_with_the_numbers():
 
 def test_more_classes_than_samples_a_round_are_refused_before_anything_is_generated(tiny_run):
     settings = tiny_run(t2i__samples_per_round=5, t2i__classes_per_round=6)
-    with pytest.raises(ConfigError, match="'t2i.classes-per-round' is 6, and 't2i.samples-per-round' 5; allowed"):
+    with pytest.raises(ConfigError, match=r"'t2i\.classes-per-round' is 6, and 't2i.samples-per-round' 5; allowed"):
         build_strategy(RunConfig.from_flower(settings), 1)
 
 
