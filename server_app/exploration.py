@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,13 +72,15 @@ def generate_or_vary(
     """
     varied, new = list(parents), [index for index in range(len(prompts)) if index not in parents]
     texts = [prompt.text for prompt in prompts]
-    parts = []
-    if varied:
-        latents_NCHW = torch.stack([parents[index] for index in varied])
-        own = [texts[i] for i in varied], [seeds[i] for i in varied]
-        parts.append(generator.vary(latents_NCHW, *own, guidance, strength, progress(len(varied)), image_size))
-    if new:
-        own = [texts[i] for i in new], [seeds[i] for i in new]
-        parts.append(generator.generate(*own, guidance, progress(len(new)), image_size))
-    in_order = Samples.join(parts).select(np.argsort(varied + new))
+
+    def parts() -> Iterator[tuple[list[int], Samples]]:
+        if varied:
+            latents_NCHW = torch.stack([parents[index] for index in varied])
+            own = [texts[i] for i in varied], [seeds[i] for i in varied]
+            yield varied, generator.vary(latents_NCHW, *own, guidance, strength, progress(len(varied)), image_size)
+        if new:
+            own = [texts[i] for i in new], [seeds[i] for i in new]
+            yield new, generator.generate(*own, guidance, progress(len(new)), image_size)
+
+    in_order = Samples.gather(parts(), len(prompts))
     return replace(in_order, prompted_N=torch.tensor([prompt.class_index for prompt in prompts], dtype=torch.int64))

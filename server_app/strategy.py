@@ -261,11 +261,11 @@ class FedMMKT(Strategy):
 
         Returns the mean loss, or None without an update because all scores are zero.
         """
-        pooled = Samples.join(pool)
-        if pooled.scores_N is None or not bool(pooled.scores_N.any()):
+        scores = [samples.scores_N for samples in pool if samples.scores_N is not None]
+        if not scores or len(scores) < len(pool) or not bool(torch.cat(scores).any()):
             return None
         seed = int(np.random.SeedSequence((self.config.seed, server_round, 1)).generate_state(1)[0])
-        return self.generator.adapt(pooled, pooled.scores_N, self.config.t2i.adaptation_steps, seed, self.update)
+        return self.generator.adapt(pool, torch.cat(scores), self.config.t2i.adaptation_steps, seed, self.update)
 
     # ------------------------------------------------------------------ Flower's hooks, which the loop calls
 

@@ -157,8 +157,8 @@ class Judge:
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         settings = (TRAINING, seed, self.head.out_features, train_NHWC.shape, kind, torch.get_num_threads())
         digest = hashlib.sha256(repr((*settings, torch.__version__, np.__version__)).encode())
-        digest.update(np.ascontiguousarray(train_NHWC))
-        digest.update(np.ascontiguousarray(train_labels_N))
+        digest.update(np.ascontiguousarray(train_NHWC).data)
+        digest.update(np.ascontiguousarray(train_labels_N).data)
         return digest.hexdigest()
 
     def _load(self, file: Path) -> bool:

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fedmmkt.common.config import T2IConfig
+from fedmmkt.common.config import ConfigError, T2IConfig
 from fedmmkt.common.devices import pick_devices
 from fedmmkt.common.images import resize_images
 from fedmmkt.common.progress import Progress
@@ -26,7 +26,7 @@ from fedmmkt.server_app.t2i.conditioning import PromptEncoder
 from fedmmkt.server_app.t2i.families import Conditioning, Family, family_of
 from fedmmkt.server_app.t2i.noising import DISTILLED
 from fedmmkt.server_app.t2i.pipeline_folder import cannot_load, local_folder, variant_to_load
-from fedmmkt.server_app.t2i.samples import NO_CLASS, Samples
+from fedmmkt.server_app.t2i.samples import NO_CLASS, Samples, latents_of
 
 logger = logging.getLogger("flwr")
 
@@ -75,6 +75,7 @@ class Generator:
         self.families = [self.family, *self._to_devices(others)]
         self.adapter = Adapter(self.family, self.families[1:], config, seed)
         self.encoder = PromptEncoder(self.family)
+        self._fitting: dict[str, int] = {}  # How many samples fit the device's memory, by stage; learned by trying.
         if config.adapter:
             self.adapter.load(Path(config.adapter).expanduser())
 
@@ -197,12 +198,23 @@ class Generator:
         image_size: int | None,
     ) -> Samples:
         size = min(self._batch_size, math.ceil(len(prompts) / len(self.families)))
-        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        parts = [slice(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
         conditioning = self.encoder.conditioning(prompts)
         self.adapter.merge()
 
-        @torch.no_grad()
         def make(family: Family, part: slice) -> Samples:
+            count = part.stop - part.start
+            if count <= self._fitting.get("generate", count):
+                try:
+                    return make_at_once(family, part)
+                except torch.OutOfMemoryError as error:
+                    self._learn_size("generate", count, error)
+            empty_caches()  # Here the error is gone, and with it what it held.
+            middle = part.start + count // 2
+            return Samples.join([make(family, slice(part.start, middle)), make(family, slice(middle, part.stop))])
+
+        @torch.no_grad()
+        def make_at_once(family: Family, part: slice) -> Samples:
             encoded, empty = conditioning(torch.arange(len(prompts))[part])
             negative = {f"negative_{name}": tensor for name, tensor in empty.items()} if guidance > 1 else {}
             latents_NCHW = sampler(family, part)(
@@ -220,21 +232,27 @@ class Generator:
                 images_NHWC = resize_images(images_NHWC, image_size)
             return Samples(part_prompts, no_class_N, images_NHWC, latents_NCHW.float().cpu())
 
-        finished: list[Samples] = []
-        for samples in _on_all_devices(make, self.families, parts):
-            finished.append(samples)
-            progress(sum(map(len, finished)))
-        return Samples.join(finished)
+        def finished() -> Iterator[tuple[range, Samples]]:
+            for part, samples in zip(parts, _on_all_devices(make, self.families, parts), strict=True):
+                yield range(part.start, part.stop), samples
+                progress(part.stop)
+
+        return Samples.gather(finished(), len(prompts))
 
     def adapt(
-        self, samples: Samples, scores_N: Tensor, steps: int, seed: int, rule: UpdateRule | None = None
+        self,
+        samples: Samples | Sequence[Samples],
+        scores_N: Tensor,
+        steps: int,
+        seed: int,
+        rule: UpdateRule | None = None,
     ) -> float | None:
         """Fine-tune the adapter on scored samples.
 
         Parameters
         ----------
-        samples : Samples
-            The samples; their images are not used.
+        samples : Samples or sequence of Samples
+            The samples, as one or in parts, which are not joined; their images are not used.
         scores_N : torch.Tensor
             Not negative. The rule defines what a score means. If all scores are zero, nothing is learned.
         steps : int
@@ -258,7 +276,8 @@ class Generator:
         total, diverged = 0.0, ""
         self.denoiser.train()
         progress = Progress("adapt", steps, "steps")
-        for step, (losses, norm) in enumerate(self._steps(samples, scores_N, steps, seed, rule, before), start=1):
+        parts = [samples] if isinstance(samples, Samples) else list(samples)
+        for step, (losses, norm) in enumerate(self._steps(parts, scores_N, steps, seed, rule, before), start=1):
             for loss in losses:  # Not `sum`, which rounds otherwise from Python 3.12 on.
                 total += loss
             if not math.isfinite(total + norm):
@@ -276,7 +295,7 @@ class Generator:
 
     def _steps(
         self,
-        samples: Samples,
+        parts: Sequence[Samples],
         scores_N: Tensor,
         steps: int,
         seed: int,
@@ -294,35 +313,90 @@ class Generator:
         # Without this decay, the noise of the last steps would stay in the final adapter.
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = torch.Generator().manual_seed(seed)
-        chances_N = scores_N.double() if rule.draws_by_score else torch.ones(len(samples)).double()
+        chances_N = scores_N.double() if rule.draws_by_score else torch.ones(len(scores_N)).double()
         rewards_N = rewards(scores_N)
-        conditioning = self.encoder.conditioning(samples.prompts)
+        conditioning = self.encoder.conditioning([prompt for part in parts for prompt in part.prompts])
         at_once = config.adaptation_micro_batch_size or self._at_once(LEARNED_AT_ONCE)
+        at_once = min(at_once, config.adaptation_batch_size, self._fitting.get("adapt", at_once))
+        # In half precision, small gradients become zero on their way back, unless the loss is scaled up.
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.denoiser.dtype == torch.float16)
         for _ in range(steps):
             index = torch.multinomial(chances_N, config.adaptation_batch_size, True, generator=generator)
-            clean = samples.latents_NCHW[index].to(self.device)
+            clean = latents_of(parts, index).to(self.device)
             noisy, times_B, target = self.family.noised(clean, generator)
             dropped_B11 = (torch.rand(len(index), 1, 1, generator=generator) < config.caption_dropout).to(self.device)
             noisy = noisy.to(self.denoiser.dtype)
-            optimizer.zero_grad()
-            losses: list[float] = []
-            for part in torch.arange(len(index)).split(at_once):
-                encoded, empty = conditioning(index[part])
-                encoded = {name: _where(dropped_B11[part], empty[name], tensor) for name, tensor in encoded.items()}
-                reference = None
-                if rule.needs_reference:
-                    reference = self._predict_as(before, parameters, noisy[part], times_B[part], encoded)
-                predicted = self.family.predict(noisy[part], times_B[part], encoded)
-                loss_B = rule.loss(predicted, target[part], reference, rewards_N[index[part]].to(self.device))
-                loss = loss_B.sum() / len(index)
-                loss.backward()
-                losses.append(float(loss.detach()))
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+
+            def backward(
+                at_once: int,
+                index: Tensor = index,
+                noisy: Tensor = noisy,
+                times_B: Tensor = times_B,
+                target: Tensor = target,
+                dropped_B11: Tensor = dropped_B11,
+            ) -> list[float]:
+                """Add up the gradients of a step, in parts; return their losses."""
+                optimizer.zero_grad()
+                losses: list[float] = []
+                for part in torch.arange(len(index)).split(at_once):
+                    encoded = self._dropped(conditioning(index[part]), dropped_B11[part])
+                    reference = None
+                    if rule.needs_reference:
+                        reference = self._predict_as(before, parameters, noisy[part], times_B[part], encoded)
+                    predicted = self.family.predict(noisy[part], times_B[part], encoded)
+                    loss_B = rule.loss(predicted, target[part], reference, rewards_N[index[part]].to(self.device))
+                    loss = loss_B.sum() / len(index)
+                    scaler.scale(loss).backward()
+                    losses.append(float(loss.detach()))
+                return losses
+
+            while True:
+                try:
+                    losses = backward(at_once)
+                except torch.OutOfMemoryError as error:
+                    at_once = self._learn_size("adapt", at_once, error)
+                else:
+                    scaler.unscale_(optimizer)
+                    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                    if bool(norm.isfinite()) or scaler.get_scale() <= 1 or not math.isfinite(sum(losses)):
+                        break
+                    scaler.update()  # The scaled gradients overflowed: the same step again, with a smaller scale.
+                empty_caches()
+            scaler.step(optimizer)
+            scaler.update()
             schedule.step()
             yield losses, float(norm)
+        part = torch.arange(len(index)).split(at_once)[-1]
+        encoded = self._dropped(conditioning(index[part]), dropped_B11[part])
         with torch.no_grad():
             yield [], float(self.family.predict(noisy[part], times_B[part], encoded).float().norm())
+
+    @staticmethod
+    def _dropped(conditioning: tuple[Conditioning, Conditioning], dropped_B11: Tensor) -> Conditioning:
+        """Replace the conditioning of dropped captions by that of the empty prompt."""
+        encoded, empty = conditioning
+        return {name: _where(dropped_B11, empty[name], tensor) for name, tensor in encoded.items()}
+
+    def _learn_size(self, stage: str, count: int, error: torch.OutOfMemoryError) -> int:
+        """Return half of a number of samples that did not fit the device's memory, which it is from now on, and warn.
+
+        Raises
+        ------
+        ConfigError
+            If it was one sample.
+        """
+        key = {"generate": "generation-batch-size", "adapt": "adaptation-micro-batch-size"}[stage]
+        if count <= 1:
+            savings = "t2i.gradient-checkpointing" if stage == "adapt" else "t2i.vae-tiling"
+            raise ConfigError(
+                f"run-config key 't2i.model' is {self.config.model!r}, which does not fit the memory of {self.device} "
+                f"with one sample at once ({str(error).splitlines()[0]:.200}); allowed: {savings}=true, "
+                't2i.attention-slicing=true, t2i.offload="model", or another t2i.device'
+            ) from None
+        self._fitting[stage] = count // 2
+        logger.warning("  %-9s out of memory with %s samples at once; the run goes on with %s. 't2i.%s' = %s saves the "
+                       "attempt", stage, count, count // 2, key, count // 2)  # fmt: skip
+        return count // 2
 
     def _undo(self, before: list[Tensor], diverged: str) -> None:
         """Restore the adapter from before an update that diverged, and warn."""
@@ -380,6 +454,12 @@ def _on_all_devices(
     finally:
         for thread in threads:
             thread.shutdown(cancel_futures=True)
+
+
+def empty_caches() -> None:
+    """Give unused memory of the GPUs back, so that parts of another size fit."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def as_images(pixels_NCHW: Tensor) -> np.ndarray:

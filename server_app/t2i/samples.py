@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,6 +51,30 @@ class Samples:
             torch.cat(scores) if len(scores) == len(parts) else None,
         )
 
+    @classmethod
+    def gather(cls, parts: Iterable[tuple[Sequence[int], Samples]], count: int) -> Samples:
+        """Put parts of ``count`` samples in place as they come, so that no second copy of them is held.
+
+        Parameters
+        ----------
+        parts : iterable of (sequence of int, Samples)
+            The positions of a part's samples, and the samples, without scores. Each position comes once.
+        count : int
+            Number of samples of all parts.
+        """
+        prompts, prompted_N = [""] * count, torch.full((count,), NO_CLASS)
+        images_NHWC, latents_NCHW = np.empty((0, 0, 0, 3), np.uint8), torch.empty(0)
+        for positions, part in parts:
+            if not latents_NCHW.numel():
+                images_NHWC = np.empty((count, *part.images_NHWC.shape[1:]), np.uint8)
+                latents_NCHW = part.latents_NCHW.new_empty((count, *part.latents_NCHW.shape[1:]))
+            rows = torch.tensor(positions)
+            images_NHWC[rows.numpy()], latents_NCHW[rows] = part.images_NHWC, part.latents_NCHW
+            prompted_N[rows] = part.prompted_N
+            for position, prompt in zip(positions, part.prompts, strict=True):
+                prompts[position] = prompt
+        return cls(tuple(prompts), prompted_N, images_NHWC, latents_NCHW)
+
     def select(self, index: np.ndarray) -> Samples:
         """Return the samples at the positions ``index``, in this order."""
         rows = torch.from_numpy(index)
@@ -65,6 +89,13 @@ class Samples:
     def scored(self, scores_N: Tensor) -> Samples:
         """Return the samples with scores and without images, because images need most of the memory."""
         return replace(self, scores_N=scores_N, images_NHWC=np.empty((len(self), 0, 0, 3), np.uint8))
+
+
+def latents_of(parts: Sequence[Samples], index_B: Tensor) -> Tensor:
+    """Return the latents of samples, by their positions in all parts together (B, C, H, W)."""
+    starts = np.cumsum([0, *map(len, parts)])
+    places = np.searchsorted(starts, index_B.numpy(), side="right") - 1
+    return torch.stack([parts[k].latents_NCHW[int(i) - starts[k]] for k, i in zip(places, index_B, strict=True)])
 
 
 def sample_seeds(seed: int, server_round: int, count: int) -> list[int]:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
+from fedmmkt.server_app.t2i.samples import Samples, latents_of, sample_seeds
 
 
 def samples(*numbers, scores=None):
@@ -61,3 +61,19 @@ def test_seeds_depend_on_the_run_and_the_round_alone():
     assert seeds == sample_seeds(0, 1, 4)
     assert sample_seeds(0, 1, 2) == seeds[:2]
     assert len({*seeds, *sample_seeds(0, 2, 4), *sample_seeds(1, 1, 4)}) == 12
+
+
+def test_parts_are_gathered_in_place_and_latents_found_in_parts_that_are_not_joined():
+    def part(*values):
+        numbers = torch.tensor(values)
+        images_NHWC = np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+        return Samples(tuple(map(str, values)), numbers, images_NHWC, numbers.float().view(-1, 1, 1, 1))
+
+    gathered = Samples.gather(iter([([2, 0], part(12, 10)), (range(1, 2), part(11))]), 3)
+
+    assert gathered.prompts == ("10", "11", "12")
+    assert gathered.prompted_N.tolist() == gathered.latents_NCHW.flatten().tolist() == [10, 11, 12]
+    assert gathered.images_NHWC[:, 0, 0, 0].tolist() == [10, 11, 12]
+    index_B = torch.tensor([3, 0, 2, 4, 3])
+    found = latents_of([part(1, 2), part(3, 4, 5)], index_B)
+    assert torch.equal(found, Samples.join([part(1, 2), part(3, 4, 5)]).latents_NCHW[index_B])
