@@ -86,6 +86,7 @@ def aggregate(
     class_counts_KC: Tensor,
     prompted_N: Tensor,
     check: Callable[[object, tuple[int, ...]], Tensor],
+    scale: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Apply an aggregation rule to the logits of all clients, in parts as large as the rule allows.
 
@@ -101,6 +102,8 @@ def aggregate(
         The class that each sample's prompt names, -1 for none.
     check : callable
         Called with what a rule returned and the shape that it should have; returns it, or raises an error.
+    scale : callable, optional
+        Changes logits (..., classes) before the rule gets them, each sample of each client by itself.
 
     Returns
     -------
@@ -109,17 +112,21 @@ def aggregate(
     """
     samples, classes = logits[0].shape
     clients = [torch.from_numpy(logits_NC) for logits_NC in logits]
+
+    def prepared(logits: Tensor) -> Tensor:
+        return logits.float() if scale is None else scale(logits.float())
+
     if rule not in SUMS and not getattr(_unbound(rule), _BY_SAMPLE, False):
-        stacked_KNC = torch.stack([one.float() for one in clients])
+        stacked_KNC = torch.stack([prepared(one) for one in clients])
         return check(rule(stacked_KNC, class_counts_KC, prompted_N), (samples, classes))
     result_NC = torch.empty(samples, classes)  # Made first: small results between large temporaries fragment memory.
     size = AT_ONCE // classes if rule in SUMS else STACKED_AT_ONCE // (classes * len(clients))
     for part in _parts(samples, size):
         of_part = [one[part] for one in clients]
         if rule in SUMS:
-            result_NC[part] = _summed(SUMS[rule], of_part, class_counts_KC)
+            result_NC[part] = _summed(SUMS[rule], of_part, class_counts_KC, prepared)
         else:
-            stacked_KNC = torch.stack([one.float() for one in of_part])
+            stacked_KNC = torch.stack([prepared(one) for one in of_part])
             result = rule(stacked_KNC, class_counts_KC, prompted_N[part])
             result_NC[part] = check(result, (len(of_part[0]), classes))
     return result_NC
@@ -135,7 +142,9 @@ def _parts(samples: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, samples, size))
 
 
-def _summed(rule: WeightedSum, clients: Sequence[Tensor], class_counts_KC: Tensor) -> Tensor:
+def _summed(
+    rule: WeightedSum, clients: Sequence[Tensor], class_counts_KC: Tensor, prepared: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Sum one client after the other, in their order, so that the result is reproducible."""
     weights: Sequence[Tensor | None] = [None] * len(clients)
     if rule.by_count:
@@ -143,10 +152,10 @@ def _summed(rule: WeightedSum, clients: Sequence[Tensor], class_counts_KC: Tenso
     elif rule.familiarity is not None:
         familiarity_KN = torch.empty(len(clients), len(clients[0]))
         for index, logits_NC in enumerate(clients):
-            familiarity_KN[index] = rule.familiarity(logits_NC.float())
+            familiarity_KN[index] = rule.familiarity(prepared(logits_NC))
         weights = list(familiarity_KN.softmax(0)[..., None])
     total_NC = torch.zeros(clients[0].shape)
     for logits_NC, weight in zip(clients, weights, strict=True):
-        probabilities_NC = logits_NC.float().softmax(-1)
+        probabilities_NC = prepared(logits_NC).softmax(-1)
         total_NC += probabilities_NC if weight is None else probabilities_NC.mul_(weight)
     return rule.finish(total_NC, class_counts_KC)

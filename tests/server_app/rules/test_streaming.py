@@ -13,6 +13,7 @@ from fedmmkt.server_app.rules import streaming
 from fedmmkt.server_app.rules.aggregation import aggregations
 from fedmmkt.server_app.rules.checks import check_result
 from fedmmkt.server_app.rules.streaming import aggregate, by_sample
+from fedmmkt.server_app.rules.sureness import common_scale, scale_of
 
 CHECK = partial(check_result, key="t2i.aggregation", name="own")
 PEAK = Path("/proc/self/clear_refs")
@@ -43,6 +44,22 @@ def test_parts_give_what_the_whole_gives(name, monkeypatch):
     for part_NC in parts:
         assert torch.allclose(part_NC, whole_NC, rtol=0, atol=1e-7)
     assert name == "entropy" or torch.equal(parts[0], whole_NC)  # That takes the softmax by its logarithm.
+
+
+@pytest.mark.parametrize("name", ["energy", "min-ce"])
+def test_parts_are_brought_to_one_scale_as_the_whole_is(name, monkeypatch):
+    """The scale of the clients' logits is that of all their samples, in whatever parts these come."""
+    rule, (logits, counts_KC, prompted_N) = aggregations.get(name), answers(6, 40, 5)
+    logits[2] = logits[2] * 5
+    stacked_KNC = torch.stack([torch.from_numpy(logits_NC).float() for logits_NC in logits])
+    whole_NC = rule(common_scale(stacked_KNC), counts_KC, prompted_N)
+    monkeypatch.setattr(streaming, "AT_ONCE", 35)
+    monkeypatch.setattr(streaming, "STACKED_AT_ONCE", 35)
+
+    part_NC = aggregate(rule, logits, counts_KC, prompted_N, CHECK, scale_of(logits))
+
+    assert torch.allclose(part_NC, whole_NC, atol=1e-6)
+    assert not torch.allclose(part_NC, rule(stacked_KNC, counts_KC, prompted_N), atol=1e-3)
 
 
 def test_a_rule_of_ones_own_gets_all_samples_unless_it_says_that_it_needs_them_one_by_one(monkeypatch):
