@@ -363,7 +363,7 @@ class FedMMKT(Strategy):
             return
         late = [self.read_late_reply(sent_in, reply) for reply in replies]
         answers = sorted([*self.ledger.answers(sent_in), *late], key=lambda answer: answer.report.client)
-        with self.recorder.timed("aggregate"):
+        with self.recorder.timed("aggregate"), self._aggregating_once():
             names = {answer.report.client for answer in late}
             self.ledger.teach_again(server_round, sent_in, *self._learn_from(batch, answers, names))
             self.ledger.keep_answers(sent_in, answers)
