@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 
+@lru_cache(maxsize=100_000)
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Return a sort key that compares digits as numbers and the rest as text.
 

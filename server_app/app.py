@@ -21,7 +21,13 @@ from fedmmkt.server_app.class_space import classes_of_clients
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.loop import RunError
 from fedmmkt.server_app.prompts import build_prompt_source
-from fedmmkt.server_app.record.checkpoint import check_resumable, checkpoints, find_state, remove_later_checkpoints
+from fedmmkt.server_app.record.checkpoint import (
+    check_resumable,
+    checkpoints,
+    find_state,
+    kept_metrics,
+    remove_later_checkpoints,
+)
 from fedmmkt.server_app.record.judge_training import train_judge
 from fedmmkt.server_app.record.provenance import describe_machine
 from fedmmkt.server_app.record.run_folder import RunFolder
@@ -116,7 +122,8 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     warn_of_sizes(config, len(classes))
     path = _run_path(run_id, config.output_dir, config.resume_from)
     if state:
-        run_folder = RunFolder.resume(path, earlier, state.metrics)
+        metrics_bytes, is_measured = kept_metrics(earlier, state)
+        run_folder = RunFolder.resume(path, earlier, state.round, metrics_bytes)
         remove_later_checkpoints(run_folder.checkpoints, state.round)
     else:
         run_folder = RunFolder.create(path)
@@ -138,7 +145,7 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
         ledger.restore(
             state.lineage(), state.clients, state.history, state.pool, state.identities, state.standings, state.drawn
         )
-        recorder.restore(state)
+        recorder.restore(state, is_measured)
     return strategy(config, classes, generator, prompts, ledger, recorder)
 
 

@@ -154,6 +154,7 @@ class Loop:
         """Run round 0: measure clients and T2I before they learn anything."""
         log(INFO, "[BEFORE] measuring clients before any training")
         with self.recorder.round(0, self.ledger):
+            self.recorder.measure()
             self._evaluate(0, result)
             self.ledger.add_participants(self.recorder.answered_clients())
         self._evaluate_on_server(0, result)
@@ -183,6 +184,7 @@ class Loop:
             arrays, metrics = strategy.aggregate_train(server_round, replies)
             if arrays is not None:
                 strategy.load_arrays(arrays)
+            self.recorder.measure()
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             if server_round == self.rounds:

@@ -1,14 +1,18 @@
 """The recorder of a run: it measures each round, writes the results, and shows them on the console.
 
-It does not depend on the strategy. It reads the ledger when it writes a checkpoint.
+It does not depend on the strategy. It reads the ledger when it writes a checkpoint. The checkpoint of a round is
+written at once; what is slow, the measures of the T2I and the pages, is done while the clients work on the next round.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -24,15 +28,17 @@ from fedmmkt.common.config import RunConfig
 from fedmmkt.common.images import resize_images
 from fedmmkt.common.payloads import record_bytes
 from fedmmkt.common.progress import FIRST_SECONDS, GROWTH, TRANSIENT, Progress, duration
-from fedmmkt.server_app.exchange import Reply, causes_of, listed_names
+from fedmmkt.server_app.exchange import Reply, listed_names
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.prompts import Prompt, PromptSource
 from fedmmkt.server_app.publish.card import write_adapter_card
-from fedmmkt.server_app.record.checkpoint import ServerState, write_checkpoint
+from fedmmkt.server_app.record.background import Background
+from fedmmkt.server_app.record.checkpoint import Checkpoints, ServerState
 from fedmmkt.server_app.record.judge import Judge
-from fedmmkt.server_app.record.round_record import RoundRecord
+from fedmmkt.server_app.record.round_record import RoundRecord, spans
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.record.trackers import Trackers
+from fedmmkt.server_app.report.history import History
 from fedmmkt.server_app.report.page import write_report
 from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.standings import log_changes
@@ -40,6 +46,7 @@ from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import sample_seeds
 
 GRID_ROWS, GRID_COLUMNS = 10, 6
+PAGE_REST = 20  # After a page is written, none is for so many times the seconds that it took; the last one always is.
 
 
 class Recorder:
@@ -88,17 +95,41 @@ class Recorder:
         self._described = dict(described or {})
         self.last_round: int | None = None
         self._record = RoundRecord(0)
-        self._measured: tuple[float | None, float | None] = (None, None)
+        self._measured: dict[str, Any] = {}
         self._measured_adapter: dict[str, Tensor] = {}
-        self._pictures: list[Image.Image] = []
+        self._measured_round = -1
+        self._has_captions = False
+        self._history = History()
+        self._checkpoints = Checkpoints(run_folder.checkpoints, config.checkpoints_kept)
+        self._background = Background()
+        self._unmeasured: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        self._snapshot: dict[str, Tensor] = {}
+        self._measures: dict[str, Any] = {}
+        self._beside: list[tuple[str, float, float]] = []
+        self._last_seconds = 0.0
+        self._zero, self._page_due, self._page_is_stale = time.perf_counter(), 0.0, False
         self._expected, self._answered, self._began, self._told = 0, 0, 0.0, 0.0
 
-    def restore(self, state: ServerState) -> None:
-        """Continue after the round of a checkpoint."""
-        self.last_round = state.round
-        self._measured, self._measured_adapter = state.measured, state.adapter
-        self._pictures = state.pictures
-        self.generator.adapter.save(self.run_folder.lora)
+    def restore(self, state: ServerState, is_measured: bool) -> None:
+        """Continue after the round of a checkpoint.
+
+        Parameters
+        ----------
+        state : ServerState
+            The checkpoint.
+        is_measured : bool
+            Whether the run folder has the metrics of its round. Otherwise the round is measured when the run goes on.
+        """
+        self.last_round, self._last_seconds = state.round, state.line["seconds"]["total"]
+        self.generator.adapter.save(self.run_folder.lora, state.adapter)
+        self._history = History.of(self.run_folder.read_lines())
+        if is_measured:
+            self._measured, self._measured_adapter = self._history.lines[-1]["generator"], state.adapter
+            self._measured_round = state.round
+        else:
+            self._unmeasured = state.line, state.adapter
+        ends = [end for _, _, end in state.line["seconds"].get("timeline", {}).get("server", ())]
+        self._zero = time.perf_counter() - max(ends, default=0.0)
 
     @contextmanager
     def run(self, config: RunConfig) -> Iterator[None]:
@@ -108,31 +139,52 @@ class Recorder:
         ------
         ConfigError
             If another run is writing to the folder.
+        OSError
+            If something that was written beside the clients could not be.
         """
         self.config = config
+        self._checkpoints.keep = config.checkpoints_kept
         described = self._described | {"config": config.model_dump(mode="json", by_alias=True)}
         with self.run_folder.in_use():
             self.run_folder.write_config(described)
             with self.trackers.run(config):
-                yield
+                try:
+                    with self._background:
+                        if self._unmeasured:
+                            line, adapter = self._unmeasured
+                            measures: dict[str, Any] = {}
+                            self._background.add(partial(self._measure, line["round"], adapter, measures))
+                            self._background.add(partial(self._publish, line, adapter, measures))
+                        yield
+                finally:
+                    if self._page_is_stale:
+                        self.report()
 
     @contextmanager
     def round(self, server_round: int, ledger: Ledger) -> Iterator[None]:
-        """Record the block as a round; after it, measure the T2I and write adapter, metrics, report and checkpoint."""
+        """Record the block as a round: write its checkpoint, and let the rest be done beside the next exchange.
+
+        The rest is what can be made again from the checkpoint: measures of the T2I, picture, metrics, trackers, pages.
+        """
         record = self._record = RoundRecord(server_round)
+        self._snapshot, self._measures = {}, {}
         with record.timed("total"):
             yield
-            self._measure()
-            self.generator.adapter.save(self.run_folder.lora)
+        if not self._snapshot:
+            self.measure()
         record.gone |= ledger.clients - record.connected
-        self.run_folder.append_metrics(record.to_json())
-        self.trackers.log(record.to_json())
-        self.report()
-        self._describe(write_adapter_card)
-        self.last_round = server_round
-        # Written last, so that everything else exists for a round with a checkpoint.
-        write_checkpoint(self.run_folder.checkpoints, self._state(server_round, ledger), self.config.checkpoints_kept)
-        self._log_round()
+        self._background.wait(begin=False)  # The exchange let the lines of earlier rounds be written.
+        line = record.to_json(self._zero)
+        with self._beside_timed("checkpoint"):
+            self._checkpoints.write(self._state(line, self._snapshot, ledger))
+        self._background.add(partial(self._publish, line, self._snapshot, self._measures, record.participation()))
+        self.last_round, self._last_seconds = server_round, record.seconds["total"]
+
+    def measure(self) -> None:
+        """Let the T2I be measured, as it is now, beside the next exchange with clients."""
+        self._snapshot = {name: tensor.clone() for name, tensor in self.generator.adapter.state().items()}
+        measures = self._measures = {}
+        self._background.add(partial(self._measure, self._record.round, self._snapshot, measures))
 
     @contextmanager
     def unrecorded(self, server_round: int) -> Iterator[None]:
@@ -156,8 +208,10 @@ class Recorder:
         self._expected, self._answered = len(messages), 0
         self._began = self._told = time.perf_counter()
         missing = set(record.missing)
+        self._background.begin()
         with record.timed("clients"):
             yield
+        self._background.wait()  # What follows may change the T2I.
         if closed_without := [name for name in record.missing if name not in missing]:
             log(WARNING, "  clients   the round closed without %s", ", ".join(closed_without))
 
@@ -167,6 +221,7 @@ class Recorder:
         self._record.record_reply(reply, name)
         if reply.kind == "answered" and reply.answer is not None:
             self._answered, self._told = self._answered + 1, time.perf_counter()
+            self._record.messages.append((name, self._began, self._told))
             seconds, accuracy = self._told - self._began, reply.answer.report.accuracy
             count = f"{self._answered}/{self._expected}"
             log(INFO, "  clients   %s  %-12s accuracy %.3f  (%.1f s)", count, name, accuracy, seconds)
@@ -226,6 +281,7 @@ class Recorder:
 
     def log_waiting(self, clients: Sequence[str]) -> None:
         """Show which clients have not answered yet, unless something was shown a moment ago."""
+        self._background.check()
         now = time.perf_counter()
         if now - self._told < max(FIRST_SECONDS, GROWTH * (now - self._began)):
             return
@@ -235,7 +291,7 @@ class Recorder:
 
     def time_left(self, server_round: int, rounds: int) -> str:
         """Say how long the remaining rounds take if each takes as long as the last one; empty before round 2."""
-        seconds = self.run_folder.read_metrics()[-1]["seconds"]["total"] if server_round > 1 else 0.0
+        seconds = self._last_seconds if server_round > 1 else 0.0
         return f" about {duration(seconds * (rounds - server_round + 1))} left" if seconds else ""
 
     @staticmethod
@@ -245,18 +301,28 @@ class Recorder:
 
     # ------------------------------------------------------------------ measures
 
-    def _measure(self) -> None:
+    def _measure(self, round: int, adapter: dict[str, Tensor], measures: dict[str, Any]) -> None:
         """Measure the T2I on the same prompts, seeds and guidance in each round, and write its image grid.
 
         If the T2I has not learned in this round, it would generate the same images. The last measures are then reused.
+
+        Parameters
+        ----------
+        round : int
+            The round.
+        adapter : dict of str to torch.Tensor
+            The adapter at its end.
+        measures : dict
+            Gets the measures.
         """
-        record = self._record
-        adapter = {name: tensor.clone() for name, tensor in self.generator.adapter.state().items()}
-        if self._pictures and _equal(adapter, self._measured_adapter):
-            record.alignment, record.frechet = self._measured
-            self.run_folder.write_images(record.round, self._pictures, GRID_COLUMNS)
+        earlier = self.run_folder.picture(self._measured_round)
+        if self._measured_adapter and _equal(adapter, self._measured_adapter) and earlier.exists():
+            measures |= {key: self._measured[key] for key in ("alignment", "frechet")}
+            if round != self._measured_round:
+                shutil.copyfile(earlier, self.run_folder.picture(round))
+            self._measured_round = round
             return
-        with record.timed("measure"):
+        with self._beside_timed("measure"), self.generator.adapter.holding(adapter):
             count = self.config.t2i.evaluation_samples if self.judge else len(self.classes) * GRID_COLUMNS
             drawn = self.prompts(count, np.random.default_rng(self.config.seed))
             prompts = sorted(drawn, key=lambda prompt: prompt.class_index)
@@ -267,17 +333,47 @@ class Recorder:
             guidance = self.config.t2i.evaluation_guidance
             progress = Progress("measure", len(texts), "images")
             made = self.generator.generate(texts, [seeds[index] for index in made_for], guidance, progress)
+            measures |= {"alignment": None, "frechet": None}
             if self.judge:
                 images_NHWC = resize_images(made.images_NHWC, self.judge.image_size)
-                measures = self.judge.measure(images_NHWC, np.array([prompt.class_index for prompt in prompts]))
-                record.alignment, record.frechet = measures.alignment, measures.frechet
+                judged = self.judge.measure(images_NHWC, np.array([prompt.class_index for prompt in prompts]))
+                measures |= asdict(judged)
             images = dict(zip(made_for, made.images_NHWC, strict=True))
-            self._pictures = [Image.fromarray(images[index]) for index in shown]
-            self._write_captions([prompts[index] for index in shown])
-            self._measured, self._measured_adapter = (record.alignment, record.frechet), adapter
-            self.run_folder.write_images(record.round, self._pictures, GRID_COLUMNS)
+            pictures = [Image.fromarray(images[index]) for index in shown]
+            if not self._has_captions:
+                self._write_captions([prompts[index] for index in shown], pictures[0].size)
+            self.run_folder.write_images(round, pictures, GRID_COLUMNS)
+        self._measured, self._measured_adapter, self._measured_round = dict(measures), adapter, round
 
-    def _write_captions(self, prompts: Sequence[Prompt]) -> None:
+    def _publish(
+        self, line: dict[str, Any], adapter: dict[str, Tensor], measures: Mapping[str, Any], participation: str = ""
+    ) -> None:
+        """Write adapter, metrics and pages of a round that was measured, and show it."""
+        beside, self._beside = self._beside, []
+        self.generator.adapter.save(self.run_folder.lora, adapter)
+        line["generator"] |= measures
+        line["seconds"]["measure"] = round(sum(end - start for name, start, end in beside if name == "measure"), 3)
+        line["seconds"]["timeline"]["beside"] = spans(beside, self._zero)
+        self.run_folder.append_metrics(line)
+        self._history.add(line)
+        self.trackers.log(line)
+        with self._beside_timed("report"):
+            self._page_is_stale = True
+            if time.perf_counter() >= self._page_due:
+                began = time.perf_counter()
+                self.report()
+                self._page_due = began + PAGE_REST * (time.perf_counter() - began)
+            self._describe(write_adapter_card)
+        self._log_round(line, participation)
+
+    @contextmanager
+    def _beside_timed(self, name: str) -> Iterator[None]:
+        """Record the block's time as one of what is done beside the clients."""
+        start = time.perf_counter()
+        yield
+        self._beside.append((name, start, time.perf_counter()))
+
+    def _write_captions(self, prompts: Sequence[Prompt], size: tuple[int, int]) -> None:
         """Write the prompts of the image grid, and a real image beside each row if every row is of one class."""
         rows = [prompts[start : start + GRID_COLUMNS] for start in range(0, len(prompts), GRID_COLUMNS)]
         of_rows = [row[0].class_index if len({prompt.class_index for prompt in row}) == 1 else -1 for row in rows]
@@ -286,13 +382,14 @@ class Recorder:
             [prompt.text for prompt in prompts],
             GRID_COLUMNS,
             [self.classes[index] if index >= 0 else "" for index in of_rows],
-            [Image.fromarray(known[index]).resize(self._pictures[0].size) for index in of_rows if known],
+            [Image.fromarray(known[index]).resize(size) for index in of_rows if known],
         )
+        self._has_captions = True
 
-    def _state(self, server_round: int, ledger: Ledger) -> ServerState:
+    def _state(self, line: dict[str, Any], adapter: dict[str, Tensor], ledger: Ledger) -> ServerState:
         """Collect the state that a later run needs to continue from here."""
         return ServerState(
-            round=server_round,
+            round=line["round"],
             run_key=ledger.run_key,
             ancestors=ledger.ancestors,
             config=self.config.model_dump(mode="json", by_alias=True),
@@ -301,22 +398,22 @@ class Recorder:
             identities=ledger.identities,
             standings=ledger.standings,
             drawn=tuple(sorted(ledger.drawn)),
-            adapter=self.generator.adapter.state(),
+            adapter=adapter,
             pool=ledger.pool,
             history=ledger.history,
-            measured=self._measured,
-            pictures=self._pictures,
-            metrics=self.run_folder.read_metrics(),
+            line=line,
+            earlier=self.run_folder.metrics_mark(),
         )
 
     def report(self) -> None:
         """Write the report of all recorded rounds."""
         self._describe(write_report)
+        self._page_is_stale = False
 
-    def _describe(self, write: Callable[[Path], object]) -> None:
+    def _describe(self, write: Callable[[Path, History], object]) -> None:
         """Write a page about the run. It can be made again from the run folder, so no fault in it ends the run."""
         try:
-            write(self.run_folder.path)
+            write(self.run_folder.path, self._history)
         except OSError:  # A full disk would lose what cannot be made again.
             raise
         except Exception as error:
@@ -324,31 +421,32 @@ class Recorder:
 
     # ------------------------------------------------------------------ console
 
-    def _log_round(self) -> None:
-        record = self._record
-        if record.round == 0:
+    def _log_round(self, line: Mapping[str, Any], participation: str) -> None:
+        clients, generator = line["clients"], line["generator"]
+        if line["round"] == 0:
             log(INFO, "")
         log(
             INFO,
             "round %s/%s | clients %s | image %s text %s both %s | alignment %s | Frechet %s | "
             "%.2f MB down %.2f MB up | %.0f s",
-            record.round,
+            line["round"],
             self.config.rounds,
-            _figure(record.accuracy()),
-            _figure(record.accuracy("image")),
-            _figure(record.accuracy("text")),
-            _figure(record.accuracy("image+text")),
-            _figure(record.alignment),
-            _figure(record.frechet, 1),
-            record.bytes_down / 1e6,
-            record.bytes_up / 1e6,
-            record.seconds["total"],
+            _figure(clients["accuracy"]),
+            *(_figure(clients["by_modality"].get(modality)) for modality in ("image", "text", "image+text")),
+            _figure(generator["alignment"]),
+            _figure(generator["frechet"], 1),
+            line["bytes"]["down"] / 1e6,
+            line["bytes"]["up"] / 1e6,
+            line["seconds"]["total"],
         )
-        log(INFO, "  clients   %s", record.participation())
+        if participation:
+            log(INFO, "  clients   %s", participation)
 
     def end(self) -> None:
-        """Show the measures of clients and T2I before and after the run."""
-        lines = self.run_folder.read_metrics()
+        """Wait for what is done beside the clients; show the measures of clients and T2I before and after the run."""
+        self._background.wait()
+        self.report()
+        lines = self._history.lines
         first, last = lines[0], lines[-1]
         log(INFO, "")
         alone = {name: values.get("alone") for name, values in last.get("evaluation", {}).get("per_client", {}).items()}
@@ -365,9 +463,7 @@ class Recorder:
             figures = _figure(before), _figure(alone.get(client)), _figure(values["accuracy"])
             log(INFO, "%-28s %8s %8s %8s", name, *figures)
         log(INFO, "")
-        reasons = {name: reason for line in lines for name, reason in line["replies"]["reasons"].items()}
-        known = {name for line in lines for name in line["replies"]["asked"]}
-        for cause in causes_of(reasons, len(known)):
+        for cause in self._history.causes():
             log(WARNING, "Left out of a round or more: %s", cause)
         log(INFO, "Report: %s", self.run_folder.report)
 

@@ -25,6 +25,7 @@ from fedmmkt.common.model_card import (
 )
 from fedmmkt.server_app.prompts import templates_of
 from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.report.history import History
 from fedmmkt.server_app.report.measures import Line, of_generator, points_of
 from fedmmkt.server_app.report.numbers import counted, number, percent
 
@@ -32,7 +33,7 @@ SAMPLES = "samples.png"
 DIFFUSERS_WEIGHTS, PEFT_WEIGHTS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 
 
-def write_adapter_card(folder: Path) -> Path:
+def write_adapter_card(folder: Path, history: History | None = None) -> Path:
     """Write the model card ``lora/README.md`` of a run's adapter, and the last round's picture beside it.
 
     The card says what a stranger needs and what the run's settings and measures tell. It holds no path, no name of a
@@ -42,6 +43,8 @@ def write_adapter_card(folder: Path) -> Path:
     ----------
     folder : Path
         A run folder, of a run that is going on or has ended.
+    history : History, optional
+        Its rounds; by default they are read from the folder.
 
     Returns
     -------
@@ -58,7 +61,7 @@ def write_adapter_card(folder: Path) -> Path:
     from huggingface_hub import EvalResult, ModelCardData
 
     run = RunFolder(folder)
-    config, classes, versions, lines = _read(run)
+    config, classes, versions, lines = _read(run, history)
     base, data = config.t2i.model, config.data
     weights = weights_of(run.lora)
     pictures = list(run.pictures().values())
@@ -171,9 +174,9 @@ def loading_code(base: str, library: str, config: RunConfig, prompt: str) -> str
     return "\n".join(lines) + "\n"
 
 
-def _read(run: RunFolder) -> tuple[RunConfig, Sequence[str], Mapping[str, str], list[Line]]:
+def _read(run: RunFolder, history: History | None) -> tuple[RunConfig, Sequence[str], Mapping[str, str], list[Line]]:
     try:
-        described, lines = run.read_config(), run.read_metrics()
+        described, lines = run.read_config(), (history or History.of(run.read_lines())).lines
         known = RunConfig.model_fields  # A run of an earlier version may have other keys.
         config = RunConfig.model_validate({key: v for key, v in described["config"].items() if key in known})
         return config, described["classes"], described["versions"], lines

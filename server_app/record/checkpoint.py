@@ -1,11 +1,16 @@
-"""Checkpoints of the server, to resume a run after a round: folders of safetensors and JSON with checksums."""
+"""Checkpoints of the server, to resume a run after a round: folders of safetensors and JSON with checksums.
+
+What several checkpoints share, the scored samples and the batches of earlier rounds, is written once, under a name that
+is its checksum. The lines of ``metrics.jsonl`` are not written again either: a checkpoint has their checksum.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from logging import WARNING
 from pathlib import Path
@@ -14,21 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.supercore import log
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from fedmmkt.common.config import ConfigError, RunConfig
-from fedmmkt.common.files import replaced_folder
+from fedmmkt.common.files import replaced_folder, write_atomically
 from fedmmkt.common.payloads import MAX_ANCESTORS, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.ledger import Ancestor, Identity, TargetsByClient
-from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.record.run_folder import Mark, RunFolder
 from fedmmkt.server_app.report.settings import run_config_option
 from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.t2i.samples import Samples
 
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
+SHARED = "shared"  # folder of what several checkpoints share
 
 # Settings that may change when a run is resumed: its length, its output and control, the nodes it waits for, and how
 # it computes.
@@ -75,12 +80,10 @@ class ServerState:
         Scored samples, without images, for later updates.
     history : list of (SyntheticBatch, TargetsByClient)
         The last batches with their soft targets, for clients that lack them.
-    measured : tuple of float or None
-        Alignment and Frechet distance of the T2I.
-    pictures : list of PIL.Image.Image
-        Images of the last round for the image grid, all of one size.
-    metrics : list of dict
-        The lines of ``metrics.jsonl``.
+    line : dict
+        The round's line of ``metrics.jsonl``, before the T2I was measured.
+    earlier : Mark
+        Length and checksum of ``metrics.jsonl`` before this line.
     standings : dict of str to Standing
         How far each client's answers can be relied on, by the last round.
     drawn : tuple of str
@@ -97,9 +100,8 @@ class ServerState:
     adapter: dict[str, Tensor]
     pool: list[Samples]
     history: list[tuple[SyntheticBatch, TargetsByClient]]
-    measured: tuple[float | None, float | None]
-    pictures: list[Image.Image]
-    metrics: list[dict[str, Any]]
+    line: dict[str, Any]
+    earlier: Mark
     standings: dict[str, Standing] = field(default_factory=dict)
     drawn: tuple[str, ...] = ()
 
@@ -108,37 +110,72 @@ class ServerState:
         return (*self.ancestors, (self.run_key, self.round))[-MAX_ANCESTORS:]
 
 
-def write_checkpoint(folder: Path, state: ServerState, keep: int) -> None:
-    """Write a checkpoint ``<folder>/round-NNNNN`` atomically, then remove all but the last ``keep`` checkpoints.
+@dataclass
+class Checkpoints:
+    """The checkpoints of a run, as ``<folder>/round-NNNNN``.
 
-    If ``keep`` is 0, nothing is written.
-
-    Raises
-    ------
-    OSError
-        If it could not be written. Earlier checkpoints are then kept.
+    Attributes
+    ----------
+    folder : Path
+        Where they are.
+    keep : int
+        How many are kept. If it is 0, none is written.
     """
-    if not keep:
-        return
-    path = folder / f"round-{state.round:05d}"
-    described, tensors = _to_parts(state)
-    try:
-        with replaced_folder(path) as temporary:
-            save_file(tensors, temporary / TENSORS)
-            (temporary / STATE).write_text(json.dumps(described, allow_nan=False), encoding="utf-8")
-            sums = {name: _sha256(temporary / name) for name in (STATE, TENSORS)}
-            (temporary / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OSError(
-            getattr(error, "errno", None), f"{path} could not be written ({reason}); earlier ones are kept"
-        ) from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+
+    folder: Path
+    keep: int
+    _names: dict[int, tuple[object, str]] = field(default_factory=dict)  # By the id of an object, which it keeps alive.
+
+    def write(self, state: ServerState) -> None:
+        """Write a checkpoint atomically, then remove all but the last ones and what no other one shares.
+
+        Raises
+        ------
+        OSError
+            If it could not be written. Earlier checkpoints are then kept.
+        """
+        if not self.keep:
+            return
+        path = self.folder / f"round-{state.round:05d}"
+        try:
+            shared = {
+                "pool": [self._share(samples, *_samples_to_parts(samples)) for samples in state.pool],
+                "history": [self._share(item, *_taught_to_parts(*item)) for item in state.history],
+            }
+            self._names = {
+                key: kept for key, kept in self._names.items() if kept[1] in shared["pool"] + shared["history"]
+            }
+            with replaced_folder(path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in state.adapter.items()}, temporary / TENSORS)
+                (temporary / STATE).write_text(json.dumps(_described(state, shared), allow_nan=False), encoding="utf-8")
+                sums = {name: _sha256(temporary / name) for name in (STATE, TENSORS)}
+                manifest = {"sha256": sums, SHARED: [*shared["pool"], *shared["history"]]}
+                (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise OSError(
+                getattr(error, "errno", None), f"{path} could not be written ({reason}); earlier ones are kept"
+            ) from error
+        for old in checkpoints(self.folder)[: -self.keep]:
+            shutil.rmtree(old)
+        _remove_unshared(self.folder)
+
+    def _share(self, item: object, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+        """Write an object that later checkpoints will share, unless it is there; return its name."""
+        if id(item) not in self._names:
+            content = save(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, {"described": json.dumps(described)}
+            )
+            name = hashlib.sha256(content).hexdigest()
+            path = _shared(self.folder, name)
+            if not path.exists() or _sha256(path) != name:
+                write_atomically(path, lambda temporary: temporary.write_bytes(content))
+            self._names[id(item)] = item, name
+        return self._names[id(item)][1]
 
 
 def read_checkpoint(path: Path) -> ServerState:
-    """Read a checkpoint from `write_checkpoint`.
+    """Read a checkpoint.
 
     Raises
     ------
@@ -146,16 +183,38 @@ def read_checkpoint(path: Path) -> ServerState:
         If a file is missing or damaged.
     """
     try:
-        sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        for name in (STATE, TENSORS):
-            if _sha256(path / name) != sums[name]:
-                raise DamagedCheckpointError(f"{path / name} is not what was written (its SHA-256 is another)")
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        sums = {path / name: manifest["sha256"][name] for name in (STATE, TENSORS)}
+        for file, written in (sums | {_shared(path.parent, name): name for name in manifest[SHARED]}).items():
+            if _sha256(file) != written:
+                raise DamagedCheckpointError(f"{file} is not what was written (its SHA-256 is another)")
         described = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return _from_parts(described, load_file(path / TENSORS))
+        return _from_parts(path, described, load_file(path / TENSORS))
     except DamagedCheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read ({error!r})") from error
+
+
+def kept_metrics(run: RunFolder, state: ServerState) -> tuple[int, bool]:
+    """Return how many bytes of the metrics belong to a checkpoint, and whether they have the line of its round.
+
+    A run that was cut off while it measured the round has a checkpoint and no line.
+
+    Raises
+    ------
+    DamagedCheckpointError
+        If the earlier lines are not those of the checkpoint.
+    """
+    content = run.metrics.read_bytes() if run.metrics.exists() else b""
+    start, after = content[: state.earlier.bytes], content[state.earlier.bytes :]
+    if hashlib.sha256(start).hexdigest() != state.earlier.sha256:
+        raise DamagedCheckpointError(f"{run.metrics} is not what was written until round {state.round}")
+    line = after[: after.find(b"\n") + 1]
+    with suppress(ValueError):
+        if line and json.loads(line).get("round") == state.round:
+            return len(start) + len(line), True
+    return len(start), False
 
 
 def find_state(run: RunFolder) -> ServerState:
@@ -169,7 +228,9 @@ def find_state(run: RunFolder) -> ServerState:
     found, damage = checkpoints(run.checkpoints), ""
     for checkpoint in reversed(found):
         try:
-            return read_checkpoint(checkpoint)
+            state = read_checkpoint(checkpoint)
+            kept_metrics(run, state)
+            return state
         except DamagedCheckpointError as error:
             damage = f" ({error})"
             log(WARNING, "A damaged checkpoint is skipped: %s", error)
@@ -247,50 +308,49 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _to_parts(state: ServerState) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Split a state into JSON values and tensors."""
-    tensors = {f"adapter/{name}": tensor.contiguous() for name, tensor in state.adapter.items()}
-    pool, history = [], []
-    for index, samples in enumerate(state.pool):
-        pool.append({"prompts": samples.prompts})
-        own = {"latents_NCHW": samples.latents_NCHW, "prompted_N": samples.prompted_N, "scores_N": samples.scores_N}
-        tensors |= {f"pool/{index}/{name}": tensor.contiguous() for name, tensor in own.items() if tensor is not None}
-    for index, (batch, targets) in enumerate(state.history):
-        messages = {"batch": batch} | {f"targets-{number}": one for number, one in enumerate(targets.distinct)}
-        described = {}
-        for name, message in messages.items():
-            described[name], arrays = message.parts()
-            for key, array in arrays.items():
-                # Copy, because arrays from a message are read-only.
-                tensors[f"history/{index}/{name}/{key}"] = torch.from_numpy(np.array(array))
-        history.append({"messages": described, "of_client": targets.of_client, "of_modality": targets.of_modality})
-    if state.pictures:
-        tensors["pictures"] = torch.from_numpy(np.stack([np.asarray(picture) for picture in state.pictures]))
-    plain = ("round", "run_key", "ancestors", "config", "classes", "clients", "drawn", "measured", "metrics")
-    described = {name: getattr(state, name) for name in plain} | {"pool": pool, "history": history}
-    standings = {name: asdict(standing) for name, standing in state.standings.items()}
-    return described | {"identities": list(state.identities.items()), "standings": standings}, tensors
+def _shared(folder: Path, name: str) -> Path:
+    return folder / SHARED / f"{name}.safetensors"
 
 
-def _from_parts(described: dict[str, Any], tensors: dict[str, Tensor]) -> ServerState:
-    pool = []
-    for index, item in enumerate(described["pool"]):
-        own = _below(tensors, f"pool/{index}/")
-        samples = Samples(
-            tuple(item["prompts"]), own["prompted_N"], np.empty((0, 0, 0, 3), np.uint8), own["latents_NCHW"]
-        )
-        pool.append(samples.scored(own["scores_N"]))
-    history = []
-    for index, item in enumerate(described["history"]):
-        messages = {
-            name: settings | {field: t.numpy() for field, t in _below(tensors, f"history/{index}/{name}/").items()}
-            for name, settings in item["messages"].items()
+def _remove_unshared(folder: Path) -> None:
+    """Remove what no checkpoint shares; if one cannot tell, everything stays."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        used = {
+            _shared(folder, name).name
+            for path in checkpoints(folder)
+            for name in json.loads((path / MANIFEST).read_text(encoding="utf-8"))[SHARED]
         }
-        batch = SyntheticBatch.model_validate(messages.pop("batch"))
-        distinct = tuple(SoftTargets.model_validate(messages[f"targets-{number}"]) for number in range(len(messages)))
-        history.append((batch, TargetsByClient(distinct, item["of_client"], item["of_modality"])))
-    pictures = [Image.fromarray(picture.numpy()) for picture in tensors.get("pictures", ())]
-    alignment, frechet = described["measured"]
+        for file in (folder / SHARED).iterdir():
+            if file.name not in used:
+                file.unlink()
+
+
+def _described(state: ServerState, shared: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Return what a checkpoint's JSON holds."""
+    plain = ("round", "run_key", "ancestors", "config", "classes", "clients", "drawn", "line", "earlier")
+    described = {name: getattr(state, name) for name in plain}
+    standings = {name: asdict(standing) for name, standing in state.standings.items()}
+    return described | dict(shared) | {"identities": list(state.identities.items()), "standings": standings}
+
+
+def _samples_to_parts(samples: Samples) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    own = {"latents_NCHW": samples.latents_NCHW, "prompted_N": samples.prompted_N, "scores_N": samples.scores_N}
+    return {"prompts": samples.prompts}, {name: tensor for name, tensor in own.items() if tensor is not None}
+
+
+def _taught_to_parts(batch: SyntheticBatch, targets: TargetsByClient) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    messages: dict[str, SyntheticBatch | SoftTargets] = {"batch": batch}
+    messages |= {f"targets-{number}": one for number, one in enumerate(targets.distinct)}
+    described: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, message in messages.items():
+        described[name], arrays = message.parts()
+        # Copies, because arrays from a message are read-only.
+        tensors |= {f"{name}/{key}": torch.from_numpy(np.array(array)) for key, array in arrays.items()}
+    return {"messages": described, "of_client": targets.of_client, "of_modality": targets.of_modality}, tensors
+
+
+def _from_parts(path: Path, described: dict[str, Any], adapter: dict[str, Tensor]) -> ServerState:
     return ServerState(
         round=described["round"],
         run_key=described["run_key"],
@@ -298,16 +358,37 @@ def _from_parts(described: dict[str, Any], tensors: dict[str, Tensor]) -> Server
         config=described["config"],
         classes=tuple(described["classes"]),
         clients=tuple(described["clients"]),
-        identities={node_id: Identity(*said) for node_id, said in described.get("identities", ())},
+        identities={node_id: Identity(*said) for node_id, said in described["identities"]},
         standings={name: Standing(**known) for name, known in described.get("standings", {}).items()},
-        adapter=_below(tensors, "adapter/"),
-        pool=pool,
-        history=history,
-        measured=(alignment, frechet),
-        pictures=pictures,
-        metrics=described["metrics"],
+        adapter=adapter,
+        pool=[_read_samples(*shared) for shared in _read_shared(path, described["pool"])],
+        history=[_read_taught(*shared) for shared in _read_shared(path, described["history"])],
+        line=described["line"],
+        earlier=Mark(*described["earlier"]),
         drawn=tuple(described.get("drawn", ())),
     )
+
+
+def _read_shared(path: Path, names: Iterable[str]) -> Iterable[tuple[dict[str, Any], dict[str, Tensor]]]:
+    for name in names:
+        with safe_open(_shared(path.parent, name), "pt") as file:
+            yield json.loads(file.metadata()["described"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def _read_samples(described: Mapping[str, Any], own: Mapping[str, Tensor]) -> Samples:
+    no_images = np.empty((0, 0, 0, 3), np.uint8)
+    samples = Samples(tuple(described["prompts"]), own["prompted_N"], no_images, own["latents_NCHW"])
+    return samples.scored(own["scores_N"])
+
+
+def _read_taught(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[SyntheticBatch, TargetsByClient]:
+    messages = {
+        name: settings | {key: tensor.numpy() for key, tensor in _below(tensors, f"{name}/").items()}
+        for name, settings in described["messages"].items()
+    }
+    batch = SyntheticBatch.model_validate(messages.pop("batch"))
+    distinct = tuple(SoftTargets.model_validate(messages[f"targets-{number}"]) for number in range(len(messages)))
+    return batch, TargetsByClient(distinct, described["of_client"], described["of_modality"])
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

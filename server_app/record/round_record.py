@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +42,10 @@ class RoundRecord:
         The measures by class, by client; only in the last round.
     standings : dict of str to Standing, optional
         What each client's answer counts for; None if that was not judged.
+    stages : list of (str, float, float)
+        Each stage of the server with its begin and end, by `time.perf_counter`.
+    messages : list of (str, float, float)
+        Each client's valid replies: its name, when it was asked and when the reply came.
     """
 
     round: int
@@ -66,6 +70,8 @@ class RoundRecord:
     generator_loss: float | None = None
     alignment: float | None = None
     frechet: float | None = None
+    stages: list[tuple[str, float, float]] = field(default_factory=list)
+    messages: list[tuple[str, float, float]] = field(default_factory=list)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -74,7 +80,9 @@ class RoundRecord:
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - start
+            end = time.perf_counter()
+            self.seconds[stage] += end - start
+            self.stages.append((stage, start, end))
 
     def record_reply(self, reply: Reply, name: str) -> None:
         """Add the result of a message; a newer report of a client replaces the older one."""
@@ -112,8 +120,8 @@ class RoundRecord:
         named = [f"{kind}: {', '.join(sorted(names))}" for kind, names in others.items() if names]
         return "; ".join([f"{len(self.asked)} asked, {len(self.reports)} answered", *named])
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the line of ``metrics.jsonl``."""
+    def to_json(self, zero: float = 0.0) -> dict[str, Any]:
+        """Return the line of ``metrics.jsonl``; the times of its timeline are in seconds since ``zero``."""
         per_client = {
             report.client: report.model_dump(include={"accuracy", "loss", "modality", "model", "examples"})
             for report in self.reports
@@ -130,7 +138,10 @@ class RoundRecord:
             },
             "generator": {"alignment": self.alignment, "frechet": self.frechet, "loss": self.generator_loss},
             "bytes": {"down": self.bytes_down, "up": self.bytes_up},
-            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            "seconds": {
+                **{stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+                "timeline": {"server": spans(self.stages, zero), "clients": spans(self.messages, zero)},
+            },
             "replies": {
                 "received": len(self.reports),
                 "rejected": len(self.rejected),
@@ -144,6 +155,11 @@ class RoundRecord:
                 "reasons": self.rejected | self.missing,
             },
         } | final
+
+
+def spans(timed: Sequence[tuple[str, float, float]], zero: float) -> list[list[Any]]:
+    """Return names with their begin and end in seconds since ``zero``, as JSON."""
+    return [[name, round(start - zero, 3), round(end - zero, 3)] for name, start, end in timed]
 
 
 def _evaluation_to_json(evaluations: Mapping[str, FinalEvaluation]) -> dict[str, Any]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
@@ -24,6 +25,13 @@ logger = getLogger("flwr")
 
 # Of these, a run has at least one as soon as it has written anything.
 SIGNS_OF_A_RUN = {"config.json", "metrics.jsonl", "traceback.txt", "flower-tracebacks.txt", "clients"}
+
+
+class Mark(NamedTuple):
+    """How far a file was written: the number of bytes, and the SHA-256 of these."""
+
+    bytes: int
+    sha256: str
 
 
 class RunFolder:
@@ -39,6 +47,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._bytes, self._digest = -1, hashlib.sha256()  # Of the metrics; not known yet.
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:
@@ -71,7 +80,7 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def resume(cls, path: Path, earlier: RunFolder, lines: Sequence[Mapping[str, Any]]) -> RunFolder:
+    def resume(cls, path: Path, earlier: RunFolder, last: int, metrics_bytes: int) -> RunFolder:
         """Make the folder of a run that continues an earlier run, in the same folder or in a new one.
 
         In the same folder, results of later rounds are removed, because these rounds are repeated. With a new folder,
@@ -83,15 +92,16 @@ class RunFolder:
             As in `create`.
         earlier : RunFolder
             The folder of the earlier run.
-        lines : sequence of mapping
-            Its metrics, up to the round after which the run continues.
+        last : int
+            The round after which the run continues.
+        metrics_bytes : int
+            How much of the earlier metrics is kept.
 
         Raises
         ------
         ConfigError
             As in `create`.
         """
-        last = lines[-1]["round"]
         if path.resolve() != earlier.path.resolve():
             folder = cls.create(path)
             for number, picture in earlier.pictures().items():
@@ -101,13 +111,14 @@ class RunFolder:
             for file in (earlier.captions, earlier.real_images):
                 if file.exists():
                     shutil.copy2(file, folder.images)
-            for line in lines:
-                folder.append_metrics(line)
+            if metrics_bytes:
+                write_atomically(folder.metrics, lambda part: _copy_start(earlier.metrics, part, metrics_bytes))
             return folder
         folder = cls(path.resolve())
         with folder.in_use():
             try:
-                write_text(folder.metrics, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+                if folder.metrics.exists():
+                    os.truncate(folder.metrics, metrics_bytes)
             except OSError as error:
                 raise _unusable(path, f"cannot be used ({error.strerror})") from error
             for number, picture in folder.pictures().items():
@@ -215,9 +226,9 @@ class RunFolder:
         write_text(self.config, json.dumps(_strict(config), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append a round to ``metrics.jsonl``.
+        """Append a round to ``metrics.jsonl``; nothing else in the file is read or written.
 
-        The file is small, so it is rewritten as a whole: a crash cannot leave half a line.
+        A crash can leave half a line at the end, which readers leave out and the next line replaces.
 
         Parameters
         ----------
@@ -230,14 +241,48 @@ class RunFolder:
         OSError
             If it could not be written. The earlier lines are then kept.
         """
-        earlier = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
-        write_text(self.metrics, earlier + json.dumps(_strict(line), allow_nan=False) + "\n")
+        written = self.metrics_mark()
+        text = (json.dumps(_strict(line), allow_nan=False) + "\n").encode()
+        try:
+            with self.metrics.open("ab", buffering=0) as file:
+                file.truncate(written.bytes)
+                try:
+                    rest = text
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    with suppress(OSError):
+                        os.ftruncate(file.fileno(), written.bytes)
+                    raise
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{self.metrics} could not be written ({error.strerror}); its old content is kept"
+            ) from error
+        self._digest.update(text)
+        self._bytes += len(text)
+
+    def metrics_mark(self) -> Mark:
+        """Return how long the whole lines of ``metrics.jsonl`` are, with their checksum.
+
+        The file is read once. Afterwards, what this object appends is added.
+        """
+        if self._bytes < 0:
+            whole = self.metrics.read_bytes() if self.metrics.exists() else b""
+            whole = whole[: whole.rfind(b"\n") + 1]
+            self._bytes, self._digest = len(whole), hashlib.sha256(whole)
+        return Mark(self._bytes, self._digest.hexdigest())
+
+    def read_lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the whole lines of ``metrics.jsonl``, oldest first; there are none if there is no such file."""
+        if not self.metrics.exists():
+            return
+        with self.metrics.open("rb") as file:
+            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read the lines of ``metrics.jsonl``, oldest first; the list is empty if there is no such file."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        return list(self.read_lines())
 
     def write_images(self, round: int, images: Sequence[Image.Image], columns: int) -> Path:
         """Write the pictures of a round as one grid, ``images/round-NNN.png``.
@@ -261,9 +306,13 @@ class RunFolder:
         OSError
             If it could not be written. The old content is then kept.
         """
-        path = self.images / f"round-{round:03d}.png"
+        path = self.picture(round)
         _write_grid(path, images, columns)
         return path
+
+    def picture(self, round: int) -> Path:
+        """Return the file of a round's picture, which may be missing."""
+        return self.images / f"round-{round:03d}.png"
 
     def write_captions(
         self, prompts: Sequence[str], columns: int, rows: Sequence[str], real: Sequence[Image.Image] = ()
@@ -304,6 +353,14 @@ def _unusable(path: Path, problem: str) -> ConfigError:
         f"run-config key 'output-dir': the run folder '{path}' {problem}; allowed: an absolute path of a folder "
         "that can be made and written, empty or that of an earlier run, or empty for ~/.fedmmkt/runs/<run id>"
     )
+
+
+def _copy_start(source: Path, target: Path, size: int) -> None:
+    """Copy the first bytes of a file."""
+    with source.open("rb") as read, target.open("wb") as written:
+        while part := read.read(min(size, 1 << 20)):
+            written.write(part)
+            size -= len(part)
 
 
 def _move_aside(path: Path) -> None:

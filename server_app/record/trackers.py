@@ -303,7 +303,7 @@ class Trackers:
 
     def _log(self, tracker: Tracker, line: Mapping[str, Any]) -> None:
         numbers = dict(_numbers({key: value for key, value in line.items() if key != "round"}))
-        tracker.log(line["round"], numbers, _picture(self.run_folder.pictures().get(line["round"])))
+        tracker.log(line["round"], numbers, _picture(self.run_folder.picture(line["round"])))
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
         for name in tuple(self._active):
@@ -340,8 +340,8 @@ def _numbers(value: Any, tag: str = "") -> Iterator[tuple[str, float]]:
         yield tag, value
 
 
-def _picture(path: Path | None) -> Image.Image | None:
-    if path is None:
+def _picture(path: Path) -> Image.Image | None:
+    if not path.exists():
         return None
     with Image.open(path) as image:
         picture = image.convert("RGB")

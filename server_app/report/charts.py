@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fedmmkt.server_app.report.measures import (
+    MOST_CURVES,
     ClientRow,
     Line,
     Measure,
@@ -31,7 +32,6 @@ COLOURS |= {"sky": "#56b4e9", "grey": "#8a8f98"}
 INK = "#010203"  # placeholder for the page's text colour
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "p": "⬟", "h": "⬢"}
 DISTINCT_CLIENTS = len(MARKERS)  # more clients than this are coloured by modality
-MOST_CURVES = 30  # of more clients than this, the spread is drawn instead of curves
 MODALITIES = {"image": "blue", "text": "orange", "image+text": "green"}
 STAGES = {"generate": "blue", "clients": "orange", "aggregate": "pink", "adapt": "green", "measure": "yellow"}
 STAGES |= {"evaluate": "sky"}
@@ -137,7 +137,7 @@ def overlaid(title: str, curves: dict[str, list[tuple[int, float]]], in_percent:
             for round in rounds
         }
         ends = "; ".join(f"{name} {written(points[-1][1])}" for name, points in curves.items() if points)
-        return Chart(title, _svg(figure, f"{title}, last value: {ends}", readings), legend)
+        return Chart(title, svg(figure, f"{title}, last value: {ends}", readings), legend)
 
 
 def _accuracy_chart(lines: list[Line], rows: Sequence[ClientRow], chance: float | None) -> Chart:
@@ -154,7 +154,7 @@ def _accuracy_chart(lines: list[Line], rows: Sequence[ClientRow], chance: float 
     readings = {line["round"]: _accuracies(line, few=len(rows) <= DISTINCT_CLIENTS) for line in lines}
     label = "Accuracy of each client" if len(rows) <= MOST_CURVES else f"Accuracy of {len(rows)} clients"
     summary = _summary("mean accuracy", [(number, percent(value)) for number, value in mean])
-    return Chart(label, _svg(figure, f"{label}: {summary}", readings), list(dict.fromkeys(legend)))
+    return Chart(label, svg(figure, f"{label}: {summary}", readings), list(dict.fromkeys(legend)))
 
 
 def _draw_curves(axes: Any, lines: list[Line], rows: Sequence[ClientRow]) -> list[Legend]:
@@ -177,17 +177,16 @@ def _draw_curves(axes: Any, lines: list[Line], rows: Sequence[ClientRow]) -> lis
 
 def _draw_spread(axes: Any, lines: list[Line], rows: Sequence[ClientRow]) -> list[Legend]:
     """Draw the range of all clients' accuracies in each round, and that of the middle four fifths."""
-    measured = [(line["round"], _values(line)) for line in lines if line["clients"]["per_client"]]
-    rounds = [number for number, _ in measured]
-    for low, high, alpha in ((0, 100, 0.18), (10, 90, 0.35)):
-        edges = np.array([np.percentile(values, (low, high)) for _, values in measured])
-        axes.fill_between(rounds, *edges.T, color=COLOURS["blue"], alpha=alpha, linewidth=0)
+    measured = [(line["round"], line["clients"]["spread"]) for line in lines if line["clients"]["spread"]]
+    rounds, spread = [number for number, _ in measured], np.array([spread for _, spread in measured])
+    for low, high, alpha in ((0, 3, 0.18), (1, 2, 0.35)):
+        axes.fill_between(rounds, spread[:, low], spread[:, high], color=COLOURS["blue"], alpha=alpha, linewidth=0)
     return [Legend("■", "blue", "all clients, and the middle four fifths")]
 
 
 def _gains_chart(rows: Sequence[ClientRow]) -> Chart:
     """Draw how many clients gain how much."""
-    figure, axes = _empty_axes()
+    figure, axes = empty_axes()
     gains = [100 * row.gain for row in rows]
     heights, edges = np.histogram(gains, bins=20)
     axes.stairs(heights, edges, fill=True, color=COLOURS["blue"])
@@ -195,7 +194,7 @@ def _gains_chart(rows: Sequence[ClientRow]) -> Chart:
     axes.set_xlabel("gain in points")
     label = "Number of clients by their gain"
     summary = f"from {min(gains):+.1f} to {max(gains):+.1f} points, median {np.median(gains):+.1f}"
-    return Chart(label, _svg(figure, f"{label}: {summary}"))
+    return Chart(label, svg(figure, f"{label}: {summary}"))
 
 
 def _line_chart(title: str, lines: list[Line], measure: Measure, colour: str, in_percent: bool = False) -> Chart | None:
@@ -207,7 +206,7 @@ def _line_chart(title: str, lines: list[Line], measure: Measure, colour: str, in
     if not in_percent:
         axes.set_ylim(bottom=min(0, *(value for _, value in points)))
     texts = [(round, (percent if in_percent else number)(value)) for round, value in points]
-    return Chart(title, _svg(figure, f"{title}: {_summary('value', texts)}", dict(texts)))
+    return Chart(title, svg(figure, f"{title}: {_summary('value', texts)}", dict(texts)))
 
 
 def _bytes_chart(lines: list[Line]) -> Chart:
@@ -224,7 +223,7 @@ def _bytes_chart(lines: list[Line]) -> Chart:
         line["round"]: f"{size(line['bytes']['down'])} to clients, {size(line['bytes']['up'])} from clients"
         for line in lines
     }
-    return Chart(title, _svg(figure, f"{title}: {_summary('traffic', list(readings.items()))}", readings), legend)
+    return Chart(title, svg(figure, f"{title}: {_summary('traffic', list(readings.items()))}", readings), legend)
 
 
 def _seconds_chart(lines: list[Line]) -> Chart:
@@ -233,7 +232,9 @@ def _seconds_chart(lines: list[Line]) -> Chart:
     stages = {stage: [line["seconds"].get(stage, 0) for line in lines] for stage in STAGES}
     stages = {stage: values for stage, values in stages.items() if any(values)}
     sums = [sum(heights) for heights in zip(*stages.values(), strict=True)] or [0] * len(lines)
-    stages["other"] = [max(0, line["seconds"]["total"] - named) for line, named in zip(lines, sums, strict=True)]
+    beside = [line["seconds"]["measure"] if line["is_measured_beside"] else 0 for line in lines]
+    totals = [line["seconds"]["total"] + extra for line, extra in zip(lines, beside, strict=True)]
+    stages["other"] = [max(0, total - named) for total, named in zip(totals, sums, strict=True)]
     bottom = [0.0] * len(lines)
     colours = {**STAGES, "other": "grey"}
     for stage, heights in stages.items():
@@ -247,22 +248,18 @@ def _seconds_chart(lines: list[Line]) -> Chart:
     title = "Seconds of a round"
     summary = _summary("total", [(line["round"], seconds(line["seconds"]["total"])) for line in lines])
     legend = [Legend("■", colours[stage], stage) for stage in stages]
-    return Chart(title, _svg(figure, f"{title}: {summary}", readings), legend)
-
-
-def _values(line: Line) -> list[float]:
-    return [client["accuracy"] for client in line["clients"]["per_client"].values()]
+    return Chart(title, svg(figure, f"{title}: {summary}", readings), legend)
 
 
 def _accuracies(line: Line, few: bool) -> str:
     """Say the accuracies of a round: of each client if they are few, else their range."""
-    clients, mean = line["clients"]["per_client"], line["clients"]["accuracy"]
-    if not clients:
+    clients, mean, spread = (line["clients"][key] for key in ("per_client", "accuracy", "spread"))
+    if not spread:
         return "no client"
     if few:
         named = [f"{name} {percent(client['accuracy'])}" for name, client in clients.items()]
     else:
-        named = [f"lowest {percent(min(_values(line)))}", f"highest {percent(max(_values(line)))}"]
+        named = [f"lowest {percent(spread[0])}", f"highest {percent(spread[-1])}"]
     return ", ".join([f"mean {percent(mean)}", *named])
 
 
@@ -281,15 +278,16 @@ def _marker(points: Sequence[object], marker: str = "o") -> str | None:
 def _bars(
     axes: Any, centres: Sequence[float], width: float, tops: Sequence[float], bottoms: Sequence[float], colour: str
 ) -> None:
-    """Draw all bars as one outline; with many rounds, drawing each bar alone would take seconds."""
+    """Draw all bars as one area; with many rounds, drawing each bar alone would take seconds."""
     edges = [centre + side * width / 2 for centre in centres for side in (-1, 1)]
-    upper, lower = ([height for bar in heights for height in (bar, 0)][:-1] for heights in (tops, bottoms))
-    axes.stairs(upper, edges, baseline=lower, fill=True, color=colour)
+    upper, lower = ([height for bar in heights for height in (bar, 0)] for heights in (tops, bottoms))
+    axes.fill_between(edges, lower, upper, step="post", color=colour, linewidth=0)
+    axes.set_ylim(bottom=0)
 
 
 def _axes(lines: Sequence[Line], percent: bool = False) -> tuple[Any, Any]:
     """Make a figure with empty axes; the x axis shows the rounds that there are."""
-    figure, axes = _empty_axes()
+    figure, axes = empty_axes()
     rounds = sorted({line["round"] for line in lines})
     axes.set_xlim(rounds[0] - 0.5, max(rounds[-1], rounds[0] + FEWEST_ROUNDS - 1) + 0.5)
     axes.set_xticks(rounds[:: -(-len(rounds) // MOST_LABELLED_ROUNDS)])
@@ -300,17 +298,18 @@ def _axes(lines: Sequence[Line], percent: bool = False) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _empty_axes() -> tuple[Any, Any]:
+def empty_axes(left: float = 0.5) -> tuple[Any, Any]:
+    """Make a figure with empty axes that begin ``left`` inches from its side."""
     width, height = CHART_SIZE
     figure = Figure(figsize=(width, height))
-    left = 0.5 / width
+    left = left / width
     axes = figure.add_axes((left, 0.42 / height, 1 - left - 0.08 / width, 1 - 0.5 / height))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.grid(axis="y")
     return figure, axes
 
 
-def _svg(figure: Any, label: str = "", readings: Mapping[int, str] | None = None) -> Markup:
+def svg(figure: Any, label: str = "", readings: Mapping[int, str] | None = None) -> Markup:
     """Return the figure as inline SVG; its colours follow the page's light or dark mode.
 
     Parameters
@@ -341,11 +340,12 @@ def _hover_areas(figure: Any, readings: Mapping[int, str]) -> str:
     """Return an invisible area for each round, with its values as a title, in the units of the SVG (points)."""
     axes, scale = figure.axes[0], 72 / figure.dpi
     _, height = figure.get_size_inches() * 72
-    areas = []
-    for round, text in readings.items():
-        left, right = (axes.transData.transform((round + side, 0))[0] * scale for side in (-0.5, 0.5))
-        areas.append(
-            f'<rect class="reading" x="{left:.1f}" y="0" width="{right - left:.1f}" height="{height:.1f}">'
-            f"<title>{escape(f'Round {round}: {text}')}</title></rect>"
-        )
-    return "".join(areas)
+    if not readings:
+        return ""
+    edges = np.array([(round + side, 0) for round in readings for side in (-0.5, 0.5)])
+    pairs = (axes.transData.transform(edges)[:, 0] * scale).reshape(-1, 2).tolist()
+    return "".join(
+        f'<rect class="reading" x="{left:.1f}" y="0" width="{right - left:.1f}" height="{height:.1f}">'
+        f"<title>{escape(f'Round {round}: {text}')}</title></rect>"
+        for (round, text), (left, right) in zip(readings.items(), pairs, strict=True)
+    )

@@ -14,6 +14,7 @@ from fedmmkt.common.files import write_text
 from fedmmkt.common.natural_order import natural_key
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.report.charts import STAGES, Chart, overlaid
+from fedmmkt.server_app.report.history import History
 from fedmmkt.server_app.report.measures import (
     ClientRow,
     Headline,
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _read(run: RunFolder, name: str) -> ComparedRun:
-    described, lines = run.read_config(), run.read_metrics()
+    described, lines = run.read_config(), History.of(run.read_lines()).lines
     config = described["config"]
     settings = {key: value for key, value in flat(config) if key not in OWN_SETTINGS}
     settings |= dict(flat({key: described.get(key) for key in ("classes", "versions", "threads")}))

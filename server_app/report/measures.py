@@ -13,6 +13,8 @@ from fedmmkt.server_app.report.numbers import counted, number, percent, points
 Line = dict[str, Any]
 Measure = Callable[[Line], float | None]
 
+MOST_CURVES = 30  # of more clients than this, the spread is drawn instead of curves
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -129,6 +131,9 @@ def accuracy_of_modality(modality: str) -> Measure:
     """Return a measure: the mean accuracy of the clients of one modality."""
 
     def mean(line: Line) -> float | None:
+        if (known := line["clients"].get("by_modality")) is not None:
+            of_modality: float | None = known.get(modality)
+            return of_modality
         clients = line["clients"]["per_client"].values()
         values = [client["accuracy"] for client in clients if client["modality"] == modality]
         return sum(values) / len(values) if values else None
@@ -230,8 +235,8 @@ def _rounds(first: int, last: int) -> str:
 
 def _counts(lines: list[Line], modality: str | None = None) -> str:
     """Return the numbers of clients in the first and last mean; clients may join late or miss a round."""
-    rounds = [line["clients"]["per_client"].values() for line in lines]
-    counts = [sum(modality in (None, client["modality"]) for client in clients) for clients in rounds]
+    rounds = [line["clients"]["counts"] for line in lines]
+    counts = [sum(count for kind, count in kinds.items() if modality in (None, kind)) for kinds in rounds]
     seen = [count for count in counts if count] or [0]
     return counted(seen[0], "client") if seen[0] == seen[-1] else f"{seen[0]} → {seen[-1]} clients"
 
@@ -242,7 +247,7 @@ def client_rows(lines: list[Line]) -> list[ClientRow]:
     for line in lines:
         for name, client in line["clients"]["per_client"].items():
             seen.setdefault(name, []).append((line["round"], client))
-    alone, evaluations = alone_of(lines).accuracies, evaluations_of(lines)
+    alone, evaluations, doubts = alone_of(lines).accuracies, evaluations_of(lines), _doubts(lines)
     rows = []
     for name, reports in seen.items():
         (first, before), (last, after) = reports[0], reports[-1]
@@ -259,19 +264,23 @@ def client_rows(lines: list[Line]) -> list[ClientRow]:
                 last=last,
                 personal=evaluation.get("personal"),
                 alone_personal=evaluation.get("alone_personal"),
-                doubt=_doubt(lines, name),
+                doubt=doubts.get(name, ""),
             )
         )
     return sorted(rows, key=lambda row: (row.modality, natural_key(row.name)))
 
 
-def _doubt(lines: Sequence[Line], name: str) -> str:
+def _doubts(lines: Sequence[Line]) -> dict[str, str]:
     judged = [line["reliability"] for line in lines if "reliability" in line]
-    doubts = [found[name] for found in judged if name in found]
-    if not doubts:
-        return ""
-    what = "not counted" if all(not doubt["weight"] for doubt in doubts) else "not counted whole"
-    return f"{what} in {len(doubts)} of {len(judged)} rounds: {doubts[-1]['reason']}"
+    doubts: dict[str, list[Line]] = {}
+    for found in judged:
+        for name, doubt in found.items():
+            doubts.setdefault(name, []).append(doubt)
+    return {
+        name: f"{'not counted whole' if any(doubt['weight'] for doubt in found) else 'not counted'} "
+        f"in {len(found)} of {len(judged)} rounds: {found[-1]['reason']}"
+        for name, found in doubts.items()
+    }
 
 
 def summary_of(rows: Sequence[ClientRow]) -> list[str]:

@@ -1,9 +1,9 @@
-"""The report of a run: one self-contained HTML page, rewritten after each round, or by ``fedmmkt report FOLDER``."""
+"""The report of a run: one self-contained HTML page, written as rounds end, or by ``fedmmkt report FOLDER``."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from fedmmkt.common.files import write_text
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.report.charts import charts_of
 from fedmmkt.server_app.report.heat import heat_maps_of
+from fedmmkt.server_app.report.history import MOST_TROUBLES, History
 from fedmmkt.server_app.report.measures import (
     ClientRow,
     Line,
@@ -25,17 +26,21 @@ from fedmmkt.server_app.report.numbers import counted, flat, seconds, size
 from fedmmkt.server_app.report.pictures import Captions, Picture, captions_of, pictures_of
 from fedmmkt.server_app.report.settings import Setting, repeating_run_config, settings_of
 from fedmmkt.server_app.report.template import render
+from fedmmkt.server_app.report.timeline import timeline_of
 
 MOST_CLIENT_ROWS = 40  # of more clients, those that gain least and those that gain most are listed
+MOST_ROUND_ROWS = 100  # of more rounds, the first, the last and some between are listed
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, history: History | None = None) -> Path:
     """Write ``report.html`` from the content of a run folder; the page needs no network and no other file.
 
     Parameters
     ----------
     folder : Path
         A run folder with ``config.json``. The page shows the rounds and pictures that exist.
+    history : History, optional
+        Its rounds; by default they are read from the folder.
 
     Returns
     -------
@@ -48,7 +53,8 @@ def write_report(folder: Path) -> Path:
         If ``config.json`` is missing or the page could not be written. An earlier page is then kept.
     """
     run = RunFolder(folder)
-    page = _render(run.read_config(), run.read_metrics(), pictures_of(run), captions_of(run), _last_change(run))
+    history = history or History.of(run.read_lines())
+    page = _render(run.read_config(), history, pictures_of(run), captions_of(run), _last_change(run))
     write_text(run.report, page)
     return run.report
 
@@ -66,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _render(
-    described: Mapping[str, Any], lines: list[Line], pictures: list[Picture], captions: Captions, changed: datetime
+    described: Mapping[str, Any], history: History, pictures: list[Picture], captions: Captions, changed: datetime
 ) -> str:
+    lines = history.lines
     config, classes = described["config"], described["classes"]
     planned = config["rounds"]
     done = lines[-1]["round"] if lines else None
@@ -96,13 +103,16 @@ def _render(
         judge_accuracy=described.get("judge", {}).get("accuracy"),
         pictures=pictures,
         captions=captions,
-        charts=charts_of(lines, 1 / len(classes)) if lines else [],
+        charts=[*charts_of(lines, 1 / len(classes)), *filter(None, [timeline_of(lines)])] if lines else [],
         heat_maps=heat_maps_of(lines, classes),
         clients=_shown_clients(clients),
         client_count=len(clients),
         class_count=len(classes),
         lines=lines,
-        troubles=[(line["round"], *item) for line in lines for item in _troubles(line["replies"])],
+        listed=_listed(lines),
+        troubles=history.troubles,
+        many_troubles=len(history.troubles) > MOST_TROUBLES,
+        reasons=history.reasons,
         replies={kind: sum(line["replies"][kind] for line in lines) for kind in ("received", "rejected", "missing")},
         settings=settings_of(config),
         environment=[
@@ -166,20 +176,11 @@ def _shown_clients(rows: list[ClientRow]) -> list[ClientRow]:
     return [*by_gain[: MOST_CLIENT_ROWS // 2], *by_gain[-MOST_CLIENT_ROWS // 2 :]]
 
 
-def _troubles(replies: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield the clients that did not take part in a round as expected, each with the reason.
-
-    Runs of earlier versions lack some of the keys.
-    """
-    yield from sorted(replies["reasons"].items())
-    for name in replies.get("late", ()):
-        counts = "late, and counts" if name in replies.get("late_counted", ()) else "too late, and is not counted"
-        yield name, f"a reply to an earlier round came {counts}"
-    for name in replies.get("busy", ()):
-        yield name, "still busy with an earlier round, and not asked"
-    for name in replies.get("gone", ()):
-        if name not in replies["reasons"]:
-            yield name, "not connected"
+def _listed(lines: list[Line]) -> list[Line]:
+    """Return the rounds of the table; of many, the first, the last and some between."""
+    if len(lines) <= MOST_ROUND_ROWS:
+        return lines
+    return [lines[index * (len(lines) - 1) // (MOST_ROUND_ROWS - 1)] for index in range(MOST_ROUND_ROWS)]
 
 
 def _facts(config: Mapping[str, Any], classes: Sequence[str], clients: Sequence[ClientRow]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,23 @@ class Adapter:
         self.unmerge()
         set_peft_model_state_dict(self.family.denoiser, dict(state))
 
-    def save(self, folder: Path) -> None:
-        """Save the adapter in the format of its family; the folder is replaced atomically.
+    @contextmanager
+    def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Have an earlier adapter inside the block, if the present one is another."""
+        present = {name: tensor.clone() for name, tensor in self.state().items()}
+        if all(torch.equal(tensor, state[name]) for name, tensor in present.items()):
+            yield
+            return
+        self.load_state(state, "an earlier adapter")
+        try:
+            yield
+        finally:
+            self.load_state(present, "the present adapter")
+
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Save the adapter, or an earlier ``state`` of it, in the format of its family.
+
+        The folder is replaced atomically.
 
         Raises
         ------
@@ -119,7 +135,7 @@ class Adapter:
             If the disk is full. The folder is then unchanged.
         """
         with replaced_folder(folder) as temporary:
-            self.family.save_adapter(temporary, self.state())
+            self.family.save_adapter(temporary, dict(state or self.state()))
 
     def load(self, folder: Path) -> None:
         """Load an adapter from `save`; it replaces the current one.

@@ -34,6 +34,10 @@ def run(run_config, grid, run_id=1):
     return strategy, result, strategy.recorder.run_folder.read_metrics()
 
 
+def clients_of(line):
+    return sorted(line["clients"]["per_client"])
+
+
 def without_seconds(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
@@ -51,7 +55,21 @@ def test_a_run_leaves_what_it_promises(tiny_run, make_grid, tmp_path):
     counts = {"received": 6, "rejected": 0, "missing": 0, "reasons": {}}
     late = {"late": [], "late_counted": [], "busy": []}
     assert last["replies"] == counts | {"asked": clients, "answered": clients, "gone": []} | late
-    assert set(last["seconds"]) == {"generate", "clients", "aggregate", "adapt", "evaluate", "measure", "total"}
+    assert set(last["seconds"]) == {
+        "generate",
+        "clients",
+        "aggregate",
+        "adapt",
+        "evaluate",
+        "measure",
+        "total",
+        "timeline",
+    }
+    second = {name: times for name, *times in lines[2]["seconds"]["timeline"]["server"]}
+    (measured,) = (times for name, *times in lines[1]["seconds"]["timeline"]["beside"] if name == "measure")
+    # Round 1 is measured while the clients work on round 2, after its images were made and before the T2I learns.
+    assert second["generate"][1] <= measured[0] < measured[1] <= second["adapt"][0]
+    assert sorted({name for name, *_ in lines[2]["seconds"]["timeline"]["clients"]}) == clients_of(lines[2])
     assert len(last["clients"]["per_client"]) == 6
     accuracies = [client["accuracy"] for client in last["clients"]["per_client"].values()]
     assert last["clients"]["accuracy"] == pytest.approx(np.mean(accuracies))
@@ -90,7 +108,7 @@ def test_the_smallest_settings_run(tiny_run, make_grid):
 def test_a_page_that_cannot_be_drawn_costs_itself_and_not_the_run(tiny_run, make_grid, monkeypatch, caplog):
     run_config = tiny_run(min_available_nodes=1, client__models="mlp", rounds=1)
 
-    def write_report(folder):
+    def write_report(folder, history):
         raise ValueError("a fault in a chart")
 
     monkeypatch.setattr("fedmmkt.server_app.recorder.write_report", write_report)

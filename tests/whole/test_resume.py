@@ -16,7 +16,7 @@ from fedmmkt.deploy.run_checks import check_run
 from fedmmkt.deploy.settings import earlier_nodes
 from fedmmkt.deploy.submission import effective_config, parse_run_config
 from fedmmkt.server_app.app import build_strategy
-from fedmmkt.server_app.record.checkpoint import checkpoints, read_checkpoint
+from fedmmkt.server_app.record.checkpoint import checkpoints, kept_metrics, read_checkpoint
 from fedmmkt.server_app.strategy import FedMMKT, strategies
 from tests import ROOT
 from tests.conftest import TINY, registered
@@ -155,6 +155,40 @@ def test_more_rounds_go_on_with_a_run_that_is_done_as_if_it_had_them_from_the_st
     assert again.recorder.run_folder.read_metrics() == resumed.recorder.run_folder.read_metrics()
 
 
+def test_a_round_that_was_cut_off_while_it_was_measured_is_measured_when_the_run_goes_on(tiny_run, make_grid):
+    run_config = tiny_run(rounds=1, client__models="mlp", judge=True)
+    cut = start(run_config, make_grid(run_config, nodes=2), 1).recorder.run_folder
+    whole, picture = without_seconds(cut.read_metrics()), cut.picture(1).read_bytes()
+    half = cut.metrics.read_bytes()[:-9]
+    cut.metrics.write_bytes(half)
+    cut.picture(1).unlink()
+
+    again = run_config | {"resume-from": run_config["output-dir"]}
+    resumed = start(again, make_grid(again, nodes=2), 2).recorder.run_folder
+
+    assert without_seconds(resumed.read_metrics()) == whole
+    assert whole[1]["generator"]["frechet"] > 0
+    assert resumed.picture(1).read_bytes() == picture
+
+
+def test_a_full_disk_beside_the_clients_ends_the_run_and_leaves_its_checkpoint(tiny_run, make_grid, monkeypatch):
+    run_config = tiny_run(rounds=2, client__models="mlp")
+    strategy = build(run_config, 1)
+    run, append = strategy.recorder.run_folder, strategy.recorder.run_folder.append_metrics
+
+    def append_until_full(line):
+        if line["round"] == 1:
+            raise OSError(28, "metrics.jsonl could not be written (No space left on device)")
+        append(line)
+
+    monkeypatch.setattr(run, "append_metrics", append_until_full)
+    with pytest.raises(OSError, match="No space left on device"):
+        strategy.start(make_grid(run_config, nodes=2))
+
+    assert [line["round"] for line in run.read_metrics()] == [0]
+    assert [path.name for path in checkpoints(run.checkpoints)] == ["round-00000", "round-00001"]
+
+
 def test_a_client_that_lost_its_disk_while_the_run_was_down_is_named_and_begins_anew(tiny_run, make_grid, caplog):
     run_config = tiny_run(rounds=1, client__models="mlp")
     start(run_config, make_grid(run_config, nodes=2), 1)
@@ -229,7 +263,9 @@ def test_the_last_checkpoints_alone_are_kept_and_whole(tiny_run, make_grid):
     kept = checkpoints(strategy.recorder.run_folder.checkpoints)
     assert [path.name for path in kept] == ["round-00002", "round-00003"]
     state = read_checkpoint(kept[-1])
-    assert state.metrics == strategy.recorder.run_folder.read_metrics()
+    run = strategy.recorder.run_folder
+    assert kept_metrics(run, state) == (run.metrics.stat().st_size, True)
+    assert state.line["clients"] == run.read_metrics()[-1]["clients"]
     assert state.clients == ("mlp-0", "mlp-1")
     assert all(torch.equal(tensor, state.adapter[name]) for name, tensor in strategy.generator.adapter.state().items())
 
@@ -248,14 +284,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     """In a process of its own, files may grow to 64 kB: writing the second checkpoint fails as on a full disk."""
     script = (
         "import resource, signal, sys, torch; from pathlib import Path\n"
-        "from fedmmkt.server_app.record.checkpoint import ServerState, write_checkpoint\n"
+        "from fedmmkt.server_app.record.checkpoint import Checkpoints, ServerState\n"
+        "from fedmmkt.server_app.record.run_folder import Mark\n"
         "def state(number):\n"
         "    adapter = {'lora': torch.full((100_000,), float(number))}\n"
-        "    return ServerState(number, 'run', (), {}, ('a', 'b'), (), {}, adapter, [], [], (None, None), [], [])\n"
-        "write_checkpoint(Path(sys.argv[1]), state(1), 2)\n"
+        "    return ServerState(number, 'run', (), {}, ('a', 'b'), (), {}, adapter, [], [], {}, Mark(0, ''))\n"
+        "written = Checkpoints(Path(sys.argv[1]), 2)\n"
+        "written.write(state(1))\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
-        "write_checkpoint(Path(sys.argv[1]), state(2), 2)\n"
+        "written.write(state(2))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode != 0

@@ -52,7 +52,7 @@ def track_in_two_parts(path, tracker):
     """Record rounds 0 and 1, then resume after round 0 in the same folder and record rounds 1 and 2."""
     folder = make_run(path)
     track(folder, tracker, (0, 1))
-    resumed = RunFolder.resume(path, folder, folder.read_metrics()[:1])
+    resumed = RunFolder.resume(path, folder, 0, folder.metrics.read_bytes().index(b"\n") + 1)
     track(resumed, tracker, (1, 2))
     return resumed
 

@@ -81,7 +81,7 @@ def test_curves_lie_over_each_other_and_pictures_beside_each_other(runs, tmp_pat
 
 def test_a_folder_that_cannot_be_read_is_left_out_and_named(runs, tmp_path, capsys):
     broken = make_run(tmp_path / "broken", {"cnn-0": [0.1]}, rounds=1)
-    (broken / "metrics.jsonl").write_text('{"round": 0')
+    (broken / "metrics.jsonl").write_text('{"round": 0\n')
     page = tmp_path / "page.html"
 
     assert main([*map(str, [*runs, broken, tmp_path / "missing"]), "--out", str(page)]) == 0
