@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +21,11 @@ CHUNK = 256
 def to_payload_logits(logits_NC: Tensor) -> np.ndarray:
     """Convert logits to float16, clamped to its range."""
     return logits_NC.clamp(-LARGEST_LOGIT, LARGEST_LOGIT).cpu().numpy().astype(np.float16)
+
+
+def grey_levels(images_NCHW: Tensor) -> Tensor:
+    """Return pixels of uint8 images, at most `VOTE_PIXELS` per side, from 0 to 255."""
+    return _pixels(images_NCHW.double())
 
 
 def nearest_neighbour_votes(
@@ -57,6 +63,52 @@ def nearest_neighbour_votes(
         nearest = distances.topk(min(neighbours, len(candidates)), largest=False).indices
         votes_N += torch.bincount(candidates[nearest].flatten().cpu(), minlength=len(votes_N))
     return votes_N
+
+
+def private_votes(
+    private_MCHW: Tensor,
+    labels_M: Tensor,
+    synthetic_NCHW: Tensor,
+    prompted_N: Tensor,
+    neighbours: int = VOTES_PER_IMAGE,
+    encode: Callable[[Tensor], Tensor] = grey_levels,
+) -> NDArray[np.int64]:
+    """Let each private image vote as `nearest_neighbour_votes`, but so that it changes no vote of another image.
+
+    An image's votes depend on this image, its label and the synthetic samples alone. Distances are exact, so not even
+    rounding depends on other images. So one image more or less changes the votes by at most the square root of
+    ``neighbours`` (L2 norm).
+
+    Parameters
+    ----------
+    private_MCHW, synthetic_NCHW : torch.Tensor
+        uint8 images.
+    labels_M, prompted_N : torch.Tensor
+        int64 classes. Every private image can vote for a sample whose prompt names no class (-1).
+    neighbours : int
+        Number of samples that each private image votes for.
+    encode : callable
+        Turns images into features, each image by itself: the grey levels of pixels, or an encoder that has never seen
+        private data. Features are rounded to whole numbers, and may be up to 10**4.
+
+    Returns
+    -------
+    numpy.ndarray
+        Votes per sample, int64 (N,).
+    """
+    synthetic_NF, votes_N = encode(synthetic_NCHW).double().round().cpu(), torch.zeros(len(prompted_N)).long()
+    labels_M, prompted_N = labels_M.cpu(), prompted_N.cpu()
+    for label in labels_M.unique():
+        candidates = torch.nonzero((prompted_N == label) | (prompted_N < 0))[:, 0]
+        count, samples_nF = len(candidates), synthetic_NF[candidates]
+        for voters in torch.nonzero(labels_M == label)[:, 0].split(CHUNK) if count else ():
+            features_mF = encode(private_MCHW[voters.to(private_MCHW.device)]).double().round().cpu()
+            # Sums of whole numbers below 2**53 are exact in any order. Of equal distances, the first sample is nearest.
+            distances_mn = samples_nF.square().sum(1) - 2 * features_mF @ samples_nF.T
+            order_mn = distances_mn * count + torch.arange(count)
+            nearest_mk = order_mn.topk(min(neighbours, count), largest=False).indices
+            votes_N += torch.bincount(candidates[nearest_mk].flatten(), minlength=len(votes_N))
+    return votes_N.numpy()
 
 
 @torch.no_grad()

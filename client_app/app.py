@@ -111,6 +111,10 @@ def report_classes(message: Message, context: Context) -> Message:
     config, node = RunConfig.from_flower(context.run_config), NodeConfig.from_flower(context.node_config)
     if node.has_own_data and not node.share_classes:
         raise RefusedError("the node refused: its node-config has no share-classes=true")
+    if node.privacy_ledger or (config.client.epsilon and not node.has_own_data):
+        raise RefusedError(
+            "the node refused: names of classes have no noise, and it has a privacy budget; name them in 'data.classes'"
+        )
     with refused_as("data", context.node_config):
         report = ClassReport(classes=held_classes(config, node))
     return Message(RecordDict(dict(report.to_records("classes"))), reply_to=message)

@@ -29,7 +29,8 @@ from fedmmkt.client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, r
 from fedmmkt.client_app.model_card import write_client_card
 from fedmmkt.client_app.models.building import build_task_model, chosen_model, model_label
 from fedmmkt.client_app.models.task_model import Inputs, compact
-from fedmmkt.client_app.refusals import refused_as
+from fedmmkt.client_app.privacy.mode import private_mode
+from fedmmkt.client_app.refusals import RefusedError, refused_as
 from fedmmkt.client_app.trained import ModelDescription
 from fedmmkt.common.config import NodeConfig, RunConfig
 from fedmmkt.common.datasets import Examples
@@ -88,6 +89,9 @@ class Client:
             if self.is_new and self.node.has_own_data:
                 runs = (instructions.run_key, *instructions.ancestors)
                 remove_old_runs(state_folder, runs, self.name, self.node.keep_runs, self.node.keep_days)
+        with refused_as("privacy ledger", context.node_config):
+            folders = [state_folder, *other_folders]
+            self.private = private_mode(self.config, self.node, folders, self.name, instructions)
         modality = self.model.task_model.modality
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
         data_arguments = (self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
@@ -124,7 +128,13 @@ class Client:
         )
 
     def answer(self, batch: SyntheticBatch) -> DistillationPayload:
-        """Return logits for a batch, and votes if run and node use them and the model reads images."""
+        """Return logits for a batch, and votes if run and node use them and the model reads images.
+
+        In private mode, the node returns class counts and votes with noise, and no logits.
+        """
+        if self.private:
+            votes = self.instructions.votes and self.reads_images
+            return self.private.answer(batch, self.data.train, self._decoded(batch) if votes else None)
         inputs = self.synthetic_inputs([batch])
         self._warn_of_cut(f"prompts of round {batch.round}", Examples(batch.prompted_N, None, list(batch.prompts)))
         private = self._private_set
@@ -144,35 +154,51 @@ class Client:
         return DistillationPayload(
             batch_id=batch.batch_id,
             logits_NC=to_payload_logits(predict(self.model.task_model, inputs)),
-            class_counts_C=private.class_counts(len(self.instructions.classes)).cpu().numpy(),
+            class_counts_C=self._told_class_counts_C(),
             votes_N=votes_N,
         )
 
     def report(self) -> ClientReport:
-        """Measure the current model and return the report."""
-        test, kept = self.data.test, self.memory.batches()
-        accuracy, loss = evaluate(self.model.task_model, self._inputs(test), self._to_tensor(test.labels_N))
+        """Return the report, with measures of the current model unless they are private."""
+        kept = self.memory.batches()
+        examples = int(self._told_class_counts_C().sum())  # In private mode this may spend, so it comes first.
+        told = self.private.spent() if self.private else {}
+        if not (self.private and self.node.has_own_data):  # The test set of a simulation is no client's own.
+            told |= self.measure()
         return ClientReport(
             client=self.name,
             model=model_label(self.model_name),
             modality=self.model.task_model.modality,
-            examples=len(self.data.train),
-            accuracy=accuracy,
-            loss=loss,
+            examples=examples,
             kept=tuple(item.batch.batch_id for item in kept),
             awaiting=tuple(item.batch.batch_id for item in kept if item.targets is None),
+            **told,
         )
+
+    def measure(self) -> dict[str, float]:
+        """Return accuracy and loss of the current model on the test part."""
+        test = self.data.test
+        accuracy, loss = evaluate(self.model.task_model, self._inputs(test), self._to_tensor(test.labels_N))
+        return {"accuracy": accuracy, "loss": loss}
 
     def final_evaluation(self) -> FinalEvaluation:
         """Measure the model by class and, in simulation, a model that learned from private data alone."""
+        if self.private and self.node.has_own_data:
+            raise RefusedError("the node refused: with its privacy ledger, it gives no measures by class")
         classes = len(self.instructions.classes)
         has_control = self.config.local_only_control and not self.node.has_own_data
         return FinalEvaluation(
-            examples_C=self._private_set.class_counts(classes).cpu().numpy(),
+            examples_C=self._told_class_counts_C(),
             tested_C=np.bincount(self.data.test.labels_N, minlength=classes),
             correct_C=self._correct_C(self.model),
             alone_correct_C=self._correct_C(self._learn_alone()) if has_control else None,
         )
+
+    def _told_class_counts_C(self) -> np.ndarray:
+        """Return the number of private examples of each class, as the server is told it."""
+        if self.private:
+            return self.private.class_counts(self.data.train).values_N
+        return self._private_set.class_counts(len(self.instructions.classes)).cpu().numpy()
 
     def _learn_alone(self) -> AlignedModel:
         """Train a new model on private data alone, in as many private epochs as the client's own; nothing is saved.
@@ -231,6 +257,7 @@ class Client:
         if folder := self.memory.newest:
             rounds = self.instructions.round - 1  # The last message comes after the last round.
             own = self.node.has_own_data
+            report = report.model_copy(update=self.measure()) if report.accuracy is None else report
             write_client_card(folder, self.model_name, self.instructions.classes, report, self.config, rounds, own)
             self.memory.publish()
 

@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from fedmmkt.common.plain_text import is_plain
+from fedmmkt.common.privacy import DEFAULT_DELTA, LARGEST_EPSILON
 
 Setting = bool | int | float | str
 RENAMED = {"min-nodes": "min-available-nodes"}
@@ -170,6 +171,10 @@ class DataConfig(_Section):
 class OwnDataConfig(DataConfig):
     """The data of a node with its own dataset: its node-config says what is read, and the run only how."""
 
+    split_by_content: bool = Field(
+        False, description="hold out each example by its own content, so that no other example decides it"
+    )
+
     def key(self, field: str) -> str:
         """Return the configuration key of a field, for error texts."""
         own = "data-path" if field == "dataset" else _kebab(field)
@@ -213,6 +218,14 @@ class ClientConfig(_Section):
         3, ge=1, le=100, description="number of last rounds whose synthetic batches a client trains on"
     )
     threads: int = Field(1, ge=1, le=256, description="CPU threads per client process")
+    epsilon: float = Field(
+        0,
+        ge=0,
+        le=LARGEST_EPSILON,
+        description="privacy budget of each simulated client; 0: none; a node with its own data has its own "
+        "`privacy-ledger`",
+    )
+    delta: float = Field(DEFAULT_DELTA, gt=0, lt=1, description="delta of this budget")
     state_dir: str = Field(
         "",
         description="folder of simulated clients' models; empty: the run folder; a node with its own data has its own "
@@ -454,6 +467,11 @@ class NodeConfig(_Section):
     share_classes: bool = Field(
         False, description="with its own data: whether this node names its classes, if the run asks for them"
     )
+    privacy_ledger: str = Field(
+        "",
+        description="with its own data: file from `fedmmkt budget new`, the node's privacy budget; all that the node "
+        "answers then has noise, and is in this file; empty: no noise",
+    )
     state_dir: str = Field(
         "",
         description="folder of this node's model and decoded data; empty: ~/.fedmmkt/clients; without data of its own, "
@@ -494,6 +512,7 @@ class NodeConfig(_Section):
             "image_column": self.image_column,
             "text_column": self.text_column,
             "label_column": self.label_column,
+            "split_by_content": bool(self.privacy_ledger),
         }
         return OwnDataConfig(**{**data.model_dump(), **own})
 
@@ -508,6 +527,8 @@ class NodeConfig(_Section):
     def _has_data(self) -> Self:
         if not self.data_path and (self.partition_id is None or self.num_partitions is None):
             raise ValueError("a node needs `data-path`, or `partition-id` with `num-partitions`")
+        if self.privacy_ledger and not self.data_path:
+            raise ValueError("`privacy-ledger` needs `data-path`; simulated clients have `client.epsilon`")
         return self
 
 

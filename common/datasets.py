@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -338,6 +339,8 @@ def _indexed(tables: list[Table], labels: Labels, classes: tuple[str, ...], conf
 def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     from sklearn.model_selection import train_test_split
 
+    if isinstance(config, OwnDataConfig) and config.split_by_content:
+        return _split_by_content(dataset, config, seed)
     labels = labels_of(dataset, config)
     counts = np.bincount(labels)
     held = round(len(labels) * config.test_fraction)
@@ -354,6 +357,33 @@ def _split(dataset: datasets.Dataset, config: DataConfig, seed: int) -> tuple[da
     rows = np.arange(len(labels))
     train, test = train_test_split(rows, test_size=held, stratify=stratify, random_state=seed)
     return dataset.select(train), dataset.select(test)
+
+
+def _split_by_content(
+    dataset: datasets.Dataset, config: DataConfig, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Hold out the examples whose hash is small, so that one example more or less moves no other one."""
+    import datasets
+
+    rows, column = dataset, config.image_column
+    if isinstance(dataset.features.get(column), datasets.Image):
+        rows = dataset.cast_column(column, datasets.Image(decode=False))
+    is_test = np.array([_share_of(row, config, seed) < config.test_fraction for row in rows])
+    if is_test.all() or not is_test.any():
+        raise ConfigError(
+            f"{config.key('test_fraction')} is {config.test_fraction}, which leaves nothing to train or test on "
+            f"{len(dataset)} examples; allowed: more examples, or a test part in a file of its own"
+        )
+    return dataset.select(np.flatnonzero(~is_test)), dataset.select(np.flatnonzero(is_test))
+
+
+def _share_of(row: Mapping[str, Any], config: DataConfig, seed: int) -> float:
+    """Return a number between 0 and 1 that depends on the content of an example and the seed alone."""
+    digest = hashlib.sha256(f"{seed} {row.get(config.text_column)}".encode())
+    if isinstance(image := row.get(config.image_column), Mapping):
+        content, path = image["bytes"], Path(image["path"] or "")
+        digest.update((path.read_bytes() if path.is_file() else b"") if content is None else content)
+    return int.from_bytes(digest.digest()[:8], "big") / 2**64
 
 
 def _read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[str | None]:

@@ -27,6 +27,7 @@ MAX_ANCESTORS = 100
 MAX_EXAMPLES = 10**12
 LARGEST_LOGIT = 6e4  # Clients clamp their logits to this, within the range of half precision.
 VOTES_PER_IMAGE = 3  # Synthetic samples that each private image votes for.
+SURELY = 8.0  # Standard deviations that noise never exceeds: once in 10**15 values.
 Modality = Literal["image", "text", "image+text"]
 
 
@@ -141,6 +142,8 @@ class Instructions(_Message):
         The class space. Logits have one column per class, in this order.
     votes : bool
         Whether the run uses votes.
+    rounds : int
+        Number of rounds of the whole run, for which a node with a privacy budget plans its noise.
     anchor_size : int
         Dimension of the text embeddings (anchors) in batches; 0 if batches have none.
     ancestors, ancestor_rounds : tuple
@@ -153,6 +156,7 @@ class Instructions(_Message):
     round: int = Field(ge=0)
     classes: tuple[Name, ...] = Field(min_length=2, max_length=MAX_CLASSES)
     votes: bool
+    rounds: int = Field(1, ge=1, le=100_000)
     anchor_size: int = Field(ge=0, le=100_000)
     ancestors: tuple[RunKey, ...] = Field((), max_length=MAX_ANCESTORS)
     ancestor_rounds: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -254,9 +258,13 @@ class ClientReport(_Message):
     model, modality : str
         Name of its model, and the kind of inputs that the model reads.
     examples : int
-        Number of private training examples.
-    accuracy, loss : float
-        Of its current model: on the shared test set in simulation, else on held-out private data.
+        Number of private training examples; with a privacy budget, the sum of the class counts with noise.
+    accuracy, loss : float, optional
+        Of its current model: on the shared test set in simulation, else on held-out private data. None if the client
+        withholds them.
+    epsilon, budget, delta : float, optional
+        Only of a client with a privacy budget: the epsilon that all its answers have spent, the whole epsilon, and the
+        delta of both.
     kept : tuple of str
         Ids of the batches that it has on disk; the server resends lost ones.
     awaiting : tuple of str
@@ -267,16 +275,31 @@ class ClientReport(_Message):
     model: Name
     modality: Modality
     examples: int = Field(ge=1, le=MAX_EXAMPLES)
-    accuracy: float = Field(ge=0, le=1, allow_inf_nan=False)
-    loss: float = Field(ge=0, allow_inf_nan=False)
+    accuracy: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    loss: float | None = Field(None, ge=0, allow_inf_nan=False)
+    epsilon: float | None = Field(None, ge=0, allow_inf_nan=False)
+    budget: float | None = Field(None, gt=0, allow_inf_nan=False)
+    delta: float | None = Field(None, gt=0, lt=1)
     kept: tuple[Name, ...] = Field((), max_length=1000)
     awaiting: tuple[Name, ...] = Field((), max_length=1000)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for names in (("accuracy", "loss"), ("epsilon", "budget", "delta")):
+            given = {getattr(self, name) is not None for name in names}
+            _require(len(given) == 1, f"{', '.join(names)} come together")
+        return self
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the client has a privacy budget: what it answers has noise."""
+        return self.epsilon is not None
 
     def to_records(self, prefix: str) -> dict[str, Any]:
         """Return Flower records; numbers go into a MetricRecord, where Flower's tools look for them."""
         records: dict[str, Any] = super().to_records(prefix)
         settings = dict(records[prefix])
-        numbers = {name: settings.pop(name) for name in ("examples", "accuracy", "loss")}
+        numbers = {name: settings.pop(name) for name in ("examples", "accuracy", "loss") if name in settings}
         return {prefix: ConfigRecord(settings), f"{prefix}.metrics": MetricRecord(numbers)}
 
     @classmethod
@@ -343,32 +366,45 @@ class DistillationPayload(_Message):
     ----------
     batch_id : str
         Id of the batch.
-    logits_NC : numpy.ndarray
-        float16, samples x classes.
+    logits_NC : numpy.ndarray, optional
+        float16, samples x classes. None if the client sends none, since it has a privacy budget.
     class_counts_C : numpy.ndarray
         int64; number of private examples per class. The default aggregation rule ignores the client on a class with
         count zero.
     votes_N : numpy.ndarray, optional
-        float32, not negative; how often each sample is among the nearest synthetic neighbours of the client's private
-        images (arXiv 2305.15560). Only from clients that read images, and only if the run uses votes.
+        float32; how often each sample is among the nearest synthetic neighbours of the client's private images
+        (arXiv 2305.15560). Negative only with noise. Only from clients that read images, and only if the run uses
+        votes.
+    votes_noise, counts_noise : float, optional
+        Standard deviation of the noise of each vote, and of each class count; None without noise.
     """
 
     batch_id: Name
-    logits_NC: Float16Matrix
+    logits_NC: Float16Matrix | None = None
     class_counts_C: Int64Vector
     votes_N: Float32Vector | None = None
+    votes_noise: float | None = Field(None, gt=0, le=MAX_EXAMPLES)
+    counts_noise: float | None = Field(None, gt=0, le=MAX_EXAMPLES)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        samples, classes = self.logits_NC.shape
-        _require(bool((np.abs(self.logits_NC) <= LARGEST_LOGIT).all()), f"a logit is beyond {LARGEST_LOGIT:g}")
-        _require(len(self.class_counts_C) == classes, f"{len(self.class_counts_C)} class counts for {classes} logits")
+        if self.logits_NC is not None:
+            classes = self.logits_NC.shape[1]
+            _require(bool((np.abs(self.logits_NC) <= LARGEST_LOGIT).all()), f"a logit is beyond {LARGEST_LOGIT:g}")
+            _require(
+                len(self.class_counts_C) == classes, f"{len(self.class_counts_C)} class counts for {classes} logits"
+            )
         _require(_within(self.class_counts_C, 0, np.inf), "a class count is negative")
         _require(_within(self.class_counts_C, 0, MAX_EXAMPLES), f"a class count is above {MAX_EXAMPLES}")
         _require(bool(self.class_counts_C.sum() > 0), "no class has a private example")
         if self.votes_N is not None:
-            _require(len(self.votes_N) == samples, f"{len(self.votes_N)} votes for {samples} samples")
-            _require(_within(self.votes_N, 0, np.inf), "a vote is negative")
+            if self.logits_NC is not None:
+                samples = len(self.logits_NC)
+                _require(len(self.votes_N) == samples, f"{len(self.votes_N)} votes for {samples} samples")
+            lowest = -SURELY * (self.votes_noise or 0)
+            _require(_within(self.votes_N, lowest, np.inf), "a vote is negative" + (" beyond noise" if lowest else ""))
+        else:
+            _require(self.votes_noise is None, "votes_noise is of no votes")
         return self
 
     def check_answers(self, batch_id: str, samples: int, classes: int, votes: bool) -> None:
@@ -381,8 +417,12 @@ class DistillationPayload(_Message):
         """
         if self.batch_id != batch_id:
             raise PayloadError(f"answers batch {self.batch_id!r}; expected {batch_id!r}")
-        if self.logits_NC.shape != (samples, classes):
+        if self.logits_NC is not None and self.logits_NC.shape != (samples, classes):
             raise PayloadError(f"logits have shape {self.logits_NC.shape}; expected ({samples}, {classes})")
+        if len(self.class_counts_C) != classes:
+            raise PayloadError(f"{len(self.class_counts_C)} class counts; expected {classes}")
+        if self.votes_N is not None and len(self.votes_N) != samples:
+            raise PayloadError(f"{len(self.votes_N)} votes; expected {samples}")
         if self.votes_N is not None and not votes:
             raise PayloadError("votes were sent where the run asks for logits alone")
 
@@ -390,7 +430,8 @@ class DistillationPayload(_Message):
         """Check that a client with this report can have made the payload.
 
         Its class counts are of its training examples. Each of its images votes for `VOTES_PER_IMAGE` samples, of its
-        own class or of none, and once for each.
+        own class or of none, and once for each. Noise can add to that what is at most `SURELY` standard deviations.
+        Only a client with a privacy budget has noise, and only such a client sends no logits.
 
         Parameters
         ----------
@@ -407,14 +448,22 @@ class DistillationPayload(_Message):
         examples = int(self.class_counts_C.sum())
         if examples != report.examples:
             raise PayloadError(f"class counts are of {examples} examples, and the report says {report.examples}")
+        noises = self.counts_noise is not None, self.votes_N is None or self.votes_noise is not None
+        if report.is_private and not all(noises):
+            raise PayloadError("the report tells of a privacy budget, and the answer of no noise")
+        if not report.is_private and (self.logits_NC is None or self.counts_noise or self.votes_noise):
+            raise PayloadError("an answer with noise or without logits needs a report that tells of a privacy budget")
         if self.votes_N is None:
             return
         if report.modality == "text":
             raise PayloadError("votes were sent by a client that reads no images")
-        voters_N = np.where(prompted_N < 0, examples, self.class_counts_C[prompted_N])
-        if wrong := int((self.votes_N > voters_N).sum()):
+        counts_noise, votes_noise = SURELY * (self.counts_noise or 0), SURELY * (self.votes_noise or 0)
+        unsure = counts_noise * len(self.class_counts_C) ** 0.5
+        voters_N = np.where(prompted_N < 0, examples + unsure, self.class_counts_C[prompted_N] + counts_noise)
+        if wrong := int((self.votes_N > voters_N + votes_noise).sum()):
             raise PayloadError(f"{wrong} of {len(self.votes_N)} samples have more votes than images that may vote")
-        if (cast := float(self.votes_N.sum(dtype=np.float64))) > VOTES_PER_IMAGE * examples:
+        most = VOTES_PER_IMAGE * (examples + unsure) + votes_noise * len(self.votes_N) ** 0.5
+        if (cast := float(self.votes_N.sum(dtype=np.float64))) > most:
             raise PayloadError(f"{cast:g} votes of {examples} images; allowed: {VOTES_PER_IMAGE} of each")
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "predict": ("deploy.predict", "predict classes with a client's trained model"),
     "doctor": ("deploy.doctor", "check a deployment from any of its hosts"),
     "certificates": ("deploy.certificates", "make a CA, the server's certificate, and nodes' keys"),
+    "budget": ("deploy.budget", "make a node's privacy budget, or show what is spent"),
     "partition": ("deploy.partition", "divide a dataset into a folder for each node"),
     "pretrain": ("starter.public", "pre-train a small text-to-image model on the public part of a dataset"),
     "report": ("server_app.report.page", "rewrite the report of a run folder"),

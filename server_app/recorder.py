@@ -224,7 +224,7 @@ class Recorder:
             self._record.messages.append((name, self._began, self._told))
             seconds, accuracy = self._told - self._began, reply.answer.report.accuracy
             count = f"{self._answered}/{self._expected}"
-            log(INFO, "  clients   %s  %-12s accuracy %.3f  (%.1f s)", count, name, accuracy, seconds)
+            log(INFO, "  clients   %s  %-12s accuracy %s  (%.1f s)", count, name, _figure(accuracy), seconds)
         elif reply.kind == "rejected":
             same = next((other for other in known if other != name and known[other] == reply.reason), "")
             log(WARNING, "  clients   %s is left out of this round: %s", name, f"as {same}" if same else reply.reason)
@@ -242,7 +242,8 @@ class Recorder:
         evaluation = self._record.evaluations[reply.answer.report.client] = reply.answer.evaluation
         if evaluation.alone_correct_C is not None:
             alone = evaluation.alone_correct_C.sum() / evaluation.tested_C.sum()
-            log(INFO, "  evaluate  %-12s accuracy %.3f; alone %.3f", name, reply.answer.report.accuracy, alone)
+            accuracy = _figure(reply.answer.report.accuracy)
+            log(INFO, "  evaluate  %-12s accuracy %s; alone %.3f", name, accuracy, alone)
 
     def record_standings(self, before: Mapping[str, Standing], after: Mapping[str, Standing]) -> None:
         """Record what each client's answer counts for, and show changes."""

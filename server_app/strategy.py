@@ -45,10 +45,12 @@ from fedmmkt.server_app.requests import make_requests
 from fedmmkt.server_app.rules.aggregation import aggregations, normalised
 from fedmmkt.server_app.rules.bounds import bounded
 from fedmmkt.server_app.rules.checks import check_result
+from fedmmkt.server_app.rules.noisy_votes import sum_of_votes
 from fedmmkt.server_app.rules.scores import Feedback, scores
 from fedmmkt.server_app.rules.streaming import aggregate
 from fedmmkt.server_app.rules.sureness import RULES_OF_PROBABILITIES, scale_of
 from fedmmkt.server_app.rules.updates import updates
+from fedmmkt.server_app.rules.without_logits import completed, of_prompts
 from fedmmkt.server_app.sampling import draw, draw_in_turns, sample_size
 from fedmmkt.server_app.standings import weigh_answers
 from fedmmkt.server_app.t2i.generator import Generator
@@ -215,9 +217,12 @@ class FedMMKT(Strategy):
         return answers
 
     def aggregate_logits(self, answers: list[Answer], prompted_N: Tensor) -> Tensor:
-        """Aggregate the clients' logits into probabilities (samples x classes), with the rule ``t2i.aggregation``."""
+        """Aggregate the clients' logits into probabilities (samples x classes), with the rule ``t2i.aggregation``.
+
+        It is called with answers that have logits, at least one.
+        """
         payloads = [answer.required_payload for answer in answers]
-        logits = [payload.logits_NC for payload in payloads]
+        logits = [payload.logits_NC for payload in payloads if payload.logits_NC is not None]
         counts_KC = torch.stack([torch.from_numpy(payload.class_counts_C) for payload in payloads])
         name = self.config.t2i.aggregation
         check = partial(check_result, key=aggregations.key, name=name)
@@ -228,7 +233,7 @@ class FedMMKT(Strategy):
     def make_targets(self, batch: SyntheticBatch, answers: list[Answer]) -> SoftTargets:
         """Make the soft targets of a batch from answers; samples are weighted by the agreement of these clients."""
         prompted_N = torch.from_numpy(batch.prompted_N)
-        probabilities_NC = self._aggregated(answers, prompted_N)
+        probabilities_NC = self._consensus(answers, answers, prompted_N)
         text_consensus_NC = self._read_in_prompts(answers, prompted_N)
         agreement_N = Feedback(probabilities_NC, prompted_N, None, text_consensus_NC).agreement_N()
         return SoftTargets(
@@ -243,16 +248,17 @@ class FedMMKT(Strategy):
         Image clients judge the images, because they do not see the prompts. If there are no image clients, all clients
         judge. If no image client holds a class, image+text clients judge the samples of this class.
         """
-        judges = [answer for answer in answers if answer.report.modality == "image"] or answers
-        consensus_NC = self._aggregated(judges, prompted_N)
-        unjudged_N = (prompted_N >= 0) & ~covered_classes_C(judges)[prompted_N]
-        pairs = [answer for answer in answers if answer.report.modality == "image+text"]
-        if pairs and bool(unjudged_N.any()):
-            consensus_NC = torch.where(unjudged_N[:, None], self._aggregated(pairs, prompted_N), consensus_NC)
-        payload_votes = [answer.required_payload.votes_N for answer in answers]
-        votes = [torch.from_numpy(votes_N) for votes_N in payload_votes if votes_N is not None]
+        judges = [answer for answer in with_logits(answers) if answer.report.modality == "image"]
+        judges = judges or with_logits(answers)
+        consensus_NC = self._consensus(judges, answers, prompted_N)
+        pairs = [answer for answer in with_logits(answers) if answer.report.modality == "image+text"]
+        if pairs:
+            unjudged_N = (prompted_N >= 0) & ~covered_classes_C(judges)[prompted_N]
+            if bool(unjudged_N.any()):
+                of_pairs_NC = self._consensus(pairs, answers, prompted_N)
+                consensus_NC = torch.where(unjudged_N[:, None], of_pairs_NC, consensus_NC)
         text_consensus_NC = self._read_in_prompts(answers, prompted_N)
-        votes_N = torch.stack(votes).sum(0) if votes else None
+        votes_N = sum_of_votes([answer.required_payload for answer in answers])
         scores_N = self.score(Feedback(consensus_NC, prompted_N, votes_N, text_consensus_NC))
         return check_result(scores_N, (len(prompted_N),), scores.key, self.config.t2i.scores)
 
@@ -341,8 +347,8 @@ class FedMMKT(Strategy):
         with self.recorder.timed("adapt"):
             loss = self.adapt_generator(server_round, self.ledger.pool)
         self.recorder.record_update(loss)
-        accuracy = float(np.mean([answer.report.accuracy for answer in answers]))
-        return self.arrays(), MetricRecord({"accuracy": accuracy, "replies": len(answers)})
+        accuracy = mean_accuracy([answer.report for answer in answers])
+        return self.arrays(), MetricRecord({**accuracy, "replies": len(answers)})
 
     def aggregate_late(self, server_round: int, sent_in: int, replies: Iterable[Message]) -> None:
         """Make the soft targets and scores of an earlier round's batch again, with valid replies that came late.
@@ -379,10 +385,11 @@ class FedMMKT(Strategy):
         return make_requests(self._measured(grid), self.ledger, instructions, f"{MessageType.TRAIN}.distill")
 
     def configure_final_evaluation(self, server_round: int, grid: Grid) -> Iterable[Message]:
-        """Return the requests after the last distillation: one per known client, for its measures by class."""
+        """Return the requests for measures by class after the last distillation, to the clients that give measures."""
         # Round + 1: a client has learned once more in the last distillation.
         content = Request(self._instructions(server_round + 1, is_known=True)).to_content()
-        for node_id in sorted(set(self._measured(grid)) & set(self.ledger.reports)):
+        told = {node_id for node_id, report in self.ledger.reports.items() if report.accuracy is not None}
+        for node_id in sorted(set(self._measured(grid)) & told):
             yield Message(content, dst_node_id=node_id, message_type=f"{MessageType.EVALUATE}.final")
 
     def read_final_evaluation(self, reply: Message) -> Answer:
@@ -422,7 +429,8 @@ class FedMMKT(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Average the clients' accuracy."""
         reports = [self.read_evaluate_reply(reply).report for reply in replies]
-        return MetricRecord({"accuracy": float(np.mean([report.accuracy for report in reports]))}) if reports else None
+        accuracy = mean_accuracy(reports)
+        return MetricRecord(dict(accuracy)) if accuracy else None
 
     def arrays(self) -> ArrayRecord:
         """Return the T2I's adapter."""
@@ -550,6 +558,7 @@ class FedMMKT(Strategy):
             round=server_round,
             classes=self.classes,
             votes=self.config.feedback == FEEDBACK_WITH_VOTES,
+            rounds=self.recorder.config.rounds,
             anchor_size=self._anchor_size(),
             ancestors=tuple(run_key for run_key, _ in ancestors),
             ancestor_rounds=tuple(last for _, last in ancestors),
@@ -622,12 +631,23 @@ class FedMMKT(Strategy):
         of_modality = {modality: index_of(placeholder_report(modality)) for modality in get_args(Modality)}
         return TargetsByClient(tuple(distinct), of_client, of_modality)
 
+    def _consensus(self, chosen: list[Answer], answers: list[Answer], prompted_N: Tensor) -> Tensor:
+        """Aggregate the chosen answers that have logits; the prompts stand in for what answers without logits hold."""
+        having = with_logits(chosen)
+        if not having:
+            return of_prompts(prompted_N, len(self.classes))
+        consensus_NC = self._aggregated(having, prompted_N)
+        everybody = with_logits(answers)
+        if len(everybody) == len(answers):
+            return consensus_NC
+        return completed(consensus_NC, prompted_N, covered_classes_C(everybody))
+
     def _read_in_prompts(self, answers: list[Answer], prompted_N: Tensor) -> Tensor | None:
         """Return what text clients read in the prompts, as probabilities (samples x classes).
 
         None if there are no text clients, if all prompts name a class, or if ``t2i.agreement`` does not use it.
         """
-        readers = [answer for answer in answers if answer.report.modality == "text"]
+        readers = [answer for answer in with_logits(answers) if answer.report.modality == "text"]
         if not readers or self.config.t2i.agreement != "cross-modal" or not bool((prompted_N < 0).any()):
             return None
         return self._aggregated(readers, prompted_N)
@@ -641,6 +661,17 @@ strategies: Registry[type[FedMMKT]] = Registry(
 )
 """The strategies: `FedMMKT` and its subclasses."""
 strategies.register("fedmmkt")(FedMMKT)
+
+
+def with_logits(answers: list[Answer]) -> list[Answer]:
+    """Return the answers that have logits; those of clients with a privacy budget have none."""
+    return [answer for answer in answers if answer.required_payload.logits_NC is not None]
+
+
+def mean_accuracy(reports: Sequence[ClientReport]) -> dict[str, float]:
+    """Return the mean of the accuracies that clients report, as a metric; empty if all withhold theirs."""
+    told = [report.accuracy for report in reports if report.accuracy is not None]
+    return {"accuracy": float(np.mean(told))} if told else {}
 
 
 def covered_classes_C(answers: list[Answer]) -> Tensor:

@@ -46,6 +46,8 @@ class RoundRecord:
         Each stage of the server with its begin and end, by `time.perf_counter`.
     messages : list of (str, float, float)
         Each client's valid replies: its name, when it was asked and when the reply came.
+    noises : dict of str to dict
+        Standard deviations of the noise in the answers of clients with a privacy budget, by client.
     """
 
     round: int
@@ -67,6 +69,7 @@ class RoundRecord:
     gone: set[str] = field(default_factory=set)
     evaluations: dict[str, FinalEvaluation] = field(default_factory=dict)
     standings: dict[str, Standing] | None = None
+    noises: dict[str, dict[str, float | None]] = field(default_factory=dict)
     generator_loss: float | None = None
     alignment: float | None = None
     frechet: float | None = None
@@ -90,6 +93,8 @@ class RoundRecord:
         if reply.kind == "answered" and reply.answer is not None:
             newest = {report.client: report for report in self.reports} | {name: reply.answer.report}
             self.reports = [newest[client] for client in sorted(newest)]
+            if (payload := reply.answer.payload) is not None and payload.counts_noise is not None:
+                self.noises[name] = {"counts_noise": payload.counts_noise, "votes_noise": payload.votes_noise}
         elif reply.kind == "rejected":
             self.rejected[name] = reply.reason
         elif reply.kind in ("offline", "unanswered"):
@@ -105,8 +110,16 @@ class RoundRecord:
 
     def accuracy(self, modality: str | None = None) -> float | None:
         """Return the mean accuracy of all clients, or of one modality; None if there are none."""
-        values = [report.accuracy for report in self.reports if modality in (None, report.modality)]
+        reports = [report for report in self.reports if modality in (None, report.modality)]
+        values = [report.accuracy for report in reports if report.accuracy is not None]
         return float(np.mean(values)) if values else None
+
+    def _privacy_to_json(self, report: ClientReport) -> dict[str, Any]:
+        """Return what a client has spent of its privacy budget, and the noise of its answer; empty without a budget."""
+        if not report.is_private:
+            return {}
+        spent = {"epsilon": report.epsilon, "budget": report.budget, "delta": report.delta}
+        return {"privacy": spent | self.noises.get(report.client, {})}
 
     def participation(self) -> str:
         """Return a line with the numbers of asked and answered clients, and the names of the others."""
@@ -124,6 +137,7 @@ class RoundRecord:
         """Return the line of ``metrics.jsonl``; the times of its timeline are in seconds since ``zero``."""
         per_client = {
             report.client: report.model_dump(include={"accuracy", "loss", "modality", "model", "examples"})
+            | self._privacy_to_json(report)
             for report in self.reports
         }
         modalities = sorted({report.modality for report in self.reports})

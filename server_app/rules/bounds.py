@@ -33,9 +33,12 @@ def bounded(payloads: Sequence[DistillationPayload], most: Sequence[float]) -> l
 
 
 def _scaled(payload: DistillationPayload, factor: float) -> DistillationPayload:
-    changes: dict[str, np.ndarray] = {
+    changes: dict[str, np.ndarray | float] = {
         "class_counts_C": np.ceil(payload.class_counts_C * factor).astype(np.int64),
     }
     if payload.votes_N is not None:
         changes["votes_N"] = (payload.votes_N * factor).astype(np.float32)
+    for name in ("counts_noise", "votes_noise"):
+        if (noise := getattr(payload, name)) is not None:
+            changes[name] = noise * factor
     return payload.model_copy(update=changes)

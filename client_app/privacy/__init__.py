@@ -1,0 +1,1 @@
+"""Differential privacy of what leaves a node: the noise, the ledger, and the answers."""

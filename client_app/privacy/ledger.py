@@ -1,0 +1,323 @@
+"""The ledger of a node's privacy budget: a file that holds every answer that the node gave from its private data.
+
+The ledger is a text file with one JSON object a line. The first line is the budget; its operator makes it with
+``fedmmkt budget new``. Each later line is the plan of a run, or an answer with its noise. An answer is on the disk
+before it leaves the node, so that a node never spends more than its ledger says, whenever it is killed. A question that
+was answered before gets the same answer again, which costs nothing.
+
+Each line has the checksum of all lines up to it. Beside it, the node's state folder keeps the *head*: how many lines
+there were, and their checksum. So a ledger that was damaged, cut off or replaced by an older copy is found out; then
+nothing is answered until the operator makes a new one. A last line without an end is what a killed process was writing:
+it was not answered yet, and is removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmmkt.client_app.privacy.noise import with_noise
+from fedmmkt.client_app.refusals import RefusedError
+from fedmmkt.common.config import ConfigError
+from fedmmkt.common.files import private_folder, write_text
+from fedmmkt.common.privacy import Budget, Plan, epsilon_of, most_precision, plan_of, precision_of
+
+LEAST_SHARE = 0.01  # Part of a run's equal share below which what remains is not worth a run.
+_SLACK = 1e-9  # For rounding, relative to the budget.
+
+
+class LedgerError(ConfigError):
+    """A ledger cannot be used; the text names the file and what is wrong."""
+
+
+class SpentError(RefusedError):
+    """The budget does not allow an answer; the text tells nothing of the data."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with noise.
+
+    Attributes
+    ----------
+    values_N : numpy.ndarray
+        int64.
+    noise : float
+        Noise multiplier.
+    """
+
+    values_N: NDArray[np.int64]
+    noise: float
+
+
+@dataclass
+class _Pages:
+    """The content of a ledger.
+
+    Attributes
+    ----------
+    name : str
+        Random name of the ledger, by which its head is found.
+    checks : list of str
+        The checksum of each line, as of all lines up to it.
+    size : int
+        Length in bytes, up to the last whole line.
+    """
+
+    name: str
+    budget: Budget
+    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
+    noises: list[float] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
+    size: int = 0
+
+
+def create_ledger(path: Path, budget: Budget) -> None:
+    """Make a ledger with a whole budget.
+
+    Raises
+    ------
+    LedgerError
+        If the file is there already.
+    OSError
+        If it cannot be written.
+    """
+    private_folder(path.parent)
+    line = _line("", {"name": secrets.token_hex(8), "budget": asdict(budget)})[0]
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(16)}")
+    try:
+        with temporary.open("xb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)  # Unlike a renaming, it never replaces a ledger.
+    except FileExistsError:
+        raise LedgerError(
+            f"{path} is there already; allowed: another name, or move the old ledger away first"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+class PrivacyLedger:
+    """A node's ledger. Several processes may use it at once.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    heads : Path, optional
+        Folder of the heads of ledgers, elsewhere than the ledger. Who only reads needs none.
+    """
+
+    def __init__(self, path: Path, heads: Path | None = None) -> None:
+        self.path, self.heads = path.expanduser(), heads.expanduser() if heads else None
+
+    @property
+    def budget(self) -> Budget:
+        """The whole budget; raises `LedgerError` if the ledger cannot be used."""
+        with self._open() as (pages, _):
+            return pages.budget
+
+    def noises(self) -> list[float]:
+        """Return the noise multipliers of all answers; raises `LedgerError` if the ledger cannot be used."""
+        with self._open() as (pages, _):
+            return pages.noises
+
+    def epsilon(self) -> float:
+        """Return the epsilon that all answers together have spent, at the budget's delta."""
+        with self._open() as (pages, _):
+            return epsilon_of(pages.noises, pages.budget.delta)
+
+    def runs(self) -> list[str]:
+        """Return the keys of the runs that have a plan, oldest first."""
+        with self._open() as (pages, _):
+            return list(pages.plans)
+
+    def plan(self, run_key: str, ancestors: Sequence[str], rounds: int) -> tuple[str, Plan]:
+        """Return the plan of a run; make one if it has none, from an equal share of what remains.
+
+        Parameters
+        ----------
+        run_key : str
+            Key of the run.
+        ancestors : sequence of str
+            Keys of the runs that it continues, oldest first. It goes on with the plan of the newest one that has any.
+        rounds : int
+            Number of rounds of the whole run.
+
+        Returns
+        -------
+        tuple
+            Key of the run that the plan was made for, and the plan.
+
+        Raises
+        ------
+        LedgerError
+            If the ledger cannot be used.
+        SpentError
+            If what remains is not worth a run.
+        """
+        with self._open() as (pages, write):
+            if run_key not in pages.plans:
+                write({"run": run_key} | _next_plan(pages, run_key, ancestors, rounds))
+            entry = pages.plans[run_key]
+            return entry["origin"], Plan(entry["counts"], entry["votes"])
+
+    def answer(self, question: str, values_N: NDArray[np.int64], sensitivity: float, noise: float) -> Answer:
+        """Add noise to an answer and write it down, or return the answer that the question got before.
+
+        Parameters
+        ----------
+        question : str
+            All that the values depend on besides the private data, or a hash of it.
+        values_N : numpy.ndarray
+            int64; the exact answer.
+        sensitivity : float
+            How much one example can change it (L2 norm).
+        noise : float
+            Noise multiplier.
+
+        Raises
+        ------
+        LedgerError
+            If the ledger cannot be used.
+        SpentError
+            If the budget does not allow the answer.
+        """
+        with self._open() as (pages, write):
+            if question not in pages.answers:
+                allowed = most_precision(pages.budget.epsilon, pages.budget.delta) * (1 + _SLACK)
+                if precision_of([*pages.noises, noise]) > allowed:
+                    raise _spent(pages)
+                noisy_N = with_noise(values_N, noise * sensitivity)
+                write({"question": question, "noise": noise, "answer": noisy_N.tolist()})
+            return pages.answers[question]
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[_Pages, Any]]:
+        """Yield the content of the locked ledger, and a function that adds an entry to both."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
+        except OSError as error:
+            raise LedgerError(f"privacy ledger {self.path} cannot be opened ({error.strerror}); {_NEW}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            pages = _read(self.path, descriptor)
+            self._keep_head(pages)
+            yield pages, lambda entry: self._write(descriptor, pages, entry)
+        finally:
+            os.close(descriptor)  # This also gives the lock back.
+
+    def _keep_head(self, pages: _Pages) -> None:
+        """Check that the ledger has all lines that the head tells of, and bring the head up to date."""
+        if self.heads is None:
+            return
+        path, newest = self.heads / f"{pages.name}.json", {"lines": len(pages.checks), "check": pages.checks[-1]}
+        try:
+            head = json.loads(path.read_text(encoding="utf-8"))
+            if head == newest:
+                return
+            holds = pages.checks[head["lines"] - 1] == head["check"]
+        except FileNotFoundError:
+            holds = True
+        except (OSError, ValueError, LookupError, TypeError):
+            holds = False
+        if not holds:
+            raise LedgerError(f"privacy ledger {self.path} is older than the answers that {path} knows of; {_NEW}")
+        private_folder(self.heads)
+        write_text(path, json.dumps(newest) + "\n")
+
+    def _write(self, descriptor: int, pages: _Pages, entry: dict[str, Any]) -> None:
+        """Add an entry; when this returns, it is on the disk."""
+        os.ftruncate(descriptor, pages.size)  # Without the line that a killed process was writing.
+        line, check = _line(pages.checks[-1], entry)
+        written = 0
+        while written < len(line):
+            written += os.write(descriptor, line[written:])
+        os.fsync(descriptor)
+        pages.size += len(line)
+        _add(pages, entry, check)
+        self._keep_head(pages)
+
+
+_NEW = "nothing is answered until there is a new one, from `fedmmkt budget new`"
+
+
+def _next_plan(pages: _Pages, run_key: str, ancestors: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Return the plan of the newest ancestor that has one, or else a new plan."""
+    for ancestor in reversed(ancestors):
+        if ancestor in pages.plans:
+            earlier = pages.plans[ancestor]
+            return {name: earlier[name] for name in ("origin", "counts", "votes")}
+    whole = most_precision(pages.budget.epsilon, pages.budget.delta)
+    begun = len({entry["origin"] for entry in pages.plans.values()})
+    share = (whole - precision_of(pages.noises)) / max(1, pages.budget.runs - begun)
+    if share < LEAST_SHARE * whole / pages.budget.runs:
+        raise _spent(pages)
+    return {"origin": run_key, **asdict(plan_of(share, rounds))}
+
+
+def _spent(pages: _Pages) -> SpentError:
+    return SpentError(f"the node refused: its privacy budget of epsilon {pages.budget.epsilon:g} is spent")
+
+
+def _line(before: str, entry: dict[str, Any]) -> tuple[bytes, str]:
+    """Return the line of an entry, and its checksum."""
+    content = json.dumps(entry, sort_keys=True)
+    check = hashlib.sha256(f"{before}{content}".encode()).hexdigest()
+    return json.dumps({"entry": entry, "check": check}, sort_keys=True).encode() + b"\n", check
+
+
+def _read(path: Path, descriptor: int) -> _Pages:
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        lines = file.read().splitlines(keepends=True)
+    pages: _Pages | None = None
+    try:
+        for line in lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines:
+            content = json.loads(line)
+            entry, before = content["entry"], pages.checks[-1] if pages else ""
+            if _line(before, entry)[0] != line:
+                raise ValueError("a checksum is wrong")
+            if pages is None:
+                pages = _Pages(entry["name"], Budget(**entry["budget"]))
+            _add(pages, entry, content["check"])
+            pages.size += len(line)
+    except (ValueError, LookupError, TypeError):
+        pages = None
+    if pages is None:
+        raise LedgerError(f"privacy ledger {path} is damaged, or is none; {_NEW}")
+    return pages
+
+
+def _add(pages: _Pages, entry: dict[str, Any], check: str) -> None:
+    pages.checks.append(check)
+    if "run" in entry:
+        pages.plans[entry["run"]] = entry
+    elif "question" in entry:
+        pages.noises.append(entry["noise"])
+        pages.answers[entry["question"]] = Answer(np.array(entry["answer"], dtype=np.int64), entry["noise"])
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder to disk, so that a power cut cannot lose a file that was made in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

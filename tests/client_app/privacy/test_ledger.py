@@ -1,0 +1,269 @@
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from fedmmkt.client_app.privacy.ledger import LedgerError, PrivacyLedger, SpentError, create_ledger
+from fedmmkt.common.privacy import Budget, epsilon_of, most_precision, plan_of
+
+BUDGET = Budget(epsilon=8.0, delta=1e-5)
+VALUES = np.array([5, 0, 3])
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    create_ledger(tmp_path / "ledger" / "node.jsonl", BUDGET)
+    return PrivacyLedger(tmp_path / "ledger" / "node.jsonl", tmp_path / "state" / "privacy")
+
+
+def answered(ledger, rounds, plan):
+    return [ledger.answer(f"votes-{number}", VALUES, 1.0, plan.votes) for number in range(rounds)]
+
+
+def test_a_run_spends_its_budget_and_no_more(ledger):
+    _, plan = ledger.plan("run", (), rounds=3)
+    ledger.answer("counts", VALUES, 1.0, plan.counts)
+    answers = answered(ledger, 3, plan)
+
+    with pytest.raises(SpentError, match=r"privacy budget of epsilon 8 is spent"):
+        ledger.answer("votes-4", VALUES, 1.0, plan.votes)
+
+    assert plan == plan_of(most_precision(8, 1e-5), 3)
+    assert [answer.noise for answer in answers] == [plan.votes] * 3
+    assert ledger.noises() == [plan.counts, *[plan.votes] * 3]
+    assert ledger.epsilon() == pytest.approx(8)
+
+
+def test_the_same_question_gets_the_same_answer_at_no_charge(ledger):
+    _, plan = ledger.plan("run", (), rounds=100)
+
+    first, *others = [ledger.answer("votes", VALUES, 1.0, plan.votes) for _ in range(5)]
+
+    assert all(np.array_equal(first.values_N, other.values_N) for other in others)
+    assert len(ledger.noises()) == 1
+
+
+def test_noise_is_that_of_the_plan_times_the_sensitivity(ledger):
+    zeros_N = np.zeros(4000, np.int64)
+
+    values_N = ledger.answer("votes", zeros_N, sensitivity=3**0.5, noise=2.0).values_N
+
+    # The standard deviation of 4000 values is within five of its standard errors.
+    assert abs(values_N.std() / (2 * 3**0.5) - 1) < 5 / (2 * 4000) ** 0.5
+    assert values_N.dtype == np.int64
+
+
+def test_runs_divide_the_budget(tmp_path):
+    create_ledger(tmp_path / "ledger", Budget(8.0, 1e-5, runs=2))
+    ledger, whole = PrivacyLedger(tmp_path / "ledger", tmp_path / "heads"), most_precision(8, 1e-5)
+
+    _, first = ledger.plan("first", (), rounds=1)
+    ledger.answer("counts of first", VALUES, 1.0, first.counts)  # Its votes are never asked for.
+    _, second = ledger.plan("second", (), rounds=1)
+    ledger.answer("counts of second", VALUES, 1.0, second.counts)
+    ledger.answer("votes of second", VALUES, 1.0, second.votes)
+
+    assert first == plan_of(whole / 2, 1)
+    assert second == plan_of(whole - first.counts**-2, 1)
+    with pytest.raises(SpentError):
+        ledger.plan("third", (), rounds=1)
+    with pytest.raises(SpentError):
+        ledger.answer("votes of first", VALUES, 1.0, first.votes)
+
+
+def test_a_run_that_goes_on_keeps_the_plan(ledger):
+    origin, plan = ledger.plan("run", (), rounds=4)
+
+    assert ledger.plan("again", ("other", "run"), rounds=9) == (origin, plan) == ("run", plan)
+    assert ledger.plan("and again", ("run", "again"), rounds=9) == ("run", plan)
+
+
+def test_a_ledger_is_never_replaced(ledger):
+    before = ledger.path.read_bytes()
+
+    with pytest.raises(LedgerError, match=r"node.jsonl is there already; allowed: another name"):
+        create_ledger(ledger.path, Budget(100.0))
+
+    assert ledger.path.read_bytes() == before
+    assert list(ledger.path.parent.iterdir()) == [ledger.path]
+    assert oct(ledger.path.stat().st_mode)[-3:] == "600"
+
+
+def test_missing_ledger(tmp_path):
+    with pytest.raises(LedgerError, match=r"none.jsonl cannot be opened \(No such file or directory\); nothing is"):
+        PrivacyLedger(tmp_path / "none.jsonl", tmp_path).plan("run", (), 1)
+
+    assert not list(tmp_path.iterdir())
+
+
+def changed_noise(text):
+    return text.replace('"noise": 1', '"noise": 9')
+
+
+def without_an_answer(text):
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[:2] + lines[3:])
+
+
+@pytest.mark.parametrize(
+    "damage", [changed_noise, without_an_answer, lambda text: "\n" + text, lambda text: "", lambda text: "[1]\n"]
+)
+def test_damage_is_found(ledger, damage):
+    _, plan = ledger.plan("run", (), 5)
+    answered(ledger, 2, plan)
+    before = ledger.path.read_text()
+    ledger.path.write_text(damage(before))
+
+    assert ledger.path.read_text() != before
+    with pytest.raises(LedgerError, match=r"is damaged, or is none; nothing is answered until there is a new one"):
+        ledger.answer("votes-0", VALUES, 1.0, plan.votes)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_an_older_copy_is_found(ledger, lost):
+    """Also one whose last line is cut off, as if a process had been killed while it wrote the line."""
+    _, plan = ledger.plan("run", (), 5)
+    answered(ledger, 2, plan)
+    lines = ledger.path.read_bytes().splitlines(keepends=True)
+    ledger.path.write_bytes(b"".join(lines[:-lost]) + lines[-lost][:-1])
+
+    for _ in range(2):
+        with pytest.raises(LedgerError, match=r"is older than the answers that .*json knows of"):
+            ledger.plan("run", (), 5)
+
+
+def test_a_new_ledger_in_place_of_a_lost_one(ledger):
+    answered(ledger, 2, ledger.plan("run", (), 5)[1])
+    ledger.path.unlink()
+    create_ledger(ledger.path, BUDGET)
+
+    assert ledger.epsilon() == 0
+    assert ledger.plan("run", (), 5)[1] == plan_of(most_precision(8, 1e-5), 5)
+
+
+def test_a_damaged_head_is_no_excuse(ledger):
+    ledger.plan("run", (), 5)
+    [head] = ledger.heads.iterdir()
+    head.write_text("{")
+
+    with pytest.raises(LedgerError, match="is older than the answers"):
+        ledger.epsilon()
+
+
+def test_what_a_killed_process_was_writing_is_left_out(ledger):
+    _, plan = ledger.plan("run", (), 5)
+    with ledger.path.open("ab") as file:
+        file.write(b'{"check": "12')
+
+    answered(ledger, 1, plan)
+
+    assert [json.loads(line)["entry"].get("question") for line in ledger.path.open()] == [None, None, "votes-0"]
+
+
+def ask_many(path, heads, number, results):
+    ledger = PrivacyLedger(path, heads)
+    _, plan = ledger.plan("run", (), rounds=20)
+    for question in range(20):
+        try:
+            values_N = ledger.answer(f"votes-{question % 10}-{number % 2}", VALUES, 1.0, plan.votes).values_N.tolist()
+        except SpentError:
+            values_N = None
+        results.put((question % 10, number % 2, values_N))
+
+
+def test_processes_share_a_ledger(ledger):
+    """Four processes ask 20 different questions, 80 times; the budget is for exactly 20 (the counts are not asked)."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [
+        context.Process(target=ask_many, args=(ledger.path, ledger.heads, number, results)) for number in range(4)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in range(80)]
+    for process in processes:
+        process.join()
+
+    answers = {}
+    for question, kind, values_N in found:
+        assert answers.setdefault((question, kind), values_N) == values_N
+    assert len(ledger.noises()) == 20
+    assert ledger.epsilon() <= 8
+
+
+# ---------------------------------------------------------------------- killed at each write
+
+
+def answer_until_killed(path, heads, kill_at, pipe):
+    """Answer what a run is asked, and be killed before the write of this number."""
+    writes = 0
+
+    def counted(call):
+        def wrapped(*arguments, **options):
+            nonlocal writes
+            writes += 1
+            if writes == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    def torn(descriptor, data):
+        """Write a part, so that the next call is at a torn line."""
+        return os_write(descriptor, data[: max(1, len(data) // 2)])
+
+    os_write = os.write
+    os.write, os.fsync, os.ftruncate = counted(torn), counted(os.fsync), counted(os.ftruncate)
+    os.replace, os.rename = counted(os.replace), counted(os.rename)
+    ledger = PrivacyLedger(path, heads)
+    _, plan = ledger.plan("run", (), rounds=3)
+    for question in ("counts", "votes-1", "votes-2", "votes-3"):
+        noise = plan.counts if question == "counts" else plan.votes
+        pipe.send((question, ledger.answer(question, VALUES, 1.0, noise).values_N.tolist()))
+    pipe.send(None)
+
+
+def test_killed_at_each_write_never_more_is_answered_than_accounted_for(tmp_path):
+    context = multiprocessing.get_context("fork")
+    kills = 0
+    for kill_at in range(1, 200):
+        path, heads = tmp_path / f"{kill_at}.jsonl", tmp_path / f"heads-{kill_at}"
+        create_ledger(path, BUDGET)
+        answers, done = {}, False
+        for at in (kill_at, kill_at, 0):  # Killed twice, then it goes on to the end.
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(target=answer_until_killed, args=(path, heads, at, writer))
+            process.start()
+            writer.close()
+            while True:
+                try:
+                    received = reader.recv()
+                except EOFError:
+                    break
+                if received is None:
+                    done = done or at > 0
+                    break
+                question, values = received
+                assert answers.setdefault(question, values) == values  # Never twice with other noise.
+            process.join()
+            copy = tmp_path / "copy.jsonl"
+            shutil.copyfile(path, copy)
+            ledger = PrivacyLedger(copy)
+            accounted = {json.loads(line)["entry"].get("question") for line in whole_lines(copy)}
+            assert set(answers) <= accounted
+            assert ledger.epsilon() <= 8
+            kills += process.exitcode == -signal.SIGKILL
+        assert len(answers) == 4
+        assert epsilon_of(ledger.noises(), 1e-5) == pytest.approx(8)
+        if done:
+            break
+    assert done
+    assert kills > 2 * 20
+
+
+def whole_lines(path):
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
