@@ -164,7 +164,7 @@ class Client:
         examples = int(self._told_class_counts_C().sum())  # In private mode this may spend, so it comes first.
         told = self.private.spent() if self.private else {}
         if not (self.private and self.node.has_own_data):  # The test set of a simulation is no client's own.
-            told |= self.measure()
+            told |= self._measures
         return ClientReport(
             client=self.name,
             model=model_label(self.model_name),
@@ -175,8 +175,9 @@ class Client:
             **told,
         )
 
-    def measure(self) -> dict[str, float]:
-        """Return accuracy and loss of the current model on the test part."""
+    @cached_property
+    def _measures(self) -> dict[str, float]:
+        """Accuracy and loss of the model, once it has learned what the message brings, on the test part."""
         test = self.data.test
         accuracy, loss = evaluate(self.model.task_model, self._inputs(test), self._to_tensor(test.labels_N))
         return {"accuracy": accuracy, "loss": loss}
@@ -257,8 +258,8 @@ class Client:
         if folder := self.memory.newest:
             rounds = self.instructions.round - 1  # The last message comes after the last round.
             own = self.node.has_own_data
-            report = report.model_copy(update=self.measure()) if report.accuracy is None else report
-            write_client_card(folder, self.model_name, self.instructions.classes, report, self.config, rounds, own)
+            classes, measures = self.instructions.classes, self._measures
+            write_client_card(folder, self.model_name, classes, report, measures, self.config, rounds, own)
             self.memory.publish()
 
     def _warn_of_cut(self, named: str, examples: Examples) -> None:

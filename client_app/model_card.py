@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedmmkt.client_app.models.building import TRANSFORMERS, model_label
@@ -49,6 +50,7 @@ def write_client_card(
     model_name: str,
     classes: tuple[str, ...],
     report: ClientReport,
+    measures: Mapping[str, float],
     config: RunConfig,
     rounds: int,
     has_own_data: bool,
@@ -68,6 +70,8 @@ def write_client_card(
         The class space.
     report : ClientReport
         The client's last report.
+    measures : mapping of str to float
+        ``accuracy`` and ``loss`` of the model, which the report may withhold.
     config : RunConfig
         The run's configuration.
     rounds : int
@@ -87,6 +91,7 @@ def write_client_card(
     """
     from huggingface_hub import EvalResult, ModelCardData
 
+    accuracy, loss = measures["accuracy"], measures["loss"]
     task, source = TASKS[report.modality], model_name.removeprefix(TRANSFORMERS)
     of_transformers = model_name.startswith(TRANSFORMERS)
     loads_alone = of_transformers and task in HUB_TASKS  # transformers has no class for two encoders with our head.
@@ -97,7 +102,7 @@ def write_client_card(
         dataset_type="private",
         dataset_name="the client's own test data" if has_own_data else describe_dataset(config.data),
         metric_type="accuracy",
-        metric_value=round(report.accuracy, 4),
+        metric_value=round(accuracy, 4),
     )
     header = ModelCardData(
         base_model=source if on_hub else None,
@@ -118,15 +123,19 @@ def write_client_card(
         "How it was trained": f"Rounds: {rounds}. Epochs on private data: {config.client.warmup_epochs} in the first "
         f"round, then {config.client.local_epochs} in each. Steps on generated samples per round: "
         f"{config.client.distillation_steps}. The private data are not described here.",
-        "Results": f"Accuracy {100 * report.accuracy:.1f} %, cross entropy {report.loss:.3f}.",
+        "Results": f"Accuracy {100 * accuracy:.1f} %, cross entropy {loss:.3f}.",
         "How it was evaluated": _evaluation(has_own_data),
-        "Privacy": f"{describe_privacy(config)} This model was trained on private data and never left the client; "
+        "Privacy": f"{_privacy(report, config)} This model was trained on private data and never left the client; "
         "whoever shares it decides that. A model can give away examples that it was trained on.",
         "What to share": "The weights and the JSON files. Read `model.json` first: it has the name of the client, and "
         "the place that its base model came from. `optimizer.pt`, `batch-*.npz` and `targets-*.npz` are for training "
         "alone.",
     }
     return write_card(folder, header, f"{name} taught by FedMMKT", sections)
+
+
+def _privacy(report: ClientReport, config: RunConfig) -> str:
+    return describe_privacy(config, int(report.is_private), 1, report.epsilon or 0.0, report.delta or 0.0)
 
 
 def _evaluation(has_own_data: bool) -> str:

@@ -428,6 +428,12 @@ class RunConfig(_Section):
         return _parse(cls, _nested(run_config), "run-config")
 
     @model_validator(mode="after")
+    def _classes_are_known(self) -> Self:
+        if self.client.epsilon and self.data.classes == ("clients",):
+            raise ValueError("data.classes is 'clients', and with client.epsilon clients name none; allowed: the names")
+        return self
+
+    @model_validator(mode="after")
     def _folders_are_absolute(self) -> Self:
         for key, folder in (("output-dir", self.output_dir), ("resume-from", self.resume_from)):
             if folder and not Path(folder).expanduser().is_absolute():

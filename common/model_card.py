@@ -96,8 +96,37 @@ def describe_dataset(data: DataConfig) -> str:
     return hub_dataset(data) or "private data"
 
 
-def describe_privacy(config: RunConfig) -> str:
-    """Say what left the clients in a run, and that this is not differentially private."""
+def describe_privacy(
+    config: RunConfig, private: int = 0, clients: int = 1, epsilon: float = 0.0, delta: float = 0.0
+) -> str:
+    """Say what left the clients in a run, and what of it is differentially private.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run's configuration.
+    private, clients : int
+        How many clients have a privacy budget, and how many there are.
+    epsilon, delta : float
+        The most that one of the former has spent.
+    """
+    if not private:
+        return _without_budget(config)
+    votes = " and votes" if config.feedback == "logits+votes" else ""
+    text = (
+        f"{private} of {clients} clients had a privacy budget: they sent class counts{votes} with discrete Gaussian "
+        "noise, and no logits, so that all their answers together are differentially private for each example (added "
+        f"or removed), with epsilon of at most {epsilon:.3g} at delta {delta:g} (Renyi accounting, as clients said). "
+        "Errors and the times of answers are not covered. "
+    )
+    if config.client.epsilon:
+        text += (
+            "It was a simulation, in which clients also told their accuracy on a common test set; that is not covered. "
+        )
+    return text if private == clients else f"{text}Of the other clients: {_without_budget(config)}"
+
+
+def _without_budget(config: RunConfig) -> str:
     sent = ["logits for generated images (float16)", "the number of its examples of each class and in all"]
     if config.feedback == "logits+votes":
         sent.append("votes: for each generated image, how many of its private images have it among their nearest")

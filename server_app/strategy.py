@@ -50,7 +50,7 @@ from fedmmkt.server_app.rules.scores import Feedback, scores
 from fedmmkt.server_app.rules.streaming import aggregate
 from fedmmkt.server_app.rules.sureness import RULES_OF_PROBABILITIES, scale_of
 from fedmmkt.server_app.rules.updates import updates
-from fedmmkt.server_app.rules.without_logits import completed, of_prompts
+from fedmmkt.server_app.rules.without_logits import check_prompts, completed, of_prompts
 from fedmmkt.server_app.sampling import draw, draw_in_turns, sample_size
 from fedmmkt.server_app.standings import weigh_answers
 from fedmmkt.server_app.t2i.generator import Generator
@@ -287,8 +287,9 @@ class FedMMKT(Strategy):
         ``arrays`` is the adapter; the generator already has it.
         """
         with self.recorder.timed("generate"):
-            start = time.perf_counter()
-            samples = self.generate(server_round, self.make_prompts(server_round), self.ledger.pool)
+            start, prompts = time.perf_counter(), self.make_prompts(server_round)
+            check_prompts(prompts, self.ledger.known_clients())
+            samples = self.generate(server_round, prompts, self.ledger.pool)
             self.recorder.log_generation(len(samples), self.guidance(server_round), time.perf_counter() - start)
             batch = self.make_batch(server_round, samples)
         self.ledger.serve(batch, samples)

@@ -52,7 +52,7 @@ class PrivateMode:
 
         They are at least zero, and not all zero.
         """
-        question = _hash("counts", self._origin, self._classes)
+        question = _question("counts", self._origin, self._classes)
         counts_C = np.bincount(examples.labels_N, minlength=len(self._classes))
         answer = self.ledger.answer(question, counts_C, 1.0, self._plan.counts)
         clipped_C = answer.values_N.clip(min=0)
@@ -78,7 +78,7 @@ class PrivateMode:
             _channels_first(synthetic_NHWC),
             torch.from_numpy(batch.prompted_N),
         )
-        question = _hash("votes", self._classes, synthetic_NHWC, batch.prompted_N)
+        question = _question("votes", self._classes, synthetic_NHWC, batch.prompted_N)
         return self.ledger.answer(question, votes_N, VOTES_PER_IMAGE**0.5, self._plan.votes)
 
     def answer(
@@ -159,12 +159,12 @@ def _channels_first(images_NHWC: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
 
 
-def _hash(kind: str, *parts: str | tuple[str, ...] | np.ndarray) -> str:
-    """Return a hash of a question."""
-    digest = hashlib.sha256(kind.encode())
+def _question(kind: str, *parts: str | tuple[str, ...] | np.ndarray) -> str:
+    """Return a name of a question: a hash of all that it depends on."""
+    digest = hashlib.sha256()
     for part in parts:
-        is_array = isinstance(part, np.ndarray)
-        digest.update(json.dumps([str(part.dtype), part.shape] if is_array else part).encode())
-        if is_array:
-            digest.update(np.ascontiguousarray(part).tobytes())
+        if isinstance(part, np.ndarray):
+            digest.update(json.dumps([str(part.dtype), part.shape]).encode() + np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(json.dumps(part).encode())
     return f"{kind}-{digest.hexdigest()}"

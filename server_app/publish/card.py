@@ -28,6 +28,7 @@ from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.report.history import History
 from fedmmkt.server_app.report.measures import Line, of_generator, points_of
 from fedmmkt.server_app.report.numbers import counted, number, percent
+from fedmmkt.server_app.report.privacy import client_names, privacy_rows
 
 SAMPLES = "samples.png"
 DIFFUSERS_WEIGHTS, PEFT_WEIGHTS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
@@ -98,7 +99,7 @@ def write_adapter_card(folder: Path, history: History | None = None) -> Path:
         "How it was trained": _training(config, versions, lines),
         "Results": _results(lines),
         "How it was evaluated": _evaluation(config),
-        "Privacy": describe_privacy(config),
+        "Privacy": describe_privacy(config, *_budgets(lines)),
     }
     return write_card(run.lora, header, f"FedMMKT adapter of {base_name(base)}", sections)
 
@@ -227,6 +228,13 @@ def _training(config: RunConfig, versions: Mapping[str, str], lines: list[Line])
     return _table(("", ""), [(f"**{key}**", value) for key, value in rows.items() if value])
 
 
+def _budgets(lines: list[Line]) -> tuple[int, int, float, float]:
+    """Return how many clients have a privacy budget, of how many, and the largest epsilon and delta of them."""
+    rows = privacy_rows(lines)
+    largest = max((row.epsilon for row in rows), default=0.0), max((row.delta for row in rows), default=0.0)
+    return len(rows), len(client_names(lines)), *largest
+
+
 def _measures(lines: list[Line]) -> list[tuple[str, str, list[tuple[int, float]]]]:
     """Return kind, name and values by round of each measure that the run has."""
     found = [
@@ -256,7 +264,8 @@ def _results(lines: list[Line]) -> str:
 def _spread(line: Line, modality: str | None) -> str:
     """Return mean, standard deviation, lowest and highest accuracy of the clients of a modality, or of all."""
     clients = line["clients"]["per_client"].values()
-    values = [100 * client["accuracy"] for client in clients if modality in (None, client["modality"])]
+    told = [client for client in clients if client["accuracy"] is not None]
+    values = [100 * client["accuracy"] for client in told if modality in (None, client["modality"])]
     if not values:
         return "–"
     return f"{np.mean(values):.1f} ± {np.std(values):.1f} % ({min(values):.1f} to {max(values):.1f})"

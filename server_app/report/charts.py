@@ -140,7 +140,9 @@ def overlaid(title: str, curves: dict[str, list[tuple[int, float]]], in_percent:
         return Chart(title, svg(figure, f"{title}, last value: {ends}", readings), legend)
 
 
-def _accuracy_chart(lines: list[Line], rows: Sequence[ClientRow], chance: float | None) -> Chart:
+def _accuracy_chart(lines: list[Line], rows: Sequence[ClientRow], chance: float | None) -> Chart | None:
+    if not rows:
+        return None
     figure, axes = _axes(lines, percent=True)
     draw = _draw_curves if len(rows) <= MOST_CURVES else _draw_spread
     legend = draw(axes, lines, rows)
@@ -255,7 +257,7 @@ def _accuracies(line: Line, few: bool) -> str:
     """Say the accuracies of a round: of each client if they are few, else their range."""
     clients, mean, spread = (line["clients"][key] for key in ("per_client", "accuracy", "spread"))
     if not spread:
-        return "no client"
+        return "not told" if clients else "no client"
     if few:
         named = [f"{name} {percent(client['accuracy'])}" for name, client in clients.items()]
     else:

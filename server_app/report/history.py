@@ -71,7 +71,7 @@ class History:
         self.refused |= replies["reasons"]
         for name, reason in _troubles(replies):
             self._add_trouble(line["round"], name, reason)
-        accuracies = [report["accuracy"] for report in reports.values()]
+        accuracies = [report["accuracy"] for report in reports.values() if report["accuracy"] is not None]
         clients = line["clients"] | {
             "per_client": reports,
             "spread": np.percentile(accuracies, SPREAD).tolist() if accuracies else None,

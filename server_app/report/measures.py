@@ -112,7 +112,7 @@ def alone_of(lines: Sequence[Line]) -> Alone:
         return Alone(control, "control")
     if len(lines) > 2 and lines[1]["round"] == 1:  # With one round only, its report follows the distillation.
         per_client = lines[1]["clients"]["per_client"]
-        return Alone({name: client["accuracy"] for name, client in per_client.items()}, "warm-up")
+        return Alone({name: client["accuracy"] for name, client in _measured(per_client).items()}, "warm-up")
     return Alone({}, "")
 
 
@@ -134,7 +134,7 @@ def accuracy_of_modality(modality: str) -> Measure:
         if (known := line["clients"].get("by_modality")) is not None:
             of_modality: float | None = known.get(modality)
             return of_modality
-        clients = line["clients"]["per_client"].values()
+        clients = _measured(line["clients"]["per_client"]).values()
         values = [client["accuracy"] for client in clients if client["modality"] == modality]
         return sum(values) / len(values) if values else None
 
@@ -241,11 +241,16 @@ def _counts(lines: list[Line], modality: str | None = None) -> str:
     return counted(seen[0], "client") if seen[0] == seen[-1] else f"{seen[0]} → {seen[-1]} clients"
 
 
+def _measured(per_client: Line) -> Line:
+    """Return the clients that told their accuracy; others withhold it."""
+    return {name: client for name, client in per_client.items() if client["accuracy"] is not None}
+
+
 def client_rows(lines: list[Line]) -> list[ClientRow]:
-    """Return one row per client, described by its last report, sorted by modality and name."""
+    """Return one row per client that told its accuracy, described by its last report, sorted by modality and name."""
     seen: dict[str, list[tuple[int, Line]]] = {}
     for line in lines:
-        for name, client in line["clients"]["per_client"].items():
+        for name, client in _measured(line["clients"]["per_client"]).items():
             seen.setdefault(name, []).append((line["round"], client))
     alone, evaluations, doubts = alone_of(lines).accuracies, evaluations_of(lines), _doubts(lines)
     rows = []

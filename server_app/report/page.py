@@ -24,6 +24,7 @@ from fedmmkt.server_app.report.measures import (
 )
 from fedmmkt.server_app.report.numbers import counted, flat, seconds, size
 from fedmmkt.server_app.report.pictures import Captions, Picture, captions_of, pictures_of
+from fedmmkt.server_app.report.privacy import COVERED, client_names, privacy_rows
 from fedmmkt.server_app.report.settings import Setting, repeating_run_config, settings_of
 from fedmmkt.server_app.report.template import render
 from fedmmkt.server_app.report.timeline import timeline_of
@@ -83,11 +84,13 @@ def _render(
         "page.html",
         title=_title(described, changed),
         run_id=described["run_id"],
-        facts=_facts(config, classes, clients),
+        facts=_facts(config, classes, len(client_names(lines))),
         totals=_totals(lines),
         machine=_machine(described),
         command=repeating_run_config(config),
-        nodes=len(clients),
+        nodes=len(client_names(lines)),
+        privacy=privacy_rows(lines),
+        covered=COVERED,
         done=done,
         planned=planned,
         finished=done is not None and done >= planned,
@@ -183,11 +186,11 @@ def _listed(lines: list[Line]) -> list[Line]:
     return [lines[index * (len(lines) - 1) // (MOST_ROUND_ROWS - 1)] for index in range(MOST_ROUND_ROWS)]
 
 
-def _facts(config: Mapping[str, Any], classes: Sequence[str], clients: Sequence[ClientRow]) -> list[str]:
+def _facts(config: Mapping[str, Any], classes: Sequence[str], clients: int) -> list[str]:
     """Return a few facts about the run: dataset, T2I model, feedback and number of clients."""
     data, t2i = config["data"], config["t2i"]
     facts = [f"{data['dataset']}, {len(classes)} classes", f"T2I {t2i['model']}", f"feedback {config['feedback']}"]
-    return [*facts, counted(len(clients), "client")] if clients else facts
+    return [*facts, counted(clients, "client")] if clients else facts
 
 
 def _last_change(run: RunFolder) -> datetime:

@@ -215,3 +215,57 @@ def test_a_client_casts_three_votes_an_image_at_most():
 def test_records_that_nobody_asked_for_are_refused_by_name():
     with pytest.raises(PayloadError, match=r"records that nobody asked for: notes; allowed: report, report\.metrics"):
         check_keys(RecordDict({"report": ConfigRecord(), "notes": ConfigRecord()}), REPORT_RECORDS)
+
+
+def private_answer(votes_N, counts_C=(3, 1), votes_noise=2.0, counts_noise=1.0, **report):
+    counts_C = np.array(counts_C)
+    told = {"epsilon": 1.0, "budget": 8.0, "delta": 1e-5} | report
+    payload = DistillationPayload(
+        batch_id="b",
+        class_counts_C=counts_C,
+        votes_N=np.array(votes_N, np.float32),
+        votes_noise=votes_noise,
+        counts_noise=counts_noise,
+    )
+    return payload, ClientReport(
+        client="c", model="cnn", modality="image", examples=int(counts_C.sum()), accuracy=0, loss=0, **told
+    )
+
+
+def test_votes_with_noise_that_an_honest_client_may_send_are_accepted():
+    """Of class 1 there may be 1 + 8 images, which vote once for a sample, with noise of at most 16."""
+    payload, report = private_answer([-15, 25, 1])
+
+    payload.check_answers("b", 3, 2, votes=True)
+    payload.check_possible(report, np.array([0, 1, -1]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"votes_N": [0, 25.1, 0]}, "1 of 3 samples have more votes than images that may vote"),
+        ({"votes_N": [27, 25, 27]}, r"79 votes of 4 images; allowed: 3 of each"),
+        ({"votes_noise": None, "votes_N": [1, 1, 1]}, "tells of a privacy budget, and the answer of no noise"),
+        ({"counts_noise": None}, "tells of a privacy budget, and the answer of no noise"),
+        ({"epsilon": None, "budget": None, "delta": None}, "needs a report that tells of a privacy budget"),
+    ],
+)
+def test_votes_that_noise_does_not_explain_are_refused(changes, text):
+    payload, report = private_answer(**({"votes_N": [0, 0, 0]} | changes))
+
+    with pytest.raises(PayloadError, match=text):
+        payload.check_possible(report, np.array([0, 1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"votes_N": [-16.1, 0, 0]}, "a vote is negative beyond noise"),
+        ({"votes_N": [0, 0, 0], "votes_noise": float("inf")}, "votes_noise"),
+        ({"votes_N": [0, 0, 0], "votes_noise": -1.0}, "votes_noise"),
+        ({"votes_N": [0, 0, 0], "epsilon": None}, "epsilon, budget, delta come together"),
+    ],
+)
+def test_noise_is_said_with_sense(fields, text):
+    with pytest.raises(ValueError, match=text):
+        private_answer(**fields)
