@@ -21,7 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from fedmmkt.client_app.privacy.ledger import create_ledger
 from fedmmkt.common.config import ConfigError, DataConfig, RunConfig, Setting
+from fedmmkt.common.privacy import LARGEST_EPSILON, Budget
 from fedmmkt.deploy.bundle import default_config, read_app
 from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from fedmmkt.deploy.command import run_command
@@ -271,6 +273,7 @@ def federate(
     run_config: Mapping[str, Setting],
     stream: TextIO | None = None,
     home: Path | None = None,
+    epsilon: float = 0.0,
 ) -> str:
     """Run an app once on a new federation.
 
@@ -283,6 +286,8 @@ def federate(
         default `MODELS`.
     home : Path, optional
         See `local_federation`.
+    epsilon : float
+        Privacy budget of each node; 0: none.
 
     Returns
     -------
@@ -308,6 +313,9 @@ def federate(
             model = config.client.models[index % len(config.client.models)]
             name, state = f"{model}-{index}", federation.home / "state" / str(index)
             own = {"name": name, "model": model, "data-path": str(folder), "state-dir": str(state)}
+            if epsilon:
+                own["privacy-ledger"] = str(federation.home / "ledgers" / f"{index}.jsonl")
+                create_ledger(Path(own["privacy-ledger"]), Budget(epsilon))
             federation.add_node(f"node-{index}", own | consent(config.data))
             console.say(f"SuperNode {name} is registered")
         federation.wait_for_nodes()
@@ -327,7 +335,11 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument(
         "--home", type=Path, help="new folder for certificates, keys, logs, and the nodes' data and state; it is kept"
     )
-    runner = partial(federate, home=own.parse_known_args(arguments)[0].home)
+    own.add_argument("--epsilon", type=float, default=0.0, help="privacy budget of each node (default: none)")
+    options = own.parse_known_args(arguments)[0]
+    if not 0 <= options.epsilon <= LARGEST_EPSILON:
+        own.error(f"--epsilon is {options.epsilon:g}; allowed: 0 to {LARGEST_EPSILON:g}")
+    runner = partial(federate, home=options.home, epsilon=options.epsilon)
     out = Path("runs/federation")
     return run_command(
         "federation", "Run the app on real processes.", len(MODELS), out, runner, arguments, parents=[own]

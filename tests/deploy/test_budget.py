@@ -1,5 +1,3 @@
-import os
-
 import pytest
 
 from fedmmkt.deploy.budget import main
@@ -18,7 +16,7 @@ def test_a_new_budget_is_shown(tmp_path, capsys):
         "spent    epsilon 0.000, by 0 answer(s)",
         "runs     none",
     ]
-    assert oct(os.stat(path.parent).st_mode)[-3:] == "700"
+    assert oct(path.parent.stat().st_mode)[-3:] == "700"
 
 
 @pytest.mark.parametrize(

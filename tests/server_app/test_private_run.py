@@ -89,7 +89,7 @@ def test_a_node_with_a_budget_beside_one_without(mixed, tmp_path):
     grid = grid_of(mixed)
     sent = replies_of(grid)
 
-    strategy, lines = run(mixed[0], grid)
+    _, lines = run(mixed[0], grid)
 
     private, other = (lines[-1]["clients"]["per_client"][name] for name in ("cnn", "mlp"))
     assert (private["accuracy"], private["loss"]) == (None, None)
