@@ -85,7 +85,7 @@ def _lie(
     seen_NC: np.ndarray | None = None,
 ) -> DistillationPayload:
     """Apply an attack; without ``seen_NC`` the client goes by what it sees itself."""
-    logits_NC = payload.logits_NC.astype(np.float32)
+    logits_NC = _logits_NC(payload)
     seen_NC = own_sight_NC(logits_NC, prompted_N) if seen_NC is None else seen_NC
     seeds = (1000 * server_round + client, server_round)
     lie = ATTACKS[attack](Honest(logits_NC, payload.class_counts_C, payload.votes_N, prompted_N, seen_NC, *seeds))
@@ -276,12 +276,17 @@ def replayed(
     return outcomes
 
 
+def _logits_NC(payload: DistillationPayload) -> np.ndarray:
+    assert payload.logits_NC is not None  # Nobody has a privacy budget here.
+    return payload.logits_NC.astype(np.float32)
+
+
 def _with_lies(
     answers: Sequence[Answer], attack: str, liars: Sequence[int], prompted_N: np.ndarray, number: int
 ) -> list[Answer]:
     """Let the liars lie; they know the mean of what the honest clients say."""
     partitions = [int(answer.report.client.rpartition("-")[2]) for answer in answers]
-    logits = [answer.required_payload.logits_NC.astype(np.float32) for answer in answers]
+    logits = [_logits_NC(answer.required_payload) for answer in answers]
     honest_KNC = torch.from_numpy(np.stack([one for one, p in zip(logits, partitions, strict=True) if p not in liars]))
     seen_NC = honest_KNC.softmax(-1).mean(0).numpy()
     return [

@@ -129,11 +129,12 @@ def weighed(payload: DistillationPayload, judgement: Judgement) -> DistillationP
     counts_C = np.where(left_out_C, 0, payload.class_counts_C)
     if not weight or not counts_C.any():
         return None
-    changes: dict[str, np.ndarray | None] = {}
+    changes: dict[str, np.ndarray | float | None] = {}
     if weight < 1 or left_out_C.any():
         changes["class_counts_C"] = np.ceil(counts_C * weight).astype(np.int64)
     if payload.votes_N is not None and (weight < 1 or not judgement.standing.votes):
         changes["votes_N"] = (payload.votes_N * weight).astype(np.float32) if judgement.standing.votes else None
+        changes["votes_noise"] = (payload.votes_noise or 0) * weight or None
     return payload.model_copy(update=changes) if changes else payload
 
 
@@ -141,6 +142,7 @@ def weighed(payload: DistillationPayload, judgement: Judgement) -> DistillationP
 
 
 def _probabilities_NC(payload: DistillationPayload) -> np.ndarray:
+    assert payload.logits_NC is not None  # It is asked of answers with logits alone.
     return softmax(payload.logits_NC.astype(np.float64), axis=1)
 
 
@@ -230,7 +232,8 @@ def _doubtful_votes(
         if answer.payload.votes_N is not None and answer.payload.votes_N.any() and judged[name].standing.weight
     }
     fit_N = _fit_N(answers, judged, prompted_N)
-    cast = {name: np.sqrt(votes_N.astype(np.float64) / votes_N.sum()) for name, votes_N in voters.items()}
+    noises = {name: answers[name].payload.votes_noise or 0.0 for name in voters}
+    cast = {name: _roots_N(votes_N, noises[name]) for name, votes_N in voters.items()}
     own = {name: _may_vote_N(answers[name].payload, prompted_N) for name in voters}
     doubtful: dict[str, str] = {}
     for name in voters:
@@ -245,7 +248,9 @@ def _doubtful_votes(
     above = [correlation for correlation, samples in found.values() if correlation * math.sqrt(samples) > CERTAIN]
     usual = float(np.median(above)) if above else 0.0
     for name, (correlation, samples) in found.items():
-        if correlation + CERTAIN / math.sqrt(max(1, samples)) < NONE * usual:
+        expected = NONE * usual * _signal(voters[name], noises[name])
+        errors = UNLIKE if noises[name] else CERTAIN
+        if correlation + errors / math.sqrt(max(1, samples)) < expected:
             doubtful[name] = f"its votes are like those of the others by {_told(correlation)}, usual is {usual:.2f}"
     return doubtful
 
@@ -264,6 +269,18 @@ def _fit_N(
         mass_N += share_N * _probabilities_NC(answer.payload)[np.arange(len(index_N)), index_N]
         held_N += share_N
     return mass_N / np.maximum(held_N, 1e-12) if held_N.any() else None
+
+
+def _roots_N(votes_N: np.ndarray, noise: float) -> np.ndarray:
+    """Return the square roots of votes as parts of all; of votes with noise, those that exceed it."""
+    votes_N = np.clip(votes_N.astype(np.float64) - noise, 0, None)
+    return np.sqrt(_shares(votes_N))
+
+
+def _signal(votes_N: np.ndarray, noise: float) -> float:
+    """Return which part of the spread of votes is not noise; 1 without noise."""
+    spread = float(votes_N.std())
+    return math.sqrt(max(0.0, spread**2 - noise**2)) / spread if noise and spread else 1.0
 
 
 def _may_vote_N(payload: DistillationPayload, prompted_N: np.ndarray) -> np.ndarray:
