@@ -214,3 +214,31 @@ def test_a_part_of_a_voice_is_a_part_of_counts_and_votes():
 
     assert part.class_counts_C.tolist() == [5, 3, 0, 0]  # Rounded up, so that no held class is lost.
     assert part.votes_N.tolist() == [0.25] * 400
+
+
+def noisy_votes(seed, favourites, noise=4.0):
+    """Vote without logits for some samples of each class, with noise."""
+    votes_N = np.where(np.arange(400) % 100 < favourites, 20, 0) + np.random.default_rng(seed).normal(0, noise, 400)
+    return DistillationPayload(
+        batch_id="b", class_counts_C=np.full(4, 50), votes_N=votes_N.astype(np.float32), votes_noise=noise
+    )
+
+
+def test_votes_with_noise_are_compared_by_what_is_not_noise():
+    """Three agree; the fourth has noise alone, as a client with few images has; none is blamed for that."""
+    payloads = {f"honest-{seed}": noisy_votes(seed, favourites=10) for seed in range(3)}
+
+    judged = judge(payloads | {"one": noisy_votes(3, favourites=0)})
+
+    assert {name: one.standing for name, one in judged.items()} == dict.fromkeys(judged, Standing())
+
+
+def test_little_noise_is_no_excuse_for_other_votes():
+    payloads = {f"honest-{seed}": noisy_votes(seed, favourites=10) for seed in range(3)}
+    against_N = np.where(np.arange(400) % 100 < 10, 0, 20).astype(np.float32)
+    liar = noisy_votes(3, 0).model_copy(update={"votes_N": against_N, "votes_noise": 0.1})
+
+    judged = judge(payloads | {"one": liar})
+
+    assert [judged[name].standing.votes for name in (*payloads, "one")] == [True, True, True, False]
+    assert weighed(liar, judged["one"]).votes_N is None
