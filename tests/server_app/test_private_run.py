@@ -130,7 +130,7 @@ def test_without_its_ledger_a_node_answers_nothing_and_tells_its_own_log(mixed, 
     (tmp_path / "ledger.jsonl").unlink()
 
     with pytest.raises(RunError, match=r"none of 1 nodes gave a valid reply(.|\n)*the node refused: privacy ledger"):
-        run({**mixed[0], "min-nodes": 1}, grid_of((mixed[0], mixed[1][:1])))
+        run({**mixed[0], "min-available-nodes": 1}, grid_of((mixed[0], mixed[1][:1])))
 
     assert "cannot be opened (No such file or directory); nothing is answered until there is a new one" in caplog.text
 
