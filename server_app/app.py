@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from logging import ERROR, INFO, LogRecord
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -28,6 +29,7 @@ from fedmmkt.server_app.record.checkpoint import (
     kept_metrics,
     remove_later_checkpoints,
 )
+from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.record.judge_training import train_judge
 from fedmmkt.server_app.record.provenance import describe_machine
 from fedmmkt.server_app.record.run_folder import RunFolder
@@ -134,7 +136,7 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     described = (
         {"classes": list(classes), "run_id": str(run_id), "started": datetime.now().isoformat(timespec="seconds")}
         | describe_machine()
-        | ({"judge": {"accuracy": judge.accuracy}} if judge else {})
+        | ({"judge": describe_judge(judge, config)} if judge else {})
         | ({"resumed": {"run": state.run_key, "after-round": state.round}} if state else {})
     )
     # Flower's ids have up to 20 digits. Padded to 20, they give messages of equal runs the same size.
@@ -143,10 +145,23 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
     if state:
         generator.adapter.load_state(state.adapter, f"the checkpoint of round {state.round}")
         ledger.restore(
-            state.lineage(), state.clients, state.history, state.pool, state.identities, state.standings, state.drawn
+            state.lineage(),
+            state.clients,
+            state.history,
+            state.pool,
+            state.identities,
+            state.standings,
+            state.drawn,
+            state.guard,
         )
         recorder.restore(state, is_measured)
     return strategy(config, classes, generator, prompts, ledger, recorder)
+
+
+def describe_judge(judge: Judge, config: RunConfig) -> dict[str, Any]:
+    """Return what ``config.json`` says of the judge: its accuracy, the images measured, and each measure's floor."""
+    images = {"generated": config.t2i.evaluation_samples, "real": len(judge.test_features_NF)}
+    return {"accuracy": judge.accuracy, "images": images, "floors": judge.floors()}
 
 
 def _run_path(run_id: int, *configured: object) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmmkt.common.payloads import ClientReport, Modality, PayloadError, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.exchange import Answer, Reply
+from fedmmkt.server_app.guard import NO_TRIAL, GuardState
 from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.t2i.samples import Samples
 
@@ -88,6 +89,8 @@ class Ledger:
         Keys of the runs that this run continues, oldest first, and the round after which each was continued.
     drawn : frozenset of str
         Names of the nodes that had their turn, if a round asks a part of the nodes only.
+    guard : GuardState
+        The trial of the T2I's last update.
     """
 
     def __init__(self, run_key: str, batches_kept: int, samples_kept: int) -> None:
@@ -101,6 +104,7 @@ class Ledger:
         self.standings: dict[str, Standing] = {}
         self.ancestors: tuple[Ancestor, ...] = ()
         self.drawn: frozenset[str] = frozenset()
+        self.guard = NO_TRIAL
         self._served: dict[int, tuple[SyntheticBatch, Samples]] = {}
         self._overdue: dict[str, tuple[int, int]] = {}
         self._answers: dict[int, list[Answer]] = {}
@@ -116,6 +120,7 @@ class Ledger:
         identities: Mapping[int, Identity],
         standings: Mapping[str, Standing] | None = None,
         drawn: Iterable[str] = (),
+        guard: GuardState = NO_TRIAL,
     ) -> None:
         """Continue from the ledger of an earlier run.
 
@@ -125,6 +130,7 @@ class Ledger:
         self.ancestors, self.clients, self.history, self.pool = ancestors, set(clients), history, pool
         self.identities, self.standings = dict(identities), dict(standings or {})
         self.drawn = frozenset(drawn)
+        self.guard = guard
 
     # ------------------------------------------------------------------ batches
 
@@ -184,7 +190,8 @@ class Ledger:
             self.history[index] = (batch, targets)
             self._changed[batch.batch_id] = server_round
             age = len(self.history) - index
-            if age <= len(self.pool):  # The pool may keep fewer rounds.
+            # The pool may keep fewer rounds, or only some of a round's samples, if a refused update made the others.
+            if age <= len(self.pool) and len(self.pool[-age]) == len(scores_N):
                 self.pool[-age] = replace(self.pool[-age], scores_N=scores_N)
 
     def missing_for(self, node_id: int) -> tuple[tuple[SyntheticBatch, ...], tuple[SoftTargets, ...]]:

@@ -280,6 +280,10 @@ class Recorder:
         self._record.generator_loss = float(loss)
         log(INFO, "  adapt     loss %.4f  (%.1f s)", loss, self._record.seconds["adapt"])
 
+    def record_verdict(self, verdict: dict[str, Any] | None) -> None:
+        """Record what the clients decided about the T2I's last update; None without one on trial."""
+        self._record.guard = verdict
+
     def log_waiting(self, clients: Sequence[str]) -> None:
         """Show which clients have not answered yet, unless something was shown a moment ago."""
         self._background.check()
@@ -318,7 +322,7 @@ class Recorder:
         """
         earlier = self.run_folder.picture(self._measured_round)
         if self._measured_adapter and _equal(adapter, self._measured_adapter) and earlier.exists():
-            measures |= {key: self._measured[key] for key in ("alignment", "frechet")}
+            measures |= {key: value for key, value in self._measured.items() if key != "loss"}
             if round != self._measured_round:
                 shutil.copyfile(earlier, self.run_folder.picture(round))
             self._measured_round = round
@@ -404,6 +408,7 @@ class Recorder:
             history=ledger.history,
             line=line,
             earlier=self.run_folder.metrics_mark(),
+            guard=ledger.guard,
         )
 
     def report(self) -> None:

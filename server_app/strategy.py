@@ -55,6 +55,7 @@ from fedmmkt.server_app.sampling import draw, draw_in_turns, sample_size
 from fedmmkt.server_app.standings import weigh_answers
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
+from fedmmkt.server_app.trial import Guard
 
 LEAST_WEIGHT = 0.02  # Smallest weight of a sample in distillation, however little the clients agree on it.
 FEEDBACK_WITH_VOTES = "logits+votes"
@@ -120,6 +121,7 @@ class FedMMKT(Strategy):
         self.score = scores.get(config.t2i.scores, extra)
         self.update = updates.get(config.t2i.update, extra)()
         self._known: dict[tuple[int, ...], tuple[list[Answer], Tensor]] | None = None
+        self.guard = Guard(config.t2i.guard, generator, ledger)
 
     # ------------------------------------------------------------------ the steps of a round
 
@@ -271,7 +273,8 @@ class FedMMKT(Strategy):
         if not scores or len(scores) < len(pool) or not bool(torch.cat(scores).any()):
             return None
         seed = int(np.random.SeedSequence((self.config.seed, server_round, 1)).generate_state(1)[0])
-        return self.generator.adapt(pool, torch.cat(scores), self.config.t2i.adaptation_steps, seed, self.update)
+        steps, factor = self.config.t2i.adaptation_steps, self.ledger.guard.step
+        return self.generator.adapt(pool, torch.cat(scores), steps, seed, self.update, factor)
 
     # ------------------------------------------------------------------ Flower's hooks, which the loop calls
 
@@ -289,7 +292,10 @@ class FedMMKT(Strategy):
         with self.recorder.timed("generate"):
             start, prompts = time.perf_counter(), self.make_prompts(server_round)
             check_prompts(prompts, self.ledger.known_clients())
-            samples = self.generate(server_round, prompts, self.ledger.pool)
+            seed = sample_seeds(self.config.seed, server_round, 1)[0]
+            samples = self.guard.generate(
+                prompts, seed, lambda part: self.generate(server_round, part, self.ledger.pool)
+            )
             self.recorder.log_generation(len(samples), self.guidance(server_round), time.perf_counter() - start)
             batch = self.make_batch(server_round, samples)
         self.ledger.serve(batch, samples)
@@ -342,11 +348,14 @@ class FedMMKT(Strategy):
             return None, None
         batch, samples = self.ledger.served(server_round)
         with self.recorder.timed("aggregate"), self._aggregating_once():
-            targets, scores_N = self._learn_from(batch, answers)
+            counted = self._bounded(answers, batch)
+            targets, scores_N = self._learn_from(batch, counted)
             self.ledger.teach(server_round, targets, samples.scored(scores_N))
             self.ledger.keep_answers(server_round, answers)
+            text_consensus_NC = self._read_in_prompts(counted, samples.prompted_N)
+            self.recorder.record_verdict(self.guard.judge(counted, samples.prompted_N, text_consensus_NC))
         with self.recorder.timed("adapt"):
-            loss = self.adapt_generator(server_round, self.ledger.pool)
+            loss = self.guard.update(lambda: self.adapt_generator(server_round, self.ledger.pool))
         self.recorder.record_update(loss)
         accuracy = mean_accuracy([answer.report for answer in answers])
         return self.arrays(), MetricRecord({**accuracy, "replies": len(answers)})
@@ -372,7 +381,8 @@ class FedMMKT(Strategy):
         answers = sorted([*self.ledger.answers(sent_in), *late], key=lambda answer: answer.report.client)
         with self.recorder.timed("aggregate"), self._aggregating_once():
             names = {answer.report.client for answer in late}
-            self.ledger.teach_again(server_round, sent_in, *self._learn_from(batch, answers, names))
+            counted = self._bounded(answers, batch, names)
+            self.ledger.teach_again(server_round, sent_in, *self._learn_from(batch, counted))
             self.ledger.keep_answers(sent_in, answers)
 
     def configure_distill(self, server_round: int, grid: Grid) -> Iterable[Message]:
@@ -571,13 +581,10 @@ class FedMMKT(Strategy):
         count = sample_size(len(ids), self.config.fraction_evaluate, self.config.min_evaluate_nodes)
         return draw(ids, count, f"{self.config.seed}/evaluate")
 
-    def _learn_from(
-        self, batch: SyntheticBatch, answers: list[Answer], late: Collection[str] | None = None
-    ) -> tuple[TargetsByClient, Tensor]:
-        """Make soft targets for clients and scores for the T2I from all answers to a batch; see `_bounded`."""
-        bounded_answers = self._bounded(answers, batch, late)
-        scores_N = self.score_samples(bounded_answers, torch.from_numpy(batch.prompted_N))
-        return self._targets_by_client(batch, bounded_answers), scores_N
+    def _learn_from(self, batch: SyntheticBatch, counted: list[Answer]) -> tuple[TargetsByClient, Tensor]:
+        """Make soft targets for clients and scores for the T2I from answers to a batch, bounded by `_bounded`."""
+        scores_N = self.score_samples(counted, torch.from_numpy(batch.prompted_N))
+        return self._targets_by_client(batch, counted), scores_N
 
     def _image_size(self) -> int:
         """Return the side of the images that clients get, in pixels."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from fedmmkt.common.config import ConfigError, RunConfig
 from fedmmkt.common.files import replaced_folder, write_atomically
 from fedmmkt.common.payloads import MAX_ANCESTORS, SoftTargets, SyntheticBatch
+from fedmmkt.server_app.guard import NO_TRIAL, GuardState
 from fedmmkt.server_app.ledger import Ancestor, Identity, TargetsByClient
 from fedmmkt.server_app.record.run_folder import Mark, RunFolder
 from fedmmkt.server_app.report.settings import run_config_option
@@ -33,6 +34,7 @@ from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.t2i.samples import Samples
 
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
+GUARD = "guard/"  # Begins the names of the tensors that are not of the adapter.
 SHARED = "shared"  # folder of what several checkpoints share
 
 # Settings that may change when a run is resumed: its length, its output and control, the nodes it waits for, and how
@@ -88,6 +90,8 @@ class ServerState:
         How far each client's answers can be relied on, by the last round.
     drawn : tuple of str
         Names of the nodes that had their turn, if a round asks a part of the nodes only.
+    guard : GuardState
+        The trial of the T2I's last update.
     """
 
     round: int
@@ -104,6 +108,7 @@ class ServerState:
     earlier: Mark
     standings: dict[str, Standing] = field(default_factory=dict)
     drawn: tuple[str, ...] = ()
+    guard: GuardState = NO_TRIAL
 
     def lineage(self) -> tuple[Ancestor, ...]:
         """Return the ancestors of a run that continues from this state."""
@@ -146,7 +151,8 @@ class Checkpoints:
                 key: kept for key, kept in self._names.items() if kept[1] in shared["pool"] + shared["history"]
             }
             with replaced_folder(path) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in state.adapter.items()}, temporary / TENSORS)
+                tensors = state.adapter | {f"{GUARD}{name}": one for name, one in state.guard.tensors().items()}
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
                 (temporary / STATE).write_text(json.dumps(_described(state, shared), allow_nan=False), encoding="utf-8")
                 sums = {name: _sha256(temporary / name) for name in (STATE, TENSORS)}
                 manifest = {"sha256": sums, SHARED: [*shared["pool"], *shared["history"]]}
@@ -330,7 +336,8 @@ def _described(state: ServerState, shared: Mapping[str, list[str]]) -> dict[str,
     plain = ("round", "run_key", "ancestors", "config", "classes", "clients", "drawn", "line", "earlier")
     described = {name: getattr(state, name) for name in plain}
     standings = {name: asdict(standing) for name, standing in state.standings.items()}
-    return described | dict(shared) | {"identities": list(state.identities.items()), "standings": standings}
+    described |= {"standings": standings, "guard": state.guard.to_json()}
+    return described | dict(shared) | {"identities": list(state.identities.items())}
 
 
 def _samples_to_parts(samples: Samples) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -350,7 +357,7 @@ def _taught_to_parts(batch: SyntheticBatch, targets: TargetsByClient) -> tuple[d
     return {"messages": described, "of_client": targets.of_client, "of_modality": targets.of_modality}, tensors
 
 
-def _from_parts(path: Path, described: dict[str, Any], adapter: dict[str, Tensor]) -> ServerState:
+def _from_parts(path: Path, described: dict[str, Any], tensors: dict[str, Tensor]) -> ServerState:
     return ServerState(
         round=described["round"],
         run_key=described["run_key"],
@@ -360,12 +367,13 @@ def _from_parts(path: Path, described: dict[str, Any], adapter: dict[str, Tensor
         clients=tuple(described["clients"]),
         identities={node_id: Identity(*said) for node_id, said in described["identities"]},
         standings={name: Standing(**known) for name, known in described.get("standings", {}).items()},
-        adapter=adapter,
+        adapter={name: tensor for name, tensor in tensors.items() if not name.startswith(GUARD)},
         pool=[_read_samples(*shared) for shared in _read_shared(path, described["pool"])],
         history=[_read_taught(*shared) for shared in _read_shared(path, described["history"])],
         line=described["line"],
         earlier=Mark(*described["earlier"]),
         drawn=tuple(described.get("drawn", ())),
+        guard=GuardState.from_parts(described.get("guard", NO_TRIAL.to_json()), _below(tensors, GUARD)),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from fedmmkt.common.augmentation import augment
 from fedmmkt.common.files import write_atomically
 from fedmmkt.common.images import resize_images
 from fedmmkt.common.progress import Progress
+from fedmmkt.server_app.record.variety import variety
 
 logger = logging.getLogger("flwr")
 
@@ -44,10 +45,16 @@ class GeneratorMeasures:
     frechet : float or None
         Frechet distance between the judge's features of these images and of the real test images; None if there are
         fewer than two of either.
+    precision, recall, density, coverage : float or None
+        As in `Variety`, with the same features; None where there is no Frechet distance.
     """
 
     alignment: float | None
     frechet: float | None
+    precision: float | None = None
+    recall: float | None = None
+    density: float | None = None
+    coverage: float | None = None
 
 
 class Judge:
@@ -123,7 +130,19 @@ class Judge:
         alignment = float((recognised_N == prompted_N)[named_N].mean()) if named_N.any() else None
         has_spread = min(len(features_NF), len(self.test_features_NF)) > 1
         frechet = frechet_distance(features_NF.numpy(), self.test_features_NF) if has_spread else None
-        return GeneratorMeasures(alignment, frechet)
+        various = variety(features_NF.numpy(), self.test_features_NF)
+        return GeneratorMeasures(alignment, frechet, **(asdict(various) if various else {}))
+
+    def floors(self) -> dict[str, float | int | None]:
+        """Return what the measures are for real images: one half of the test images against the other.
+
+        A distance of few images is larger, so the number of images is among them.
+        """
+        order = np.random.default_rng(0).permutation(len(self.test_features_NF))
+        first, second = (self.test_features_NF[half] for half in np.array_split(order, 2))
+        various = variety(first, second)
+        found = {"images": len(first), "frechet": frechet_distance(first, second) if len(second) > 1 else None}
+        return found | (asdict(various) if various else {})
 
     @torch.no_grad()
     def _recognised_N(self, features_NF: Tensor) -> Tensor:

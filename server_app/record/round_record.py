@@ -48,6 +48,8 @@ class RoundRecord:
         Each client's valid replies: its name, when it was asked and when the reply came.
     noises : dict of str to dict
         Standard deviations of the noise in the answers of clients with a privacy budget, by client.
+    guard : dict or None
+        What the clients decided about the T2I's last update; None without one on trial.
     """
 
     round: int
@@ -75,6 +77,7 @@ class RoundRecord:
     frechet: float | None = None
     stages: list[tuple[str, float, float]] = field(default_factory=list)
     messages: list[tuple[str, float, float]] = field(default_factory=list)
+    guard: dict[str, Any] | None = None
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -143,6 +146,7 @@ class RoundRecord:
         modalities = sorted({report.modality for report in self.reports})
         judged = {} if self.standings is None else {"reliability": standings_to_json(self.standings)}
         final = judged | ({"evaluation": _evaluation_to_json(self.evaluations)} if self.evaluations else {})
+        guard = {"guard": self.guard} if self.guard else {}
         return {
             "round": self.round,
             "clients": {
@@ -168,7 +172,7 @@ class RoundRecord:
                 "gone": sorted(self.gone),
                 "reasons": self.rejected | self.missing,
             },
-        } | final
+        } | (guard | final)
 
 
 def spans(timed: Sequence[tuple[str, float, float]], zero: float) -> list[list[Any]]:

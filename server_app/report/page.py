@@ -13,6 +13,7 @@ from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.report.charts import charts_of
 from fedmmkt.server_app.report.heat import heat_maps_of
 from fedmmkt.server_app.report.history import MOST_TROUBLES, History
+from fedmmkt.server_app.report.images import measure_rows, verdict_rows
 from fedmmkt.server_app.report.measures import (
     ClientRow,
     Line,
@@ -104,6 +105,10 @@ def _render(
         tested=_tested(lines),
         judged=any(line["generator"]["frechet"] is not None for line in lines),
         judge_accuracy=described.get("judge", {}).get("accuracy"),
+        images=described.get("judge", {}).get("images", {}),
+        floor_images=described.get("judge", {}).get("floors", {}).get("images"),
+        measure_rows=measure_rows(lines, described.get("judge", {}).get("floors", {})),
+        verdict_rows=verdict_rows(lines),
         pictures=pictures,
         captions=captions,
         charts=[*charts_of(lines, 1 / len(classes)), *filter(None, [timeline_of(lines)])] if lines else [],

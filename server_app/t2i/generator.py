@@ -246,6 +246,7 @@ class Generator:
         steps: int,
         seed: int,
         rule: UpdateRule | None = None,
+        rate_factor: float = 1.0,
     ) -> float | None:
         """Fine-tune the adapter on scored samples.
 
@@ -261,6 +262,8 @@ class Generator:
             Seed of the sample order, the noise and the caption dropout.
         rule : UpdateRule, optional
             The loss; `Supervised` by default.
+        rate_factor : float
+            Factor of ``t2i.adaptation-learning-rate``.
 
         Returns
         -------
@@ -277,7 +280,8 @@ class Generator:
         self.denoiser.train()
         progress = Progress("adapt", steps, "steps")
         parts = [samples] if isinstance(samples, Samples) else list(samples)
-        for step, (losses, norm) in enumerate(self._steps(parts, scores_N, steps, seed, rule, before), start=1):
+        made = self._steps(parts, scores_N, steps, seed, rule, before, rate_factor)
+        for step, (losses, norm) in enumerate(made, start=1):
             for loss in losses:  # Not `sum`, which rounds otherwise from Python 3.12 on.
                 total += loss
             if not math.isfinite(total + norm):
@@ -301,6 +305,7 @@ class Generator:
         seed: int,
         rule: UpdateRule | None,
         before: list[Tensor],
+        rate_factor: float,
     ) -> Iterator[tuple[list[float], float]]:
         """Make the steps of an update; yield the losses of each step's parts, and the norm of its gradients.
 
@@ -309,7 +314,8 @@ class Generator:
         """
         config, rule = self.config, rule or Supervised()
         parameters = self.adapter.parameters
-        optimizer = torch.optim.AdamW(parameters, lr=config.adaptation_learning_rate, weight_decay=1e-4)
+        rate = config.adaptation_learning_rate * rate_factor
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
         # Without this decay, the noise of the last steps would stay in the final adapter.
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,235 @@
+"""The guard of the T2I model: clients decide whether an update of the adapter is kept (champion and challenger).
+
+The champion is the last accepted adapter, the challenger the newest one. Both make a part of each batch, mixed, and
+clients do not know which made what. Their answers compare the two at no further cost. A challenger that they clearly
+prefer becomes the champion; one that they clearly do not is taken back, and the next update is smaller. What is between
+waits for more answers, for a bounded number of rounds; then the slighter preference decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+CLEAR = 1.645  # Standard normal quantile of .95: beyond it, a preference is clear (one-sided).
+PATIENCE = 3  # Rounds of answers after which a slight preference decides.
+SMALLEST_STEP = 1 / 64
+
+Verdict = Literal["accepted", "undecided", "taken back"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A sum of centred ranks of the challenger's samples, and its variance if both adapters were alike.
+
+    Sums of several rounds add up. Positive: the challenger's samples rank higher.
+    """
+
+    effect: float = 0.0
+    variance: float = 0.0
+
+    def __add__(self, other: Evidence) -> Evidence:
+        return Evidence(self.effect + other.effect, self.variance + other.variance)
+
+    @property
+    def z(self) -> float:
+        """The effect in standard deviations; 0 without evidence."""
+        return self.effect / math.sqrt(self.variance) if self.variance > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What clients say about each sample of a batch, by one measure.
+
+    Attributes
+    ----------
+    values_KN : torch.Tensor
+        One row per client, of any scale, for only its ranks count.
+    weights_KN : torch.Tensor
+        How much the client's opinion on the sample counts, not negative.
+    """
+
+    values_KN: Tensor
+    weights_KN: Tensor
+
+
+def compare(opinion: Opinion, challenger_N: Tensor, group_N: Tensor) -> Evidence:
+    """Compare the samples of two adapters by the clients' ranks (van Elteren's stratified rank test).
+
+    Each client ranks the samples of a group; no value of it counts for more than a rank, so its influence is bounded by
+    its weight. If both adapters were alike, each division of a group's samples between them would be as likely as the
+    real one: the variance follows from that (it is that of the permutation test), and so holds what clients have in
+    common, and the noise in private votes.
+
+    Parameters
+    ----------
+    opinion : Opinion
+        The clients' values and weights.
+    challenger_N : torch.Tensor
+        bool, whether the challenger made the sample.
+    group_N : torch.Tensor
+        int64; samples are compared with those of the same group: the class that their prompts name.
+    """
+    total = Evidence()
+    for group in group_N.unique().tolist():
+        chosen_N = group_N == group
+        arm_M = challenger_N[chosen_N]
+        size, made = len(arm_M), int(arm_M.sum())
+        if made in (0, size):
+            continue
+        ranks_KM = centred_ranks(opinion.values_KN[:, chosen_N].double())
+        ranks_M = (opinion.weights_KN[:, chosen_N].double() * ranks_KM).sum(0)
+        ranks_M = ranks_M - ranks_M.mean()
+        variance = made * (size - made) / (size * (size - 1)) * float(ranks_M.square().sum())
+        total += Evidence(float(ranks_M[arm_M].sum()), variance)
+    return total
+
+
+def centred_ranks(values_KM: Tensor) -> Tensor:
+    """Return the rank of each value in its row, centred, and scaled into (-1/2, 1/2); equal values share a rank."""
+    return torch.from_numpy(rankdata(values_KM.numpy(), axis=1)) / (values_KM.shape[1] + 1) - 0.5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A challenger on trial.
+
+    Attributes
+    ----------
+    challenger : dict of str to torch.Tensor
+        Its tensors.
+    evidence : dict of str to Evidence
+        What clients said of it and of the champion so far, by measure: votes, agreement.
+    made : tuple of torch.Tensor
+        For each round of the trial, which samples the challenger made (bool, samples), oldest first.
+    """
+
+    challenger: dict[str, Tensor]
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+    made: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """The state of the guard between rounds. The champion is the generator's own adapter.
+
+    Attributes
+    ----------
+    trial : Trial or None
+        The challenger, if there is one.
+    step : float
+        Factor of the learning rate: halved when a challenger is taken back, doubled up to 1 when one is accepted.
+    trusted : bool
+        Whether the last trial was not taken back. If it was, the next challenger makes the smaller part of a batch, so
+        that clients learn little from it.
+    """
+
+    trial: Trial | None = None
+    step: float = 1.0
+    trusted: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is not a tensor."""
+        evidence = self.trial.evidence if self.trial else {}
+        sums = {name: [found.effect, found.variance] for name, found in evidence.items()}
+        return {"step": self.step, "trusted": self.trusted, "evidence": sums}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name; none without a challenger."""
+        if self.trial is None:
+            return {}
+        made = {f"made/{index:05d}": made_N for index, made_N in enumerate(self.trial.made)}
+        return made | {f"challenger/{name}": tensor for name, tensor in self.trial.challenger.items()}
+
+    @classmethod
+    def from_parts(cls, described: dict[str, Any], tensors: dict[str, Tensor]) -> GuardState:
+        """Return the state of `to_json` and `tensors`."""
+        parts: dict[str, dict[str, Tensor]] = {"made": {}, "challenger": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            parts[kind][rest] = tensor
+        trial = None
+        if parts["challenger"]:
+            evidence = {name: Evidence(*sums) for name, sums in described["evidence"].items()}
+            trial = Trial(parts["challenger"], evidence, tuple(parts["made"][key] for key in sorted(parts["made"])))
+        return cls(trial, described["step"], described["trusted"])
+
+
+NO_TRIAL = GuardState()
+"""The state before the first update."""
+
+
+def decide(evidence: dict[str, Evidence], rounds: int) -> Verdict:
+    """Decide on a challenger; pure.
+
+    Votes (whether samples look real) and agreement (whether they show what the prompt says) are looked at apart. It is
+    accepted if one clearly prefers it and the other is not clearly against it, and taken back in the opposite case.
+    After `PATIENCE` rounds without a decision, the sign of the sum decides; without any evidence it is taken back.
+
+    Parameters
+    ----------
+    evidence : dict of str to Evidence
+        By measure, over all rounds of the trial.
+    rounds : int
+        Rounds of the trial, with this one.
+    """
+    scores = [found.z for found in evidence.values()]
+    better, worse = any(z >= CLEAR for z in scores), any(z <= -CLEAR for z in scores)
+    if better != worse:
+        return "accepted" if better else "taken back"
+    if rounds < PATIENCE:
+        return "undecided"
+    return "accepted" if sum(scores) > 0 else "taken back"
+
+
+def after_round(
+    state: GuardState, found: dict[str, Evidence], made_N: Tensor
+) -> tuple[GuardState, Verdict, dict[str, Evidence]]:
+    """Return the state after a round of answers, the verdict, and the evidence for it; pure.
+
+    After "accepted" and "taken back", the trial has ended; after "undecided" it goes on.
+
+    Parameters
+    ----------
+    state : GuardState
+        The state before; with a trial.
+    found : dict of str to Evidence
+        What the clients said in this round, by measure.
+    made_N : torch.Tensor
+        bool, which samples of the round the challenger made.
+    """
+    trial = state.trial
+    if trial is None:
+        raise ValueError("no challenger is on trial")
+    evidence = {
+        name: found.get(name, Evidence()) + trial.evidence.get(name, Evidence())
+        for name in sorted({*found, *trial.evidence})
+    }
+    made = (*trial.made, made_N)
+    verdict = decide(evidence, len(made))
+    if verdict == "undecided":
+        return replace(state, trial=replace(trial, evidence=evidence, made=made)), verdict, evidence
+    step = min(1.0, 2 * state.step) if verdict == "accepted" else max(SMALLEST_STEP, state.step / 2)
+    return GuardState(None, step, verdict == "accepted"), verdict, evidence
+
+
+def champion_part(group_N: Sequence[int], share: float, seed: int) -> np.ndarray:
+    """Choose the samples that the champion makes: ``share`` of them, spread over the groups, else at random.
+
+    Returns
+    -------
+    numpy.ndarray
+        Positions, ascending; at least one, and not all if there are two.
+    """
+    count = len(group_N)
+    wanted = min(max(1, round(share * count)), max(1, count - 1))
+    order = np.random.default_rng(seed).permutation(count)
+    by_group = order[np.argsort(np.asarray(group_N)[order], kind="stable")]
+    return np.sort(by_group[(np.arange(wanted) * count) // wanted])

@@ -1,0 +1,73 @@
+"""What the report says of the T2I's images (each measure before, after and for real images) and of its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmmkt.server_app.report.numbers import number, percent
+
+MEASURES = {
+    "alignment": "Alignment",
+    "frechet": "Fréchet distance",
+    "precision": "Precision",
+    "recall": "Recall",
+    "density": "Density",
+    "coverage": "Coverage",
+}
+PERCENT = {"alignment", "precision", "recall", "coverage"}
+VERDICTS = {
+    "accepted": "accepted: clients prefer its images",
+    "undecided": "waits: no clear preference yet",
+    "taken back": "taken back: clients do not prefer its images",
+}
+
+
+@dataclass(frozen=True)
+class MeasureRow:
+    """One measure of the T2I's images: its name, and its values before, after, and for real images."""
+
+    name: str
+    before: str
+    after: str
+    floor: str
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """What clients decided in a round about the last update of the T2I."""
+
+    round: int
+    verdict: str
+    preference: str
+    step: str
+
+
+def measure_rows(lines: Sequence[Mapping[str, Any]], floors: Mapping[str, Any]) -> list[MeasureRow]:
+    """Return a row for each measure that the first and the last round have; none without a variety of measures."""
+    if not lines or "recall" not in lines[-1]["generator"]:
+        return []
+    first, last = lines[0]["generator"], lines[-1]["generator"]
+    return [
+        MeasureRow(name, *(_figure(key, values.get(key)) for values in (first, last, floors)))
+        for key, name in MEASURES.items()
+    ]
+
+
+def verdict_rows(lines: Sequence[Mapping[str, Any]]) -> list[VerdictRow]:
+    """Return a row for each round in which an update was on trial."""
+    return [
+        VerdictRow(
+            line["round"],
+            VERDICTS[line["guard"]["verdict"]],
+            ", ".join(f"{name} {z:+.1f}".replace("-", "−") for name, z in line["guard"]["preference"].items()) or "–",
+            percent(line["guard"]["step"]),
+        )
+        for line in lines
+        if "guard" in line
+    ]
+
+
+def _figure(key: str, value: float | None) -> str:
+    return percent(value) if key in PERCENT else number(value)

@@ -1,0 +1,194 @@
+"""Batches of champion and challenger, and what clients say of them: the guard's rules applied to a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from logging import INFO, WARNING
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.supercore import log
+from torch import Tensor
+
+from fedmmkt.server_app.exchange import Answer
+from fedmmkt.server_app.guard import (
+    CLEAR,
+    PATIENCE,
+    Opinion,
+    Trial,
+    Verdict,
+    after_round,
+    champion_part,
+    compare,
+)
+from fedmmkt.server_app.ledger import Ledger
+from fedmmkt.server_app.prompts import Prompt
+from fedmmkt.server_app.rules.scores import Feedback
+from fedmmkt.server_app.t2i.generator import Generator
+from fedmmkt.server_app.t2i.samples import Samples
+
+
+def opinions(answers: Sequence[Answer], prompted_N: Tensor, text_consensus_NC: Tensor | None) -> dict[str, Opinion]:
+    """Return what clients say of a batch, by measure: votes, and agreement with the prompt.
+
+    A client counts by the root of its number of private images of the prompted class; on prompts that name no class, of
+    all its images. Agreement is judged by those whose answers score samples: image clients, and image+text clients on
+    classes that no image client holds.
+
+    Parameters
+    ----------
+    answers : sequence of Answer
+        The answers of the round.
+    prompted_N : torch.Tensor
+        int64; the class that each prompt names, -1 for none.
+    text_consensus_NC : torch.Tensor, optional
+        What text clients read in the prompts, as in `Feedback`.
+    """
+    votes, agreement = [], []
+    held_C = sum(torch.from_numpy(a.required_payload.class_counts_C) for a in answers if a.report.modality == "image")
+    for answer in answers:
+        payload = answer.required_payload
+        counts_C = torch.from_numpy(payload.class_counts_C).clamp_min(0).double()
+        weights_N = _by_prompt(counts_C, prompted_N).sqrt()
+        if payload.votes_N is not None:
+            votes.append((torch.from_numpy(payload.votes_N), weights_N))
+        if payload.logits_NC is None or answer.report.modality == "text":
+            continue
+        if answer.report.modality == "image+text" and isinstance(held_C, Tensor):
+            weights_N = weights_N * (_by_prompt(held_C, prompted_N) == 0)
+        probabilities_NC = torch.from_numpy(payload.logits_NC).float().softmax(-1)
+        seen_N = Feedback(probabilities_NC, prompted_N, None, text_consensus_NC).agreement_N()
+        agreement.append((seen_N, weights_N))
+    found = {"votes": votes, "agreement": agreement}
+    return {
+        name: Opinion(*(torch.stack(rows) for rows in zip(*said, strict=True))) for name, said in found.items() if said
+    }
+
+
+def _by_prompt(counts_C: Tensor, prompted_N: Tensor) -> Tensor:
+    """Return the count of the class that each prompt names, and the whole for a prompt that names none."""
+    return torch.where(prompted_N >= 0, counts_C[prompted_N.clamp_min(0)], counts_C.sum())
+
+
+class Guard:
+    """Makes batches of champion and challenger, and acts on what clients say of them.
+
+    The generator always holds the champion, except while the challenger generates or learns.
+
+    Parameters
+    ----------
+    share : float
+        The part of a batch that tests: the champion's, or that of a challenger after one was taken back. At 0, every
+        update is kept, untested.
+    generator : Generator
+        The T2I model.
+    ledger : Ledger
+        Holds the state between rounds, and the pool.
+    """
+
+    def __init__(self, share: float, generator: Generator, ledger: Ledger) -> None:
+        self.share, self.generator, self.ledger = share, generator, ledger
+        self._made_N = torch.zeros(0, dtype=torch.bool)
+
+    def generate(self, prompts: Sequence[Prompt], seed: int, generate: Callable[[list[Prompt]], Samples]) -> Samples:
+        """Generate a batch with ``generate``; if a challenger is on trial, it makes a part of the samples."""
+        self._made_N = torch.zeros(len(prompts), dtype=torch.bool)
+        state = self.ledger.guard
+        if state.trial is None or len(prompts) < 2:
+            return generate(list(prompts))
+        share = self.share if state.trusted else 1 - self.share
+        by_champion = champion_part([prompt.class_index for prompt in prompts], share, seed)
+        by_challenger = np.setdiff1d(np.arange(len(prompts)), by_champion)
+        parts = [generate([prompts[index] for index in by_champion])]
+        champion = self._snapshot()
+        self._load(state.trial.challenger)
+        try:
+            parts.append(generate([prompts[index] for index in by_challenger]))
+        finally:
+            self._load(champion)
+        self._made_N[by_challenger] = True
+        return Samples.join(parts).select(np.argsort(np.concatenate([by_champion, by_challenger])))
+
+    def judge(
+        self, answers: Sequence[Answer], prompted_N: Tensor, text_consensus_NC: Tensor | None
+    ) -> dict[str, Any] | None:
+        """Decide on the challenger by the answers to a batch.
+
+        An accepted one becomes the champion. What one that is taken back has made leaves the pool, in which the batch
+        already is.
+
+        Returns
+        -------
+        dict or None
+            For ``metrics.jsonl``: the verdict, the preference for the challenger by measure in standard deviations, the
+            rounds of the trial, and the factor of the next update's learning rate. None without a challenger.
+        """
+        trial = self.ledger.guard.trial
+        if trial is None:
+            return None
+        said = opinions(answers, prompted_N, text_consensus_NC)
+        found = {name: compare(opinion, self._made_N, prompted_N) for name, opinion in said.items()}
+        state, verdict, evidence = after_round(self.ledger.guard, found, self._made_N)
+        self.ledger.guard = state
+        made = (*trial.made, self._made_N)
+        if verdict == "accepted":
+            self._load(trial.challenger)
+        elif verdict == "taken back":
+            self.ledger.pool = _without(self.ledger.pool, made)
+        preference = {name: round(evidence[name].z, 3) for name in evidence}
+        _tell(verdict, preference, len(made), state.step)
+        return {"verdict": verdict, "preference": preference, "rounds": len(made), "step": state.step}
+
+    def update(self, adapt: Callable[[], float | None]) -> float | None:
+        """Let the challenger learn with ``adapt``, or a new one that starts as the champion; return the loss.
+
+        Without a guard, the generator's own adapter learns.
+        """
+        if not self.share:
+            return adapt()
+        champion, trial = self._snapshot(), self.ledger.guard.trial
+        if trial is not None:
+            self._load(trial.challenger)
+        try:
+            loss = adapt()
+            updated = self._snapshot()
+        finally:
+            self._load(champion)
+        if trial is not None:
+            self.ledger.guard = replace(self.ledger.guard, trial=replace(trial, challenger=updated))
+        elif any(not torch.equal(updated[name], champion[name]) for name in champion):
+            self.ledger.guard = replace(self.ledger.guard, trial=Trial(updated))
+        return loss
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.generator.adapter.state().items()}
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        self.generator.adapter.load_state(state, "an adapter on trial")
+
+
+def _without(pool: Sequence[Samples], made: Sequence[Tensor]) -> list[Samples]:
+    """Return the pool without what a challenger made in the last rounds, as ``made`` says for each (bool, samples)."""
+    of_trial = made[-len(pool) :]
+    first = len(pool) - len(of_trial)
+    kept = [
+        samples.select(torch.nonzero(~made_N)[:, 0].numpy())
+        for samples, made_N in zip(pool[first:], of_trial, strict=True)
+    ]
+    return [*pool[:first], *kept]
+
+
+def _tell(verdict: Verdict, preference: dict[str, float], rounds: int, step: float) -> None:
+    """Show a verdict in plain words."""
+    figures = ", ".join(f"{name} {z:+.1f}" for name, z in preference.items()) or "nobody compared the two"
+    slight = "" if any(abs(z) >= CLEAR for z in preference.values()) else "slightly "
+    if verdict == "accepted":
+        log(INFO, "  guard     the T2I's update is accepted: clients %sprefer its images (%s sd)", slight, figures)
+    elif verdict == "undecided":
+        log(INFO, "  guard     the T2I's update waits: no clear preference (%s sd) in %s of %s rounds",
+            figures, rounds, PATIENCE)  # fmt: skip
+    else:
+        log(WARNING, "  guard     the T2I's update is taken back: clients %sprefer the images before it (%s sd); the "
+                     "next has %g of the learning rate", slight, figures, step)  # fmt: skip

@@ -1,0 +1,45 @@
+from fedmmkt.server_app.report.images import MeasureRow, VerdictRow, measure_rows, verdict_rows
+from fedmmkt.server_app.report.page import write_report
+from tests.server_app.report.test_page import make_line, make_run, text_of
+
+BEFORE = {"alignment": 0.5, "frechet": 200.0, "loss": None, "precision": 0.25, "recall": 0.75, "density": 0.5}
+AFTER = {"alignment": 0.9, "frechet": 50.0, "loss": 0.1, "precision": 0.75, "recall": 0.25, "density": 1.5}
+FLOORS = {"images": 180, "frechet": 12.0, "precision": 0.9, "recall": 0.9, "density": 1.0, "coverage": 0.9}
+
+
+def make_lines():
+    lines = [
+        make_line(number, {"cnn-0": 0.5}, generator=generator | {"coverage": coverage})
+        for number, (generator, coverage) in enumerate([(BEFORE, 0.5), (BEFORE, 0.5), (AFTER, 0.25)])
+    ]
+    preference = {"agreement": -0.5, "votes": 3.25}
+    lines[2]["guard"] = {"verdict": "accepted", "preference": preference, "rounds": 1, "step": 0.5}
+    return lines
+
+
+def test_each_measure_is_shown_before_after_and_for_real_images():
+    rows = measure_rows(make_lines(), FLOORS)
+
+    assert rows[0] == MeasureRow("Alignment", "50.0 %", "90.0 %", "–")
+    assert rows[1] == MeasureRow("Fréchet distance", "200", "50", "12")
+    assert rows[3] == MeasureRow("Recall", "75.0 %", "25.0 %", "90.0 %")
+    assert rows[4] == MeasureRow("Density", "0.5", "1.5", "1")
+    assert len(rows) == 6
+
+
+def test_runs_of_earlier_versions_have_no_such_rows():
+    assert measure_rows([make_line(0, {"cnn-0": 0.5})], {}) == []
+    assert verdict_rows([make_line(0, {"cnn-0": 0.5})]) == []
+
+
+def test_a_verdict_is_told_in_words():
+    assert verdict_rows(make_lines()) == [
+        VerdictRow(2, "accepted: clients prefer its images", "agreement −0.5, votes +3.2", "50.0 %")
+    ]
+
+
+def test_the_page_shows_both(tmp_path):
+    page = text_of(write_report(make_run(tmp_path / "run", make_lines()).path).read_text())
+
+    assert "Recall 75.0 % 25.0 %" in page
+    assert "2 accepted: clients prefer its images agreement −0.5, votes +3.2 50.0 %" in page

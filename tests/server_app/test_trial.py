@@ -1,0 +1,138 @@
+"""Champion and challenger with the real starter model and real clients."""
+
+import json
+
+import pytest
+import torch
+
+from fedmmkt.common.config import RunConfig
+from fedmmkt.server_app.app import build_strategy
+from fedmmkt.server_app.guard import NO_TRIAL, GuardState, Trial
+from fedmmkt.server_app.t2i.samples import sample_seeds
+from fedmmkt.server_app.trial import Guard
+
+HARM = {
+    "t2i__guard": 0.125,
+    "t2i__adaptation_learning_rate": 0.1,
+    "t2i__adaptation_steps": 12,
+    "t2i__samples_per_round": 120,
+}
+
+
+def states_equal(some, others):
+    return all(torch.equal(some[name], others[name]) for name in some)
+
+
+@pytest.fixture
+def strategy(tiny_run):
+    return build_strategy(RunConfig.from_flower(tiny_run()), 1)
+
+
+@pytest.fixture
+def challenger(strategy):
+    torch.manual_seed(0)
+    return {name: 0.3 * torch.randn_like(tensor) for name, tensor in strategy.generator.adapter.state().items()}
+
+
+def test_both_make_their_part_of_a_batch_in_the_order_of_the_prompts(strategy, challenger):
+    generator, prompts = strategy.generator, strategy.make_prompts(1)
+    strategy.ledger.guard = GuardState(Trial(challenger))
+    guard = Guard(0.25, generator, strategy.ledger)
+    before = {name: tensor.clone() for name, tensor in generator.adapter.state().items()}
+
+    def generate(part):
+        return generator.generate([prompt.text for prompt in part], sample_seeds(0, 1, len(part)), 1.0)
+
+    batch = guard.generate(prompts, 0, generate)
+
+    made_N = guard._made_N
+    assert int(made_N.sum()) == 22  # Of 30; a quarter is the champion's.
+    assert batch.prompts == tuple(prompt.text for prompt in prompts)
+    assert states_equal(generator.adapter.state(), before)
+    by_champion = generate([prompt for prompt, made in zip(prompts, made_N, strict=True) if not made])
+    assert torch.allclose(batch.latents_NCHW[~made_N], by_champion.latents_NCHW, atol=1e-4)
+    generator.adapter.load_state(challenger, "the challenger")
+    by_challenger = generate([prompt for prompt, made in zip(prompts, made_N, strict=True) if made])
+    assert torch.allclose(batch.latents_NCHW[made_N], by_challenger.latents_NCHW, atol=1e-4)
+
+
+def test_after_an_update_was_taken_back_the_next_makes_the_smaller_part(strategy, challenger):
+    strategy.ledger.guard = GuardState(Trial(challenger), 0.5, trusted=False)
+    guard = Guard(0.2, strategy.generator, strategy.ledger)
+    prompts = strategy.make_prompts(1)
+
+    guard.generate(prompts, 0, lambda part: strategy.generate(1, part, []))
+
+    assert int(guard._made_N.sum()) == 6
+
+
+@pytest.mark.parametrize("feedback", ["logits+votes", "logits"])
+def test_an_update_made_to_harm_is_taken_back(tiny_run, make_grid, feedback, caplog):
+    changes = HARM | {"rounds": 3, "client__models": "cnn,mlp", "client__warmup_epochs": 4, "feedback": feedback}
+    run_config = tiny_run(**changes)
+    strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+    before = {name: tensor.clone() for name, tensor in strategy.generator.adapter.state().items()}
+
+    strategy.start(make_grid(run_config, nodes=2))
+
+    assert states_equal(strategy.generator.adapter.state(), before)
+    lines = strategy.recorder.run_folder.read_metrics()
+    assert "guard" not in lines[1]
+    verdicts = [line["guard"] for line in lines[2:]]
+    assert all(verdict["verdict"] == "taken back" for verdict in verdicts)
+    assert [verdict["step"] for verdict in verdicts] == [1 / 2, 1 / 4]
+    assert set(verdicts[0]["preference"]) == {"votes", "agreement"} - ({"votes"} if feedback == "logits" else set())
+    assert "the T2I's update is taken back: clients prefer the images before it" in caplog.text
+    sizes = [len(samples) for samples in strategy.ledger.pool]
+    assert sizes == [120, 15, 105]  # A refused challenger's samples teach nobody; the second made the smaller part.
+
+
+def test_without_the_guard_the_same_update_is_kept(tiny_run, make_grid):
+    run_config = tiny_run(**HARM | {"t2i__guard": 0.0}, rounds=1, min_available_nodes=1, client__models="mlp")
+    strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+    before = {name: tensor.clone() for name, tensor in strategy.generator.adapter.state().items()}
+
+    strategy.start(make_grid(run_config, nodes=1))
+
+    assert not states_equal(strategy.generator.adapter.state(), before)
+    assert strategy.ledger.guard == NO_TRIAL
+
+
+def test_a_frozen_t2i_has_nothing_on_trial(tiny_run, make_grid):
+    run_config = tiny_run(t2i__guard=0.125, t2i__scores="none", min_available_nodes=1, client__models="mlp")
+    strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+
+    strategy.start(make_grid(run_config, nodes=1))
+
+    assert all("guard" not in line for line in strategy.recorder.run_folder.read_metrics())
+
+
+def test_prompts_without_classes_are_compared_too(tiny_run, make_grid, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the digit {name}"}) + "\n" for name in ("one", "two")))
+    run_config = tiny_run(t2i__guard=0.125, t2i__prompts=str(prompts), min_available_nodes=1, client__models="mlp")
+    strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+
+    strategy.start(make_grid(run_config, nodes=1))
+
+    preference = strategy.recorder.run_folder.read_metrics()[2]["guard"]["preference"]
+    assert set(preference) == {"votes", "agreement"}
+    assert all(z != 0 for z in preference.values())
+
+
+def test_a_resumed_run_goes_on_with_its_trial(tiny_run, make_grid):
+    changes = {"t2i__guard": 0.25, "min_available_nodes": 1, "client__models": "mlp"}
+
+    def run(run_config, run_id):
+        strategy = build_strategy(RunConfig.from_flower(run_config), run_id)
+        strategy.start(make_grid(run_config, nodes=1))
+        return strategy
+
+    whole = run(tiny_run(name="whole", **changes), 1)
+    run(tiny_run(name="cut", rounds=1, **changes), 2)
+    resumed = run(tiny_run(name="cut", **changes) | {"resume-from": tiny_run(name="cut")["output-dir"]}, 3)
+
+    verdicts = [strategy.recorder.run_folder.read_metrics()[2]["guard"] for strategy in (whole, resumed)]
+    assert verdicts[0]["preference"] == verdicts[1]["preference"]
+    assert states_equal(whole.generator.adapter.state(), resumed.generator.adapter.state())
+    assert resumed.ledger.guard.step == whole.ledger.guard.step
