@@ -12,9 +12,13 @@ from fedmmkt.common.payloads import PayloadError
 LONGEST = 2000  # Characters of a failure's line; it may travel in a message.
 
 
+class RunError(RuntimeError):
+    """The run cannot continue; the text says why."""
+
+
 def describe(error: BaseException) -> str:
     """Return the text of an error in one line; errors that are not the project's own begin with their kind."""
-    text = " ".join(str(error).split()) if isinstance(error, ConfigError | PayloadError) else one_line(error)
+    text = " ".join(str(error).split()) if isinstance(error, ConfigError | PayloadError | RunError) else one_line(error)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
 
 

@@ -87,10 +87,12 @@ def check_data(config: RunConfig, node: NodeConfig) -> str:
 
 def check_dataset(config: RunConfig) -> str:
     """Check that a simulation's dataset can be read, with its images and texts, and count the examples per class."""
+    from fedmmkt.common.dataset_hints import check_classes, unused_splits
     from fedmmkt.common.datasets import load_splits, to_examples
 
     data, splits = config.data, load_splits(config.data, config.seed)
-    counted = {}
+    check_classes(splits, data, config.judge)
+    counted, hints = {}, [unused_splits(splits.train, data)]
     for kind, column in (("images", data.image_column), ("texts", data.text_column)):
         if column in splits.train.column_names:  # Apart, since a model that reads one needs not the other.
             train, test = (
@@ -98,9 +100,12 @@ def check_dataset(config: RunConfig) -> str:
                 for part in (splits.train, splits.test)
             )
             counted[kind] = _counted(data.dataset, train, test, splits.classes)
+            if kind == "images":
+                hints.append(_repeated(train, test))
+    said = [f"for models that read {kind}: {text}" for kind, text in counted.items()]
     if len(set(counted.values())) == 1:
-        return next(iter(counted.values()))
-    return "; ".join(f"for models that read {kind}: {said}" for kind, said in counted.items())
+        said = [next(iter(counted.values()))]
+    return "; ".join([*said, *filter(None, hints)])
 
 
 def check_t2i(config: RunConfig) -> str:
@@ -155,6 +160,16 @@ def _counted(place: str, train: Examples, test: Examples, classes: tuple[str, ..
     lines = (*train.left_out, *test.left_out)
     left_out = f"; left out: {some(lines)}" if lines else ""
     return f"{place} has {len(train)} examples to learn ({held}) and {len(test)} to test{left_out}"
+
+
+def _repeated(train: Examples, test: Examples) -> str:
+    """Say how many images, as a model reads them, are the same as another; empty if none is."""
+    parts = [
+        [] if part.images_NHWC is None else [image.tobytes() for image in part.images_NHWC] for part in (train, test)
+    ]
+    count = sum(map(len, parts)) - len(set().union(*parts))
+    shared = len(set(parts[0]).intersection(parts[1]))
+    return f"{count} images are the same as another, {shared} of them to learn and to test" if count else ""
 
 
 def _named_classes(config: RunConfig) -> tuple[str, ...]:

@@ -5,9 +5,11 @@ Each check returns nothing, or raises `ConfigError` with the problem and its sol
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from fedmmkt.client_app.models.building import check_task_model, modality_of
@@ -19,6 +21,8 @@ from fedmmkt.deploy.bundle import PROJECT, bundled_files, default_config, read_a
 from fedmmkt.deploy.settings import right_part
 from fedmmkt.server_app.record.trackers import check_trackers
 from fedmmkt.server_app.rules.checks import check_rules
+
+logger = logging.getLogger("flwr")
 
 READ_WHOLE = (
     100_000_000  # Bytes of tables up to which they are read as the run reads them; of larger ones, the columns.
@@ -38,7 +42,14 @@ def check_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> None:
     """
     if nodes < 1:
         raise ConfigError(f"--nodes is {nodes}; allowed: 1 or more")
-    check_all(_checks_of_run(app, nodes, config))
+    complete, checks = _checks_of_run(app, nodes, config)
+    problems = _problems(checks)
+    if complete:  # Settings are told first: what is wrong with them is told before photos are read.
+        problems += _problems(checks_of_data(complete, nodes, whole=not problems))
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    if complete:
+        _tell_hints(complete)
 
 
 def check_all(checks: Iterable[Check]) -> None:
@@ -49,14 +60,18 @@ def check_all(checks: Iterable[Check]) -> None:
     ConfigError
         If one of them fails; the text is that of all that do, one a line.
     """
+    if problems := _problems(checks):
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _problems(checks: Iterable[Check]) -> list[str]:
     problems = []
     for check in checks:
         try:
             check()
         except ConfigError as error:
             problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return problems
 
 
 def checks_of_clients(app: Path, config: RunConfig) -> Iterator[Check]:
@@ -89,40 +104,72 @@ def checks_of_server(app: Path, config: RunConfig) -> Iterator[Check]:
         yield partial(_check_resumed, Path(config.resume_from).expanduser(), config)
 
 
-def checks_of_data(config: RunConfig, nodes: int | None = None) -> Iterator[Check]:
+def checks_of_data(config: RunConfig, nodes: int | None = None, whole: bool = True) -> Iterator[Check]:
     """Yield a check of the dataset, and whether each client model that has a name finds in it what it reads.
 
-    ``nodes`` is the number of simulated nodes, to which the models are given in turn; None for all models.
+    ``nodes`` is the number of simulated nodes, to which the models are given in turn; None for all models. Of a local
+    dataset that is not to be read ``whole``, the header is.
     """
-    from fedmmkt.common.dataset_files import size_of_tables
     from fedmmkt.common.partitioning import partition_rows
 
     try:
-        columns = _columns(config)
+        columns = _columns(config, whole)
     except ConfigError as error:
         yield partial(_raise, error)
         return
     for model in config.client.models[:nodes] if columns else ():
         yield partial(_check_reads, model, columns, config)
-    if nodes and columns and size_of_tables(config.data) <= READ_WHOLE:
-        yield partial(partition_rows, config.data, nodes, config.seed)
+    if columns and whole and _is_read_whole(config):
+        yield partial(check_named_classes, config)
+        if nodes:
+            yield partial(partition_rows, config.data, nodes, config.seed)
 
 
-def _checks_of_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> Iterator[Check]:
+def check_named_classes(config: RunConfig) -> None:
+    """Check that the classes that a run names are those of its dataset, as its judge needs them."""
+    from fedmmkt.common.dataset_hints import check_classes
+    from fedmmkt.common.datasets import load_splits
+
+    if config.data.classes:
+        check_classes(load_splits(config.data, config.seed), config.data, config.judge)
+
+
+def _checks_of_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> tuple[RunConfig | None, Iterable[Check]]:
+    """Return the settings of a run of FedMMKT, as far as they are right, and a check of each but the data's."""
     project = read_app(app)
     defaults = default_config(project)
-    yield partial(_check_nodes, nodes, config)
+    checks: list[Check] = [partial(_check_nodes, nodes, config)]
     if folder := config.get("output-dir"):
-        yield partial(_check_writable, Path(str(folder)).expanduser())
+        checks.append(partial(_check_writable, Path(str(folder)).expanduser()))
     if not runs_fedmmkt(project):
-        yield partial(_check_keys, str(project.get("project", {}).get("name", "the app")), config.keys() - defaults)
-        return
+        name = str(project.get("project", {}).get("name", "the app"))
+        return None, [*checks, partial(_check_keys, name, config.keys() - defaults)]
     complete, error = right_part({**defaults, **config})
     if error:
-        yield partial(_raise, error)
-    yield from checks_of_clients(app, complete)
-    yield from checks_of_server(app, complete)
-    yield from checks_of_data(complete, nodes)
+        checks.append(partial(_raise, error))
+    return complete, chain(checks, checks_of_clients(app, complete), checks_of_server(app, complete))
+
+
+def _tell_hints(config: RunConfig) -> None:
+    """Tell what is likely not what was meant: a T2I model of digits for other classes, splits in a column."""
+    from fedmmkt.common.dataset_files import DIGIT_NAMES
+    from fedmmkt.common.dataset_hints import unused_splits
+    from fedmmkt.common.datasets import FROM_CLIENTS, load_splits, read_class_names
+    from fedmmkt.server_app.prompts import warn_of_other_classes
+
+    splits = None
+    if config.data.dataset != RunConfig().data.dataset and _is_read_whole(config):
+        splits = load_splits(config.data, config.seed)
+        if hint := unused_splits(splits.train, config.data):
+            logger.warning("%s: %s", config.data.dataset, hint)
+    if config.t2i.model == RunConfig().t2i.model and config.data.classes != FROM_CLIENTS:
+        warn_of_other_classes(read_class_names(config.data) or (splits.classes if splits else DIGIT_NAMES))
+
+
+def _is_read_whole(config: RunConfig) -> bool:
+    from fedmmkt.common.dataset_files import size_of_tables
+
+    return size_of_tables(config.data) <= READ_WHOLE
 
 
 def _raise(error: ConfigError) -> None:
@@ -234,15 +281,18 @@ def _check_resumed(folder: Path, config: RunConfig) -> None:
     check_same_settings(earlier, config)
 
 
-def _columns(config: RunConfig) -> Sequence[str]:
+def _columns(config: RunConfig, whole: bool) -> Sequence[str]:
     """Return the columns of a dataset, checked as far as that is cheap; none if only reading it all would tell."""
-    from fedmmkt.common.dataset_files import size_of_tables
+    from fedmmkt.common.dataset_files import HUB_ID
     from fedmmkt.common.datasets import check_header, check_image_files, load_splits
 
     if config.data.dataset == RunConfig().data.dataset:
         return ("image", "text", "label")
-    if size_of_tables(config.data) > READ_WHOLE:
+    is_there = Path(config.data.dataset).expanduser().exists()
+    if not _is_read_whole(config) or (not whole and is_there):
         return check_header(config.data)
+    if not whole and HUB_ID.fullmatch(config.data.dataset):
+        return ()
     splits = load_splits(config.data, config.seed)
     for part in (splits.train, splits.test):
         check_image_files(part, config.data)

@@ -16,11 +16,11 @@ from flwr.supercore import log
 from flwr.supercore.logger import FLOWER_LOGGER, update_console_handler
 
 from fedmmkt.common.config import ConfigError, RunConfig
+from fedmmkt.common.dataset_hints import check_classes
 from fedmmkt.common.datasets import FROM_CLIENTS, Splits, load_splits, read_class_names
-from fedmmkt.common.failures import one_line, write_traceback
+from fedmmkt.common.failures import RunError, one_line, write_traceback
 from fedmmkt.server_app.class_space import classes_of_clients
 from fedmmkt.server_app.ledger import Ledger
-from fedmmkt.server_app.loop import RunError
 from fedmmkt.server_app.prompts import build_prompt_source
 from fedmmkt.server_app.record.checkpoint import (
     check_resumable,
@@ -183,9 +183,6 @@ def _classes_and_splits(config: RunConfig, collected: tuple[str, ...]) -> tuple[
         return named, None
     splits = load_splits(config.data, config.seed)
     classes = named or splits.classes
-    if set(classes) != set(splits.classes):
-        raise ConfigError(
-            f"run-config key 'data.classes' is {', '.join(classes)!r}, but the dataset {config.data.dataset!r} "
-            f"has {', '.join(splits.classes)!r}; allowed: the dataset's classes, or empty; or judge=false"
-        )
+    if config.judge and set(classes) != set(splits.classes):
+        check_classes(splits, config.data.model_copy(update={"classes": classes}), are_all_held=True)
     return classes, splits if config.judge else None

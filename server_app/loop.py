@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.supercore import log
 
+from fedmmkt.common.failures import RunError
 from fedmmkt.common.payloads import EVALUATION_RECORDS, PAYLOAD_RECORDS, REPORT_RECORDS, check_keys
 from fedmmkt.server_app.class_space import wait_for_nodes
 from fedmmkt.server_app.exchange import Answer, Reply, causes_of, exchange
@@ -26,10 +27,6 @@ LEAST_TTL = 600.0  # Seconds that a node has to answer, however short the rounds
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 Read = Callable[[Message], Answer]
 Late = dict[int, dict[str, Message]]  # Replies that count, by the round that asked for them and by client.
-
-
-class RunError(RuntimeError):
-    """The run cannot continue; the text says why."""
 
 
 class RoundSteps(Protocol):

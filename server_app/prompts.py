@@ -53,7 +53,7 @@ def build_prompt_source(config: T2IConfig, classes: tuple[str, ...]) -> PromptSo
         If the file cannot be read, or names a class that is not in ``classes``.
     """
     if config.model == "starter":
-        _warn_of_other_classes(classes)
+        warn_of_other_classes(classes)
     if config.prompts == "templates":
         return TemplatePrompts(templates_of(config), classes)
     return FilePrompts(Path(config.prompts).expanduser(), classes)
@@ -64,7 +64,8 @@ def templates_of(config: T2IConfig) -> tuple[str, ...]:
     return config.prompt_templates or (STARTER_TEMPLATES if config.model == "starter" else OTHER_TEMPLATES)
 
 
-def _warn_of_other_classes(classes: tuple[str, ...]) -> None:
+def warn_of_other_classes(classes: tuple[str, ...]) -> None:
+    """Warn of classes that the starter cannot draw."""
     others = [name for name in classes if name.strip().lower() not in STARTER_DRAWS]
     if others:
         named = ", ".join(map(repr, others[:NAMED_CLASSES])) + (", ..." if len(others) > NAMED_CLASSES else "")

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from logging import INFO, WARNING
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from fedmmkt.common.config import RunConfig
+from fedmmkt.common.failures import describe
 from fedmmkt.common.images import resize_images
 from fedmmkt.common.payloads import record_bytes
 from fedmmkt.common.progress import FIRST_SECONDS, GROWTH, TRANSIENT, Progress, duration
@@ -146,8 +147,9 @@ class Recorder:
         self._checkpoints.keep = config.checkpoints_kept
         described = self._described | {"config": config.model_dump(mode="json", by_alias=True)}
         with self.run_folder.in_use():
+            self.run_folder.write_failure("")
             self.run_folder.write_config(described)
-            with self.trackers.run(config):
+            with self._telling_failure(), self.trackers.run(config):
                 try:
                     with self._background:
                         if self._unmeasured:
@@ -159,6 +161,19 @@ class Recorder:
                 finally:
                     if self._page_is_stale:
                         self.report()
+
+    @contextmanager
+    def _telling_failure(self) -> Iterator[None]:
+        """If the block fails, say why in the pages about the run, and raise the error."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(OSError):  # A full disk is told as the cause.
+                self.run_folder.write_failure(describe(error))
+                self.report()
+                if self._history.lines:
+                    self._describe(write_adapter_card)
+            raise
 
     @contextmanager
     def round(self, server_round: int, ledger: Ledger) -> Iterator[None]:

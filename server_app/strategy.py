@@ -22,6 +22,7 @@ from flwr.supercore import log
 from torch import Tensor
 
 from fedmmkt.common.config import RunConfig
+from fedmmkt.common.failures import RunError
 from fedmmkt.common.images import encode_images, resize_images
 from fedmmkt.common.payloads import (
     ClientReport,
@@ -38,7 +39,7 @@ from fedmmkt.common.registry import Registry
 from fedmmkt.server_app.exchange import Answer
 from fedmmkt.server_app.exploration import draw_parents, generate_or_vary
 from fedmmkt.server_app.ledger import Ledger, TargetsByClient
-from fedmmkt.server_app.loop import Loop, RunError
+from fedmmkt.server_app.loop import Loop
 from fedmmkt.server_app.prompts import Prompt, PromptSource, classes_of_round
 from fedmmkt.server_app.recorder import Recorder
 from fedmmkt.server_app.requests import make_requests

@@ -26,7 +26,7 @@ from fedmmkt.common.model_card import (
 from fedmmkt.server_app.prompts import templates_of
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.report.history import History
-from fedmmkt.server_app.report.measures import Line, of_generator, points_of
+from fedmmkt.server_app.report.measures import FROZEN, Line, of_generator, points_of
 from fedmmkt.server_app.report.numbers import counted, number, percent
 from fedmmkt.server_app.report.privacy import client_names, privacy_rows
 
@@ -94,9 +94,10 @@ def write_adapter_card(folder: Path, history: History | None = None) -> Path:
     shown = f"![Generated in the last round]({SAMPLES})\n\nThe last round's images.\n\n" if pictures else ""
     prompts = _prompts(config, classes)
     sections = {
-        "": f"{shown}A LoRA adapter of {_described_base(base)}. It was trained by {METHOD}.",
-        "How to load it": f"```python\n{loading_code(base, library, config, prompts[0])}```\n\n{_prompt_text(prompts)}",
-        "How it was trained": _training(config, versions, lines),
+        "": f"{shown}A LoRA adapter of {_described_base(base)}. {_learning(config, lines, bool(run.read_failure()))}",
+        "How to load it": f"```python\n{loading_code(base, library, config, prompts[0])}```\n\n"
+        f"{_prompt_text(prompts, 'trained on' if _has_learned(config, lines) else 'run with')}",
+        "How it was trained" if _has_learned(config, lines) else "The run": _training(config, versions, lines),
         "Results": _results(lines),
         "How it was evaluated": _evaluation(config),
         "Privacy": describe_privacy(config, *_budgets(lines)),
@@ -193,6 +194,29 @@ def _described_base(model: str) -> str:
     return f"[{model}](https://huggingface.co/{model})" if is_on_hub(model) else f"a model named `{base_name(model)}`"
 
 
+def _has_learned(config: RunConfig, lines: list[Line]) -> bool:
+    """Tell whether the adapter has been trained: not in round 0, nor where the T2I model is left as it is."""
+    return config.t2i.scores != FROZEN and bool(lines) and lines[-1]["round"] > 0
+
+
+def _learning(config: RunConfig, lines: list[Line], has_failed: bool) -> str:
+    """Say what the adapter has learned, and of which round it is if the run has not ended well."""
+    done, unchanged = (
+        lines[-1]["round"] if lines else 0,
+        "the adapter that the run began with" if config.t2i.adapter else "",
+    )
+    if _has_learned(config, lines):
+        text = f"It was trained by {METHOD}."
+    else:
+        why = "the run left the model as it is (`t2i.scores` was `none`)"
+        if config.t2i.scores != FROZEN:
+            why = "no round of training has ended"
+        text = f"**It was not trained**: {why}, so that it is {unchanged or 'without effect'}. The method: {METHOD}."
+    if has_failed:
+        return f"{text} **The run failed**; this is the adapter after round {done} of {config.rounds}."
+    return text if done >= config.rounds else f"{text} This is the adapter after round {done} of {config.rounds}."
+
+
 def _prompts(config: RunConfig, classes: Sequence[str]) -> list[str]:
     """Return prompts like those of training; none of them names a class that came from clients."""
     if config.t2i.prompts != "templates" or config.data.classes == ("clients",):
@@ -200,11 +224,11 @@ def _prompts(config: RunConfig, classes: Sequence[str]) -> list[str]:
     return [template.format(name) for name in classes for template in templates_of(config.t2i)[:1]]
 
 
-def _prompt_text(prompts: Sequence[str], most: int = 10) -> str:
+def _prompt_text(prompts: Sequence[str], done: str, most: int = 10) -> str:
     if len(prompts) == 1:
-        return "It was trained on prompts that are not published with it."
+        return f"It was {done} prompts that are not published with it."
     shown = ", ".join(f"*{prompt}*" for prompt in prompts[:most])
-    return f"It was trained on prompts such as: {shown}{', ...' if len(prompts) > most else '.'}"
+    return f"It was {done} prompts such as: {shown}{', ...' if len(prompts) > most else '.'}"
 
 
 def _training(config: RunConfig, versions: Mapping[str, str], lines: list[Line]) -> str:
@@ -218,7 +242,9 @@ def _training(config: RunConfig, versions: Mapping[str, str], lines: list[Line])
         "Data": f"{describe_dataset(config.data)}; clients that have data of their own keep them to themselves",
         "Images per round": str(t2i.samples_per_round),
         "LoRA": f"rank {t2i.lora_rank}, alpha {t2i.lora_alpha:g}, on {', '.join(t2i.lora_targets)}",
-        "Update per round": f"{counted(t2i.adaptation_steps, 'step')} of {t2i.adaptation_batch_size} samples, "
+        "Update per round": ""
+        if t2i.scores == FROZEN
+        else f"{counted(t2i.adaptation_steps, 'step')} of {t2i.adaptation_batch_size} samples, "
         f"learning rate {t2i.adaptation_learning_rate:g}",
         "Rules": f"aggregation {t2i.aggregation}, scores {t2i.scores}, update {t2i.update}",
         "Feedback": config.feedback,

@@ -200,6 +200,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def failure(self) -> Path:
+        """File with the cause, if the run failed (one line)."""
+        return self.path / "failure.txt"
+
+    @property
     def report(self) -> Path:
         """File of the run's report, one HTML page."""
         return self.path / "report.html"
@@ -224,6 +229,26 @@ class RunFolder:
             If it could not be written. The old content is then kept.
         """
         write_text(self.config, json.dumps(_strict(config), indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+    def write_failure(self, cause: str) -> None:
+        """Write why the run failed; an empty cause removes the file, as a run begins.
+
+        Raises
+        ------
+        OSError
+            If it could not be written or removed.
+        """
+        if cause:
+            write_text(self.failure, cause + "\n")
+        else:
+            self.failure.unlink(missing_ok=True)
+
+    def read_failure(self) -> str:
+        """Read why the run failed; empty if it did not, or if it is going on."""
+        try:
+            return self.failure.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return ""
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append a round to ``metrics.jsonl``; nothing else in the file is read or written.

@@ -31,6 +31,8 @@ from fedmmkt.server_app.report.pictures import Captions, Picture, captions_of, p
 from fedmmkt.server_app.report.template import render
 
 OWN_SETTINGS = ("output-dir", "resume-from")  # Each run has its own.
+# What a judge depends on: the real images, their classes and its seed.
+JUDGED_BY = ("data.dataset", "data.image-column", "data.label-column", "data.image-size", "classes", "seed")
 CURVES: dict[str, tuple[Measure, bool]] = {
     "Clients' mean accuracy": (mean_accuracy, True),
     "T2I alignment": (of_generator("alignment"), True),
@@ -64,6 +66,8 @@ class ComparedRun:
         Seconds of all rounds, by stage.
     down, up : int
         Bytes of all rounds.
+    judged_by : tuple of str
+        The settings that its judge depends on: runs of others have other Frechet distances.
     """
 
     name: str
@@ -77,6 +81,7 @@ class ComparedRun:
     seconds: dict[str, float]
     down: int
     up: int
+    judged_by: tuple[str, ...]
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
@@ -157,7 +162,7 @@ def _read(run: RunFolder, name: str) -> ComparedRun:
     pictures = pictures_of(run)
     return ComparedRun(
         name=name,
-        status=_status(lines, config["rounds"]),
+        status=_status(lines, config["rounds"], run.read_failure()),
         settings=settings,
         lines=lines,
         clients={row.name: row for row in client_rows(lines)},
@@ -167,10 +172,14 @@ def _read(run: RunFolder, name: str) -> ComparedRun:
         seconds=stages,
         down=sum(line["bytes"]["down"] for line in lines),
         up=sum(line["bytes"]["up"] for line in lines),
+        judged_by=tuple(settings.get(key, "") for key in JUDGED_BY),
     )
 
 
-def _status(lines: Sequence[Line], planned: int) -> str:
+def _status(lines: Sequence[Line], planned: int, failure: str) -> str:
+    if failure:
+        after = f"after round {lines[-1]['round']} of {planned}" if lines else "before the end of round 0"
+        return f"failed {after}: {failure}"
     if not lines:
         return "before the first round"
     done = lines[-1]["round"]
@@ -186,6 +195,7 @@ def _write(runs: Sequence[ComparedRun], problems: Mapping[Path, str], out: Path)
         settings=_differing_settings(runs),
         charts=_charts(runs),
         clients=_keys(runs, lambda run: run.clients, key=natural_key),
+        is_comparable=len({run.judged_by for run in runs}) == 1,
         stages=[*STAGES, "total"],
     )
     write_text(out, page)

@@ -10,6 +10,8 @@ from fedmmkt.common.natural_order import natural_key
 from fedmmkt.server_app.report.noise import Share, Verdict, mean_share, share, verdict
 from fedmmkt.server_app.report.numbers import counted, number, percent, points
 
+FROZEN = "none"  # The score rule that leaves the T2I model as it is.
+
 Line = dict[str, Any]
 Measure = Callable[[Line], float | None]
 

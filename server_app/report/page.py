@@ -15,6 +15,7 @@ from fedmmkt.server_app.report.heat import heat_maps_of
 from fedmmkt.server_app.report.history import MOST_TROUBLES, History
 from fedmmkt.server_app.report.images import measure_rows, verdict_rows
 from fedmmkt.server_app.report.measures import (
+    FROZEN,
     ClientRow,
     Line,
     alone_of,
@@ -56,7 +57,8 @@ def write_report(folder: Path, history: History | None = None) -> Path:
     """
     run = RunFolder(folder)
     history = history or History.of(run.read_lines())
-    page = _render(run.read_config(), history, pictures_of(run), captions_of(run), _last_change(run))
+    parts = run.read_config(), history, pictures_of(run), captions_of(run), _last_change(run)
+    page = _render(*parts, run.read_failure())
     write_text(run.report, page)
     return run.report
 
@@ -74,7 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _render(
-    described: Mapping[str, Any], history: History, pictures: list[Picture], captions: Captions, changed: datetime
+    described: Mapping[str, Any],
+    history: History,
+    pictures: list[Picture],
+    captions: Captions,
+    changed: datetime,
+    failure: str,
 ) -> str:
     lines = history.lines
     config, classes = described["config"], described["classes"]
@@ -94,7 +101,9 @@ def _render(
         covered=COVERED,
         done=done,
         planned=planned,
-        finished=done is not None and done >= planned,
+        finished=done is not None and done >= planned and not failure,
+        failure=failure,
+        frozen=config["t2i"]["scores"] == FROZEN,
         changed=f"{changed:%Y-%m-%d %H:%M:%S}",
         headlines=headlines_of(lines, _judged_samples(config)),
         summary=summary_of(clients),

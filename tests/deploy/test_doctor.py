@@ -276,6 +276,22 @@ def test_the_dataset_of_a_simulation(doctor, tmp_path):
     assert refused[0].startswith("WRONG dataset: run-config key 'data.dataset' is ")
 
 
+def test_wrong_classes_repeated_photos_and_a_column_of_splits(doctor, tmp_path):
+    for index in range(20):
+        Image.new("RGB", (8, 8), (index // 2 * 10, 0, 0)).save(tmp_path / f"{index}.png")  # Each colour twice.
+    lines = [f"{index}.png,{'ab'[index % 2]},train" for index in range(20)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,label,split", *lines]))
+    settings = f'data.dataset="{tmp_path / "t.csv"}"'
+
+    code, (line,) = doctor("--data", "--run-config", settings)
+    wrong, (refused,) = doctor("--data", "--run-config", settings + ' data.classes="a,c"')
+
+    assert (code, wrong) == (0, 1)
+    assert "; the column 'split' (train) is not used: splits are files" in line
+    assert re.search(r"; 10 images are the same as another, \d of them to learn and to test$", line)
+    assert "holds 'a, b': the column has no c; the key does not name b; allowed: " in refused
+
+
 def test_only_what_a_client_learns_from_is_counted(doctor, tmp_path):
     for index in range(1, 20):
         Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")

@@ -174,3 +174,53 @@ def test_paths_are_those_of_the_folder_of_the_command(birds, monkeypatch):
         "client.models": f"cnn, transformers:a/b,transformers:{birds.parent}",
         "resume-from": str(birds.parent / "runs/first"),
     }
+
+
+def test_classes_that_the_data_lacks_or_the_list_does_not_name_are_told(birds):
+    given = {"data__dataset": str(birds), "data__image_column": "photo", "data__label_column": "species"}
+
+    (other,) = problems(**given, client__models="cnn", data__classes="robin,howl")
+    (unnamed,) = problems(**given, client__models="cnn", data__classes="robin,wren", judge=False)
+    (digits,) = problems(data__classes="cat,dog")
+
+    assert "'data.classes' is 'robin, howl', and the column 'species' of " in other
+    assert "holds 'owl, robin': the column has no howl; the key does not name owl; allowed: " in other
+    assert "the key does not name owl" in unnamed
+    assert "the column has no cat, dog; the key does not name zero, one" in digits
+    settings = {key.replace("__", ".").replace("_", "-"): value for key, value in given.items()}
+    check_run(ROOT, 2, settings | {"client.models": "cnn", "data.classes": "owl,robin,wren", "judge": False})
+
+
+def test_integers_take_the_names_of_classes_in_order(birds):
+    birds.write_text(birds.read_text().replace(",owl,", ",0,").replace(",robin,", ",1,"))
+    given = {"data.dataset": str(birds), "data.image-column": "photo", "data.label-column": "species"}
+
+    check_run(ROOT, 2, given | {"client.models": "cnn", "data.classes": "robin,owl"})
+
+
+def test_settings_are_told_before_photos_are_read(birds, caplog):
+    (birds.parent / "b.png").unlink()
+    rows = birds.read_text().splitlines(keepends=True)
+    birds.write_text("".join([rows[0], *rows[1::2], rows[2]]))  # One of many is missing: a warning, no error.
+    given = {"data__dataset": str(birds), "data__image_column": "photo", "data__label_column": "species"}
+
+    (told,) = problems(**given, client__models="cnn", rounds=0)
+    quiet = caplog.text
+    (header,) = problems(**given | {"data__label_column": "kind"}, client__models="cnn", t2i__scores="vote")[1:]
+
+    assert "'rounds' is 0" in told
+    assert "not there" not in quiet
+    assert "'data.label-column' is 'kind', and the dataset has no such column" in header
+
+
+def test_what_is_likely_not_meant_is_told_before_the_start(birds, caplog):
+    rows = birds.read_text().splitlines()
+    birds.write_text(
+        "\n".join([rows[0] + ",part"] + [f"{row},{('Train', 'test')[n % 2]}" for n, row in enumerate(rows[1:])])
+    )
+    given = {"data.dataset": str(birds), "data.image-column": "photo", "data.label-column": "species"}
+
+    check_run(ROOT, 2, given | {"client.models": "cnn"})
+
+    assert "the column 'part' (Train, test) is not used: splits are files" in caplog.text
+    assert "'starter', which draws nothing but the digits zero to nine: its images of 2 of 2 classes" in caplog.text

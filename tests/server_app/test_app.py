@@ -3,8 +3,8 @@ from flwr.app import Context, RecordDict
 from flwr.supercore.logger import FLOWER_LOGGER
 
 from fedmmkt.common.config import ConfigError
+from fedmmkt.common.failures import RunError
 from fedmmkt.server_app import app as server
-from fedmmkt.server_app.loop import RunError
 
 
 @pytest.fixture(autouse=True)

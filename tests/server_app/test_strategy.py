@@ -16,12 +16,13 @@ from fedmmkt.client_app.memory import ClientMemory
 from fedmmkt.client_app.models.small import mlp
 from fedmmkt.client_app.models.task_model import task_models
 from fedmmkt.common.config import ConfigError, RunConfig
+from fedmmkt.common.failures import RunError
 from fedmmkt.common.payloads import ClientReport, DistillationPayload, PayloadError, Request
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.exchange import Answer
-from fedmmkt.server_app.loop import RunError
 from fedmmkt.server_app.prompts import Prompt
 from fedmmkt.server_app.record.checkpoint import checkpoints, read_checkpoint
+from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.rules.aggregation import aggregations
 from fedmmkt.server_app.strategy import FedMMKT, strategies
 from fedmmkt.server_app.t2i.samples import Samples
@@ -379,6 +380,9 @@ def test_a_run_ends_in_a_clear_error_when_no_valid_reply_is_left(tiny_run, make_
     problem = "'client.models' is 'no-such-model', but no task model"
     with pytest.raises(RunError, match=f"round 0: none of 2 nodes gave a valid reply\n2 of 2 clients: .*{problem}"):
         run(run_config, make_grid(run_config, nodes=2))
+    folder = RunFolder(Path(run_config["output-dir"]))
+    assert folder.read_failure().startswith("round 0: none of 2 nodes gave a valid reply 2 of 2 clients: ")
+    assert "Failed before the end of round 0" in folder.report.read_text()
 
 
 def test_too_few_nodes_end_the_run_before_anything_is_generated(tiny_run, make_grid):

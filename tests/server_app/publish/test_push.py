@@ -201,3 +201,30 @@ def test_the_card_of_a_peft_adapter_loads_it(tmp_path, monkeypatch):
     state = generator.adapter.state()
     assert len(loaded) == len(state)
     assert any(torch.equal(parameter, tensor) for parameter in loaded.values() for tensor in state.values())
+
+
+def test_a_card_says_whether_the_adapter_was_trained(tmp_path):
+    def card(name, scores="feedback", last=1, rounds=1, failure=""):
+        run = RunFolder(make_run(tmp_path / name))
+        described = run.read_config()
+        described["config"]["rounds"] = rounds
+        described["config"]["t2i"]["scores"] = scores
+        run.write_config(described)
+        clients = {"accuracy": 0.5, "per_client": {"a": {"accuracy": 0.5, "modality": "image", "model": "cnn"}}}
+        run.append_metrics({"round": last, "clients": clients, "generator": {"alignment": None, "frechet": None}})
+        run.write_failure(failure)
+        return write_adapter_card(run.path).read_text()
+
+    trained, frozen = card("trained"), card("frozen", scores="none")
+    failed, begun = card("failed", last=2, rounds=4, failure="no memory"), card("begun", last=0, failure="no memory")
+
+    assert "It was trained by [FedMMKT]" in trained
+    assert "## How it was trained" in trained
+    assert "It was not trained" not in trained + failed
+    assert "**It was not trained**: the run left the model as it is (`t2i.scores` was `none`)" in frozen
+    assert "Update per round" not in frozen
+    assert "rained on prompts" not in frozen + begun
+    assert "## The run" in frozen
+    assert "**The run failed**; this is the adapter after round 2 of 4." in failed
+    assert "**It was not trained**: no round of training has ended" in begun
+    assert "no memory" not in failed + begun  # The cause may name clients and files.

@@ -123,3 +123,17 @@ def test_the_rows_of_pictures_have_their_classes_and_prompts(runs, tmp_path):
     assert "long Class zero one After, round 2 Class zero one Before, round 0" in page
     assert "All prompts a nought · the digit 0 an ace" in page
     assert page.count("All prompts") == 1  # the other run has no pictures
+
+
+def test_failed_runs_and_other_datasets_are_told(runs, tmp_path):
+    RunFolder(runs[1]).write_failure("round 2: no client gave a valid reply")
+    birds = make_run(tmp_path / "birds", {"cnn-0": [0.1, 0.3]}, rounds=1, **{"data.dataset": "/data/birds.csv"})
+    zoo = make_run(tmp_path / "zoo", {"cnn-0": [0.1, 0.3]}, rounds=1, **{"data.dataset": "/data/birds.csv"})
+
+    other = text_of(write_comparison([runs[0], birds], tmp_path / "page.html").read_text())
+    same = text_of(write_comparison([birds, zoo], tmp_path / "page.html").read_text())
+    failed = text_of(write_comparison(runs, tmp_path / "page.html").read_text())
+
+    assert "failed after round 1 of 5: round 2: no client gave a valid reply" in failed
+    assert "their alignments and Fréchet distances are not comparable with each other" in other
+    assert "not comparable" not in same

@@ -384,3 +384,39 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
 
     assert stopped.value.code == 2
     assert str(tmp_path / "nothing") in capsys.readouterr().err
+
+
+def test_a_failed_run_says_so_and_why(tmp_path):
+    line = make_line(0, {"cnn-0": 0.1}, replies={"received": 1, "rejected": 0, "missing": 0, "reasons": {}})
+    folder = make_run(tmp_path / "run", [line])
+    folder.write_failure("round 1: none of 2 nodes gave a valid reply")
+
+    html = write_report(folder.path).read_text()
+    folder.write_failure("")
+    again = text_of(write_report(folder.path).read_text())
+    unmeasured = make_run(tmp_path / "new", [])
+    unmeasured.write_failure("the disk is full")
+    early = text_of(write_report(unmeasured.path).read_text())
+
+    assert "(failed)</title>" in html
+    assert "Failed after round 0 of 2" in text_of(html)
+    assert "The run failed: round 1: none of 2 nodes gave a valid reply" in text_of(html)
+    assert "Every reply came" not in html
+    assert "location.reload()" not in html
+    assert "Round 0 of 2" in again
+    assert "Failed before the end of round 0" in early
+    assert "The run failed: the disk is full" in early
+
+
+def test_a_frozen_model_has_learned_nothing(tmp_path):
+    folder = make_two_rounds(tmp_path / "run")
+    described = folder.read_config()
+    described["config"]["t2i"]["scores"] = "none"
+    learned = text_of(write_report(folder.path).read_text())
+    folder.write_config(described)
+
+    page = text_of(write_report(folder.path).read_text())
+
+    assert "what changes is what it learned" in learned
+    assert 'the model was left as it is ( t2i.scores="none" ), so that nothing changes.' in page
+    assert "what it learned" not in page
