@@ -20,9 +20,9 @@ from fedmmkt.client_app.memory import DESCRIPTION, FINAL, load_weights
 from fedmmkt.client_app.models.building import TRANSFORMERS, build_task_model
 from fedmmkt.client_app.models.task_model import Inputs, TaskModel
 from fedmmkt.common.config import ConfigError, Setting
-from fedmmkt.common.datasets import read_image
+from fedmmkt.common.datasets import RefusedImageError, read_image
 from fedmmkt.common.devices import pick_device
-from fedmmkt.common.images import to_rgb_arrays, to_square, whites_of
+from fedmmkt.common.images import GreyError, to_rgb_arrays, to_square, whites_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -126,8 +126,10 @@ class ClientModel:
                 square = read_image(content, path, size)
             else:
                 square = to_square(source, size)
-        except Exception as error:  # Decoders raise many kinds of errors on broken bytes.
+        except (RefusedImageError, FileNotFoundError, GreyError) as error:
             raise ValueError(str(error)) from error
+        except Exception as error:  # Decoders raise many kinds of errors on broken bytes.
+            raise ValueError(f"its image does not decode: {error}") from error
         white = whites.get(square.kind, square.largest)
         if square.largest > white:
             raise ValueError(

@@ -136,11 +136,13 @@ def check_header(config: DataConfig) -> list[str]:
     return columns
 
 
-def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, texts: bool) -> Examples:
+def to_examples(
+    dataset: datasets.Dataset, config: DataConfig, images: bool, texts: bool, tell: bool = True
+) -> Examples:
     """Load examples into memory: images as RGB squares with sides of ``image_size`` pixels, texts unchanged.
 
     Rows without a requested image or text, or with an image whose file is missing or that does not decode, are left
-    out; the log names them.
+    out; the log names them if ``tell``.
 
     Raises
     ------
@@ -167,8 +169,9 @@ def to_examples(dataset: datasets.Dataset, config: DataConfig, images: bool, tex
         _check_share(broken, sum(square is not None for square in squares), origins, config)
         if not complete:
             raise ConfigError(f"{config.key('dataset')} is {config.dataset!r}: no row is complete: {some(lines, 2)}")
-        logger.warning("%s: %s of %s rows have no image or text that can be read, and are left out: %s",
-                       config.dataset, len(lines), len(labels_N), some(lines))  # fmt: skip
+        if tell:
+            logger.warning("%s: %s of %s rows have no image or text that can be read, and are left out: %s",
+                           config.dataset, len(lines), len(labels_N), some(lines, 2))  # fmt: skip
     kept = [square for square in (squares[row] for row in complete if images) if square is not None]
     whites = whites_of(kept)
     return Examples(
@@ -204,7 +207,7 @@ def with_readable_images(dataset: datasets.Dataset, config: DataConfig) -> datas
     has_texts = config.text_column in dataset.column_names
     logger.warning("%s: %s of %s images cannot be read, and %s left out: %s",
                    config.dataset, len(broken), len(dataset), "are" if has_texts else "their rows are",
-                   some(_told(broken, origins)))  # fmt: skip
+                   some(_told(broken, origins), 2))  # fmt: skip
     if not has_texts:
         return dataset.select([row for row in range(len(dataset)) if row not in broken])
     encoded = dataset.cast_column(column, datasets.Image(decode=False))[column]
@@ -417,7 +420,7 @@ def check_image_files(dataset: datasets.Dataset, config: DataConfig) -> None:
         _check_share(missing, len(named) - len(missing), origins, config)
         logger.warning("%s: %s of %s image files are not there, and are left out: %s",
                        config.dataset, len(missing), len(named),
-                       some(_told(missing, origins)))  # fmt: skip
+                       some(_told(missing, origins), 2))  # fmt: skip
 
 
 def _missing(path: str) -> str:

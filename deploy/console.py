@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fedmmkt.common.files import write_text
+from fedmmkt.common.lack_of_memory import LACK_OF_MEMORY, is_advice, is_lack_of_memory
 from fedmmkt.common.progress import TRANSIENT
 
 ERASED = "\r\x1b[K"  # What a terminal needs to show the next line in place of the last.
@@ -61,7 +62,7 @@ class Console:
         self._output = output
         self._on_terminal = output.isatty()
         self._began = time.monotonic()
-        self._in_traceback = self._replaceable = self._is_due_blank = False
+        self._in_traceback = self._replaceable = self._is_due_blank = self._is_short_of_memory = False
 
     @classmethod
     def on(cls, output: TextIO | Console) -> Console:
@@ -82,9 +83,17 @@ class Console:
             self._in_traceback = bool(_TRACEBACK.match(text))
         if self._in_traceback:
             self.tracebacks.append(plain)
-        elif (text or logged) and not text.startswith(_OF_FLOWER):
+        elif is_lack_of_memory(text):
+            self._tell_lack_of_memory()
+        elif (text or logged) and not text.startswith(_OF_FLOWER) and not is_advice(text):
             text = text.replace("\t", "  ")
             self._show(f"{level} {text.strip()}" if level in ("WARNING", "ERROR", "CRITICAL") else text)
+
+    def _tell_lack_of_memory(self) -> None:
+        """Say it once in place of all that Ray says, which repeats it for each worker."""
+        if not self._is_short_of_memory:
+            self._show(f"WARNING {LACK_OF_MEMORY}")
+        self._is_short_of_memory = True
 
     def write_tracebacks(self, file: Path) -> None:
         """Write the tracebacks that were held back into a file, and say where; nothing happens if there are none."""

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fedmmkt.common.config import ConfigError
 from fedmmkt.common.files import write_atomically
 from fedmmkt.common.table_files import kind_of
 from fedmmkt.deploy.local_command import run_locally
@@ -73,9 +74,10 @@ def write_predictions(
     writer, left_out = csv.writer(stream, lineterminator="\n"), []
     each = [f"p({name})" for name in model.classes] if all_classes else []
     of_rows = ["row", *(["image"] if model.reads_images else [])] if with_rows else []
-    writer.writerow(["file", *of_rows, *filter(None, [id_column]), "class", "probability", *each])
     remaining = iter(examples)
-    while part := list(islice(remaining, AT_ONCE)):
+    part = list(islice(remaining, AT_ONCE))  # Before the first line is written: a wrong column is found here.
+    writer.writerow(["file", *of_rows, *filter(None, [id_column]), "class", "probability", *each])
+    while part:
         kept, problems = _readable(model, part)
         left_out += problems
         probabilities_NC = model.predict(
@@ -87,6 +89,7 @@ def write_predictions(
             place = [example.file, *[example.row, example.named][: len(of_rows)], *([example.id] if id_column else [])]
             writer.writerow([*place, model.classes[best], *numbers])
         stream.flush()
+        part = list(islice(remaining, AT_ONCE))
     return left_out
 
 
@@ -121,6 +124,8 @@ def _run(options: argparse.Namespace) -> int:
     from fedmmkt.client_app.trained import load_client_model
 
     model = load_client_model(options.client, options.device)
+    if not options.files:
+        raise ConfigError("no FILE is given; allowed: images, folders of images, or tables")
     examples = read_unlabelled(
         options.files,
         model.reads_images,
@@ -157,7 +162,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "client", type=Path, metavar="CLIENT-FOLDER", help="a client's folder, such as runs/demo/clients/cnn-0"
     )
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="images, folders of images, or tables")
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="images, folders of images, or tables")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: standard output)")
     parser.add_argument(
         "--prior",

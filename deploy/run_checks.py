@@ -18,7 +18,7 @@ from fedmmkt.common.files import write_test_file
 from fedmmkt.common.registry import importable
 from fedmmkt.common.tables import ORIGIN
 from fedmmkt.deploy.bundle import PROJECT, bundled_files, default_config, read_app, runs_fedmmkt
-from fedmmkt.deploy.settings import right_part
+from fedmmkt.deploy.settings import earlier_nodes, right_part
 from fedmmkt.server_app.record.trackers import check_trackers
 from fedmmkt.server_app.rules.checks import check_rules
 
@@ -43,7 +43,7 @@ def check_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> None:
     if nodes < 1:
         raise ConfigError(f"--nodes is {nodes}; allowed: 1 or more")
     complete, checks = _checks_of_run(app, nodes, config)
-    problems = _problems(checks)
+    problems = _problems([partial(_check_same_nodes, nodes, config), *checks] if complete else checks)
     if complete:  # Settings are told first: what is wrong with them is told before photos are read.
         problems += _problems(checks_of_data(complete, nodes, whole=not problems))
     if problems:
@@ -186,6 +186,17 @@ def _check_nodes(nodes: int, config: Mapping[str, Setting]) -> None:
     if isinstance(needed, int) and needed > nodes:
         raise ConfigError(
             f"min-available-nodes is {needed}, but only {nodes} nodes are simulated: the run would never start"
+        )
+
+
+def _check_same_nodes(nodes: int, config: Mapping[str, Setting]) -> None:
+    """Check that as many nodes are simulated as in the run to resume: the data would be divided in another way."""
+    folder = config.get("resume-from")
+    earlier = earlier_nodes(Path(str(folder))) if folder else None
+    if earlier and earlier != nodes:
+        raise ConfigError(
+            f"--nodes is {nodes}, and the run that resume-from names has {earlier} nodes; with others, clients would "
+            f"get other data than they have learned from; allowed: --nodes {earlier}, or no --nodes"
         )
 
 

@@ -17,6 +17,7 @@ from flwr.common.config import parse_config_args
 from fedmmkt.common.config import ConfigError, Setting
 from fedmmkt.deploy.bundle import default_config, folder_to_submit, read_app, runs_fedmmkt
 from fedmmkt.deploy.console import Console
+from fedmmkt.deploy.mistyped import mistake_of
 from fedmmkt.deploy.processes import script
 from fedmmkt.deploy.settings import with_earlier
 
@@ -75,8 +76,19 @@ def parse_run_config(texts: list[str]) -> dict[str, Setting]:
         If they cannot be read, or if Flower would silently drop a part of them.
     """
     for text in texts:
+        if text.endswith(".toml"):
+            continue
+        problems = [mistake for key, value in _PAIR.findall(text) if (mistake := mistake_of(key, value))]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        for pair in _PAIR.finditer(text):
+            if (rest := text[pair.end() :]) and not rest[0].isspace():
+                raise ConfigError(
+                    f"run-config: {pair[0]} is followed by {rest!r:.40}; allowed: a space between two settings, and no "
+                    "comma"
+                )
         dropped = _PAIR.sub("", text).strip()
-        if dropped and not text.endswith(".toml"):
+        if dropped:
             raise ConfigError(f"run-config: {dropped!r} is not of the form key=value (no spaces around '=')")
         keys = [key for key, _ in _PAIR.findall(text)]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
@@ -84,11 +96,7 @@ def parse_run_config(texts: list[str]) -> dict[str, Setting]:
     try:
         return parse_config_args(texts)
     except click.ClickException as error:
-        written = " ".join(texts)
-        hint = 'strings need quotes: key="value"'
-        if "\\" in written:
-            hint = f"a backslash in a string is written twice, {chr(92) * 2}"
-        raise ConfigError(f"run-config {written} cannot be read; {hint}") from error
+        raise ConfigError(f"run-config {' '.join(texts)!r:.200} cannot be read: {error.message}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"run-config: {error}") from error
 

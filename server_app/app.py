@@ -67,14 +67,16 @@ def _failing_in_one_line(folder: Path) -> Iterator[None]:
     try:
         file.unlink(missing_ok=True)  # It is that of an earlier run.
         yield
-    except (ConfigError, RunError) as error:
+    except ConfigError as error:
         _tell_once(error)
         raise
+    except RunError as error:
+        failure = RunError(f"{error}{_way_on(folder)}")
+        _tell_once(failure)
+        raise failure from error
     except OSError as error:  # Such as a full disk; the text names the file.
-        goes_on = f"; once that is mended, it goes on with resume-from={str(folder)!r}"
-        is_resumable = any(checkpoints(RunFolder(folder).checkpoints))
         what = str(error).removeprefix(f"[Errno {error.errno}] ")
-        failure = RunError(f"{what}{goes_on if is_resumable else ''}")
+        failure = RunError(f"{what}{_way_on(folder)}")
         _tell_once(failure)
         raise failure from error
     except Exception as error:
@@ -82,6 +84,12 @@ def _failing_in_one_line(folder: Path) -> Iterator[None]:
         failure = RunError(f"{one_line(error)}; {kept}")
         _tell_once(failure)
         raise failure from error
+
+
+def _way_on(folder: Path) -> str:
+    """Say how a run that failed goes on; nothing if it has no checkpoint."""
+    is_resumable = any(checkpoints(RunFolder(folder).checkpoints))
+    return f"; once that is mended, it goes on with resume-from={str(folder)!r}" if is_resumable else ""
 
 
 def _tell_once(failure: Exception) -> None:

@@ -16,6 +16,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedmmkt.common.lack_of_memory import LACK_OF_MEMORY, is_lack_of_memory
 from fedmmkt.common.payloads import ClientReport, DistillationPayload, FinalEvaluation, PayloadError, record_bytes
 from fedmmkt.common.plain_text import printable
 from fedmmkt.server_app.inbox import pull_reply
@@ -237,6 +238,8 @@ def _read(reply: Reply, read: Callable[[Message], Answer], admit: Admit) -> Repl
         if error.code == ErrorCode.NODE_UNAVAILABLE:
             return replace(reply, kind="offline", message=None, reason=WENT_OFFLINE)
         reason = (error.reason or "").strip()
+        if is_lack_of_memory(reason):
+            return replace(reply, kind="rejected", reason=LACK_OF_MEMORY)
         if error.code != ErrorCode.CLIENT_APP_RAISED_EXCEPTION or not reason:  # Else it is the client's own.
             reason = f"error {error.code}: {reason}"
         return replace(reply, kind="rejected", reason=printable(reason))

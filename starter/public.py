@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -27,12 +29,12 @@ from fedmmkt.common.datasets import Examples, labels_of, load_splits, to_example
 from fedmmkt.common.devices import pick_device
 from fedmmkt.common.files import replaced_folder
 from fedmmkt.common.tables import ORIGIN, some, write_parquet
-from fedmmkt.starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
 
 if TYPE_CHECKING:
     import datasets
 
 COST = "cost.json"
+MOST_COUNTS = 20  # classes whose examples are counted in a line
 # Defaults of the options for the model's sizes and the length of its training.
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"autoencoder": (16, 32, 48), "unet": (32, 64), "autoencoder_steps": 600, "diffusion_steps": 1_500},
@@ -165,6 +167,8 @@ def write_prompts(path: Path, examples: Examples, classes: tuple[str, ...], capt
 
 def main(command: list[str] | None = None) -> int:
     """Parse the command line, divide the dataset, train, and write all files; return the exit code."""
+    # It warns that torchvision is missing, which nobody needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parser = argparse.ArgumentParser(
         prog="fedmmkt pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -198,6 +202,7 @@ def main(command: list[str] | None = None) -> int:
     parser.add_argument("--latent-channels", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=24, help="tokens per caption; longer captions are cut")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, or auto (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch on a CPU; 0: as many as torch takes")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(command)
     for option, value in SIZES[arguments.size].items():
@@ -220,6 +225,19 @@ def _number_or_condition(text: str) -> int | str:
     if text.partition("=")[0] and "=" in text:
         return text
     raise argparse.ArgumentTypeError(f"is {text!r}; allowed: a number, or COLUMN=VALUE such as split=public")
+
+
+def _told_counts(examples: Examples, classes: tuple[str, ...]) -> str:
+    """Say how many examples there are of each class; warn of classes that the T2I would never see."""
+    counts = np.bincount(examples.labels_N, minlength=len(classes)).tolist()
+    if without := [name for name, count in zip(classes, counts, strict=True) if not count]:
+        print(
+            f"WARNING: no public example is of the class {some(without)}: the T2I cannot draw it, and what it draws "
+            "for its prompts teaches clients something else; take other rows, or leave the class out of the run",
+            file=sys.stderr,
+            flush=True,
+        )
+    return some([f"{name} {count}" for name, count in zip(classes, counts, strict=True)], MOST_COUNTS)
 
 
 def run_config_of(arguments: argparse.Namespace) -> str:
@@ -253,6 +271,8 @@ def _check(arguments: argparse.Namespace) -> None:
             f"option --out is {str(out)!r}, which holds something else; allowed: a new or an empty folder, or an "
             "earlier one of this command"
         )
+    if arguments.threads < 0:
+        raise ConfigError(f"option --threads is {arguments.threads}; allowed: 0 or more")
     multiple = 2 ** len(arguments.autoencoder)  # The autoencoder halves the side once a level but one, the U-Net once.
     if arguments.image_size < multiple or arguments.image_size % multiple:
         raise ConfigError(f"option --image-size is {arguments.image_size}; allowed: a multiple of {multiple}")
@@ -263,6 +283,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write the files of the module's description into ``folder``; return the content of ``cost.json``."""
+    from fedmmkt.starter.pretraining import Architecture, build_tokenizer, draw_samples, pretrain, save
+
     config = _NamedByOptions(
         dataset=arguments.dataset,
         image_column=arguments.image_column,
@@ -278,6 +300,7 @@ def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         flush=True,
     )
     examples = to_examples(part.public, config, images=True, texts=bool(arguments.caption_column))
+    print(f"public examples of each class: {_told_counts(examples, part.classes)}", flush=True)
     captions = captions_of(examples, part.classes, arguments.seed)
     for name, rows in (("public/train", part.public), ("data/train", part.private), ("data/test", part.test)):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -286,6 +309,8 @@ def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         write_prompts(folder / "prompts.jsonl", examples, part.classes, captions)
     assert examples.images_NHWC is not None
     images_NCHW = torch.from_numpy(examples.images_NHWC).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
     torch.manual_seed(arguments.seed)
     pipeline = pretrain(

@@ -42,14 +42,19 @@ def load_private_data(
         If the data cannot be read or has classes outside the class space.
     """
     data, splits, train = _own_part(config, node, class_space)
-    examples = to_examples(train, data, images=images, texts=texts), _test_part(data, config.seed, images, texts)
+    # The images of simulated clients are also read for the server's judge, and what is left out is named there.
+    tell = bool(node.data_path) or not config.judge or texts
+    examples = (
+        to_examples(train, data, images=images, texts=texts, tell=tell),
+        _test_part(data, config.seed, images, texts, tell),
+    )
     return PrivateData(*(relabel(part, splits.classes, class_space) for part in examples))
 
 
 @lru_cache(maxsize=4)
-def _test_part(data: DataConfig, seed: int, images: bool, texts: bool) -> Examples:
+def _test_part(data: DataConfig, seed: int, images: bool, texts: bool, tell: bool) -> Examples:
     """Decode the test part; all simulated clients in a process share it."""
-    return to_examples(load_splits(data, seed).test, data, images=images, texts=texts)
+    return to_examples(load_splits(data, seed).test, data, images=images, texts=texts, tell=tell)
 
 
 def held_classes(config: RunConfig, node: NodeConfig) -> tuple[str, ...]:

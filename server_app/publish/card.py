@@ -201,17 +201,15 @@ def _has_learned(config: RunConfig, lines: list[Line]) -> bool:
 
 def _learning(config: RunConfig, lines: list[Line], has_failed: bool) -> str:
     """Say what the adapter has learned, and of which round it is if the run has not ended well."""
-    done, unchanged = (
-        lines[-1]["round"] if lines else 0,
-        "the adapter that the run began with" if config.t2i.adapter else "",
-    )
+    done = lines[-1]["round"] if lines else 0
     if _has_learned(config, lines):
         text = f"It was trained by {METHOD}."
     else:
         why = "the run left the model as it is (`t2i.scores` was `none`)"
         if config.t2i.scores != FROZEN:
             why = "no round of training has ended"
-        text = f"**It was not trained**: {why}, so that it is {unchanged or 'without effect'}. The method: {METHOD}."
+        unchanged = "is the adapter that the run began with" if config.t2i.adapter else "has no effect"
+        text = f"**It was not trained**: {why}, so that it {unchanged}. The method: {METHOD}."
     if has_failed:
         return f"{text} **The run failed**; this is the adapter after round {done} of {config.rounds}."
     return text if done >= config.rounds else f"{text} This is the adapter after round {done} of {config.rounds}."

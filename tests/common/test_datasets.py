@@ -849,3 +849,20 @@ def test_a_text_stays_where_only_its_image_is_broken(tree):
 
     assert len(to_examples(kept, config, images=False, texts=True)) == 8
     assert len(to_examples(kept, config, images=True, texts=False)) == 7
+
+
+def test_what_the_judge_names_simulated_clients_do_not_name_again(tmp_path, caplog):
+    for index in range(1, 20):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")  # 0.png is not there.
+    lines = [f"{index}.png,{'ab'[index % 2]}" for index in range(20)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,label", *lines]))
+    data = DataConfig(dataset=str(tmp_path / "t.csv"), partitioner="iid")
+    node = NodeConfig(partition_id=0, num_partitions=1)
+
+    load_private_data(RunConfig(data=data, judge=True), node, ("a", "b"), images=True, texts=False)
+    judged = caplog.text
+    load_private_data(RunConfig(data=data, judge=False), node, ("a", "b"), images=True, texts=False)
+
+    assert "left out" not in judged
+    assert "1 of " in caplog.text
+    assert "left out: row 0 of t.csv" in caplog.text

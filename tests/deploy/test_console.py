@@ -98,3 +98,21 @@ def test_a_long_line_of_progress_is_cut_to_the_terminal(monkeypatch):
     _, text = shown(["INFO :      a line that does not fit ..."], Terminal())
 
     assert re.sub(r"[\r\n]", "", text) == "  0:00  a line that"
+
+
+def test_lack_of_memory_is_told_in_one_line():
+    lines = [
+        "(raylet) [2026-11-26 16:17:45,808 E 22508 22508] (raylet) node_manager.cc:3303: 1 Workers (tasks / actors) "
+        "killed due to memory pressure (OOM), 0 Workers crashed due to other reasons at node (ID: 0a05)",
+        "(raylet) ",
+        "(raylet) Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/en/latest",
+        "ERROR 2026-11-26 16:17:46,123:      1 worker(s) were killed due to the node running low on memory. Memory on "
+        "the node (IP: 192.0.2.2, ID: 1a37) was 22.39GB / 23.54GB (0.951182); Object store memory usage: [- 0]",
+        "INFO 2026-11-26 16:17:47,123:        clients   1/2  cnn-0",
+    ]
+
+    _, text = shown(lines)
+
+    told, after = text.splitlines()
+    assert told.startswith("  0:00  WARNING a client's process was killed for lack of memory; close other programs, ")
+    assert after == "  0:00    clients   1/2  cnn-0"

@@ -49,7 +49,7 @@ def test_a_file_that_does_not_decode_is_named_and_left_out(tmp_path, images, cap
 
     shown = capsys.readouterr()
     assert code == 1
-    assert shown.err == f"left out: {tmp_path / 'new' / '5.png'}: it is of no known format\n"
+    assert shown.err == f"left out: {tmp_path / 'new' / '5.png'}: its image does not decode: it is of no known format\n"
     assert len(rows((tmp_path / "out" / "table.csv").read_text())) == 5
     assert not shown.out
 
@@ -126,3 +126,26 @@ def test_what_cannot_be_predicted_at_all_is_refused(tmp_path, capsys, model, fil
     assert code == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_wrong_column_leaves_no_half_table(tmp_path, images, capsys):
+    folder, _ = saved(tmp_path)
+    (tmp_path / "t.csv").write_text("photo\nnew/2.png\n")
+
+    code = main([str(folder), str(tmp_path / "t.csv"), "--image-column", "picture"])
+
+    shown = capsys.readouterr()
+    assert (code, shown.out) == (2, "")
+    assert "has no image column 'picture'; allowed: --image-column with one of photo" in shown.err
+
+
+def test_without_files_a_run_names_its_clients(tmp_path, capsys):
+    folder, _ = saved(tmp_path)
+
+    run = main([str(folder.parent.parent)])
+    of_run = capsys.readouterr().err
+    client = main([str(folder)])
+
+    assert (run, client) == (2, 2)
+    assert f"allowed: a client's folder, here {folder}" in of_run
+    assert "no FILE is given; allowed: images, folders of images, or tables" in capsys.readouterr().err

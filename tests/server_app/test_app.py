@@ -66,3 +66,16 @@ def test_an_error_that_nobody_expected_leaves_its_traceback_in_the_run_folder(lo
     file = tmp_path / "run" / "traceback.txt"
     assert caplog.messages == [f"The run failed: KeyError: 'a'; its traceback is in {file}", "another error"]
     assert 'return {}["a"]' in file.read_text()
+
+
+def test_a_run_without_replies_is_told_with_the_way_on(caplog, tmp_path, monkeypatch):
+    def lonely(*_):
+        raise RunError("round 2: none of 2 nodes gave a valid reply\n2 of 2 clients: no memory")
+
+    monkeypatch.setattr(server, "build_strategy", lonely)
+    (tmp_path / "checkpoints" / "round-00001").mkdir(parents=True)
+
+    with pytest.raises(RunError, match="no memory; once that is mended, it goes on with resume-from="):
+        run({"output-dir": str(tmp_path)})
+
+    assert caplog.messages[0].endswith(f"no memory; once that is mended, it goes on with resume-from='{tmp_path}'")

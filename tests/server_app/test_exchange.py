@@ -197,6 +197,25 @@ def test_the_text_of_an_error_is_one_line_of_bounded_length():
     assert reason.isprintable()
 
 
+def test_lack_of_memory_is_a_reason_of_one_line():
+    grid = FatefulGrid(1)
+    text = "<class 'ray.exceptions.OutOfMemoryError'>:<'1 worker(s) were killed due to the node running low on memory."
+    push = grid.push_messages
+
+    def push_failing(messages):
+        ids = push(messages)
+        grid.pending[ids[0]] = errors(grid.pending[ids[0]], Error(0, text + " Object store: 0" * 200))
+        grid.fates[ids[0]] = 0
+        return ids
+
+    grid.push_messages = push_failing
+
+    reply = next(exchanged(grid, grid.send_as([Fate(0, "valid")]), deadline=0, quorum=0))
+
+    assert reply.kind == "rejected"
+    assert reply.reason.startswith("a client's process was killed for lack of memory; close other programs")
+
+
 @pytest.mark.parametrize("not_taken", ["", None])
 def test_a_message_that_flower_does_not_take_is_told_at_once(not_taken):
     grid = FatefulGrid(2)

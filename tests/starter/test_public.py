@@ -1,6 +1,8 @@
 """A T2I of a public part of a dataset, and the benchmark that begins with it, on a tiny dataset made here."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -251,3 +253,32 @@ def test_curves_have_a_panel_for_what_some_rows_measure(tmp_path):
     assert curves.values(runs["frozen"], "T2I alignment") == []
     assert curves.values(runs["adapted"], "T2I alignment") == [[0.5, 0.5]]
     assert Image.open(tmp_path / "figure.png").size[0] > 2 * 400
+
+
+def test_the_public_examples_of_each_class_are_counted_and_a_class_without_is_told(tmp_path, capsys):
+    config = write_marked(tmp_path, ["yes" if index % 2 else "no" for index in range(40)])  # All "b", no "a".
+    sizes = ["--image-size", "16", "--autoencoder", "8", "16", "--unet", "16", "16", "--tokens", "8", "--threads", "1"]
+    steps = ["--autoencoder-steps", "1", "--diffusion-steps", "1"]
+    command = ["--dataset", config.dataset, "--public", "consent=yes", "--out", str(tmp_path / "start"), *sizes, *steps]
+
+    assert public.main(command) == 0
+
+    told = capsys.readouterr()
+    assert "public examples of each class: a 0, b 20" in told.out
+    assert "WARNING: no public example is of the class a: the T2I cannot draw it" in told.err
+    assert json.loads((tmp_path / "start" / "cost.json").read_text())["threads"] == 1
+
+
+def test_pretraining_says_nothing_of_packages_that_it_does_not_need(tmp_path):
+    config = write_marked(tmp_path, ["yes", "no"] * 20)
+    sizes = ["--image-size", "16", "--autoencoder", "8", "16", "--unet", "16", "16", "--tokens", "8", "--threads", "1"]
+    steps = ["--autoencoder-steps", "1", "--diffusion-steps", "1"]
+    command = ["--dataset", config.dataset, "--public", "20", "--out", str(tmp_path / "start"), *sizes, *steps]
+    environment = {key: value for key, value in os.environ.items() if key != "TRANSFORMERS_VERBOSITY"}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "fedmmkt", "pretrain", *command], capture_output=True, text=True, env=environment
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "torchvision" not in done.stderr + done.stdout

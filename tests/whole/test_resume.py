@@ -228,6 +228,8 @@ def test_a_resumed_run_takes_the_settings_of_the_earlier_one(tiny_run, make_grid
     with pytest.raises(ConfigError) as caught:  # what differs is told before anything starts, with what to type
         check_run(ROOT, 2, effective_config(ROOT, 2, folder.parent / "new", typed | {"data.alpha": 0.5}))
     assert "a run of another configuration: 'data.alpha' was 0.7 and is 0.5; allowed" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--nodes is 3, and the run .* has 2 nodes; .* allowed: --nodes 2,"):
+        check_run(ROOT, 3, effective_config(ROOT, 3, folder.parent / "new", typed))
     (option,) = [shlex.split(text)[1] for text in str(caught.value).split("its values: ")[1:]]
     assert {**to_flower(RunConfig()), **parse_run_config([option])} == complete
 
