@@ -19,6 +19,7 @@ from fedmmkt.server_app.publish.push import main, prepare_upload
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.t2i.generator import Generator
 from tests import ROOT, tiny_pipelines
+from tests.server_app.report.test_page import make_line
 
 
 def make_run(path, model="starter", **data):
@@ -210,8 +211,7 @@ def test_a_card_says_whether_the_adapter_was_trained(tmp_path):
         described["config"]["rounds"] = rounds
         described["config"]["t2i"]["scores"] = scores
         run.write_config(described)
-        clients = {"accuracy": 0.5, "per_client": {"a": {"accuracy": 0.5, "modality": "image", "model": "cnn"}}}
-        run.append_metrics({"round": last, "clients": clients, "generator": {"alignment": None, "frechet": None}})
+        run.append_metrics(make_line(last, {"cnn-0": 0.5}))
         run.write_failure(failure)
         return write_adapter_card(run.path).read_text()
 
