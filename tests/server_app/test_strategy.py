@@ -452,7 +452,7 @@ def test_registered_functions_are_chosen_by_run_config(tiny_run, make_grid):
     run_config = tiny_run(rounds=1, client__models="my-mlp", t2i__aggregation="spy")
     with registered(aggregations, "spy", spy), registered(task_models, "my-mlp", mlp):
         _, _, lines = run(run_config, make_grid(run_config, nodes=2))
-    assert called == [(2, 30, 10), (2, 30, 10)]
+    assert called == [(2, 30, 10)]  # The same answers are aggregated once a round.
     assert set(lines[-1]["clients"]["per_client"]) == {"my-mlp-0", "my-mlp-1"}
 
 
