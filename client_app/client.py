@@ -258,13 +258,15 @@ class Client:
         if folder := self.memory.newest:
             rounds = self.instructions.round - 1  # The last message comes after the last round.
             own = self.node.has_own_data
-            classes, measures = self.instructions.classes, self._measures
-            write_client_card(folder, self.model_name, classes, report, measures, self.config, rounds, own)
+            classes = self.instructions.classes
+            if len(self.data.test):  # Without any, there is nothing to say of the model.
+                measures = self._measures
+                write_client_card(folder, self.model_name, classes, report, measures, self.config, rounds, own)
             self.memory.publish()
 
     def _warn_of_cut(self, named: str, examples: Examples) -> None:
         """Warn of texts that are longer than what the model reads."""
-        if not self.reads_texts or examples.texts is None:
+        if not self.reads_texts or not examples.texts:
             return
         lengths = self.model.task_model.text_lengths(examples.texts)
         if lengths and (cut := lengths.describe_cut()):
@@ -315,7 +317,7 @@ class Client:
         images_BCHW = tokens_BL = None
         if self.reads_images and examples.images_NHWC is not None:
             images_BCHW = torch.from_numpy(examples.images_NHWC).permute(0, 3, 1, 2).to(self.device)
-        if self.reads_texts and examples.texts is not None:
+        if self.reads_texts and examples.texts:
             tokens_BL = compact(self.model.task_model.tokenize(examples.texts)).to(self.device)
         return Inputs(images_BCHW, tokens_BL)
 

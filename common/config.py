@@ -167,6 +167,11 @@ class DataConfig(_Section):
         """Return the configuration key of a field, for error texts."""
         return f"run-config key 'data.{_kebab(field)}'"
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each example is read by itself: no other decides what becomes of it, or whether all are refused."""
+        return False
+
 
 class OwnDataConfig(DataConfig):
     """The data of a node with its own dataset: its node-config says what is read, and the run only how."""
@@ -174,6 +179,11 @@ class OwnDataConfig(DataConfig):
     split_by_content: bool = Field(
         False, description="hold out each example by its own content, so that no other example decides it"
     )
+
+    @property
+    def one_by_one(self) -> bool:
+        """As of a run's data; it is so with a privacy ledger."""
+        return self.split_by_content
 
     def key(self, field: str) -> str:
         """Return the configuration key of a field, for error texts."""

@@ -142,7 +142,8 @@ def to_examples(
     """Load examples into memory: images as RGB squares with sides of ``image_size`` pixels, texts unchanged.
 
     Rows without a requested image or text, or with an image whose file is missing or that does not decode, are left
-    out; the log names them if ``tell``.
+    out; the log names them if ``tell``. With a privacy ledger none of this is an error, so that nobody learns from an
+    error what the data hold, and the white of an image with more than eight bits is its own.
 
     Raises
     ------
@@ -153,7 +154,7 @@ def to_examples(
     for wanted, field in ((images, "image_column"), (texts, "text_column")):
         if wanted and getattr(config, field) not in dataset.column_names:
             raise _no_column(field, dataset, config)
-    labels_N = labels_of(dataset, config)
+    labels_N, alone = labels_of(dataset, config), config.one_by_one
     squares, broken = _read_images(dataset, config) if images else ([], {})
     words = [text or "" for text in _read_texts(dataset, config)] if texts else []
     complete = [
@@ -166,17 +167,20 @@ def to_examples(
             f"{origins[row]} ({broken[row]})" if row in broken else origins[row]
             for row in sorted(set(range(len(labels_N))).difference(complete), key=lambda row: natural_key(origins[row]))
         ]
-        _check_share(broken, sum(square is not None for square in squares), origins, config)
-        if not complete:
+        if not alone:
+            _check_share(broken, sum(square is not None for square in squares), origins, config)
+        if not complete and not alone:
             raise ConfigError(f"{config.key('dataset')} is {config.dataset!r}: no row is complete: {some(lines, 2)}")
         if tell:
             logger.warning("%s: %s of %s rows have no image or text that can be read, and are left out: %s",
                            config.dataset, len(lines), len(labels_N), some(lines, 2))  # fmt: skip
     kept = [square for square in (squares[row] for row in complete if images) if square is not None]
-    whites = whites_of(kept)
+    whites = {} if alone else whites_of(kept)
+    shown = [to_rgb_arrays([square])[0] for square in kept] if alone else to_rgb_arrays(kept, whites)
+    side = config.image_size
     return Examples(
         labels_N[complete],
-        np.stack(to_rgb_arrays(kept, whites)) if images else None,
+        np.array(shown, dtype=np.uint8).reshape(len(shown), side, side, 3) if images else None,
         [words[row] for row in complete] if texts else None,
         whites,
         tuple(lines),
@@ -232,24 +236,44 @@ def _check_share(broken: Mapping[int, str], readable: int, origins: Sequence[str
         )
 
 
-def relabel(examples: Examples, own_classes: tuple[str, ...], class_space: tuple[str, ...]) -> Examples:
+def relabel(
+    examples: Examples, own_classes: tuple[str, ...], class_space: tuple[str, ...], leave_out: bool = False
+) -> Examples:
     """Map a node's class indices to the run's class space, by class name.
+
+    Parameters
+    ----------
+    leave_out : bool
+        Whether examples of a class outside the class space are left out; the log names these classes.
 
     Raises
     ------
     ConfigError
-        If the node has examples of a class outside the class space.
+        If the node has examples of a class outside the class space, and they are not left out.
     """
     own_classes, class_space = (tuple(map(normal_form, names)) for names in (own_classes, class_space))
     if own_classes == class_space:
         return examples
     held = {own_classes[label] for label in np.unique(examples.labels_N)}
-    if unknown := sorted(held - set(class_space)):
+    unknown = sorted(held - set(class_space))
+    if unknown and not leave_out:
         raise ConfigError(
             f"the data's classes {', '.join(unknown)!r} are not in the run; allowed: {', '.join(class_space)}"
         )
     index_C = np.array([class_space.index(name) if name in class_space else -1 for name in own_classes])
-    return replace(examples, labels_N=index_C[examples.labels_N])
+    labels_N = index_C[examples.labels_N] if len(index_C) else examples.labels_N
+    if not unknown:
+        return replace(examples, labels_N=labels_N)
+    rows = np.flatnonzero(labels_N >= 0)
+    logger.warning("%s of %s examples are of classes that the run does not have, and are left out: %s",
+                   len(examples) - len(rows), len(examples), some(unknown))  # fmt: skip
+    images, texts = examples.images_NHWC, examples.texts
+    return replace(
+        examples,
+        labels_N=labels_N[rows],
+        images_NHWC=None if images is None else images[rows],
+        texts=None if texts is None else [texts[row] for row in rows],
+    )
 
 
 def read_class_names(config: DataConfig) -> tuple[str, ...]:
@@ -371,12 +395,10 @@ def _split_by_content(
     rows, column = dataset, config.image_column
     if isinstance(dataset.features.get(column), datasets.Image):
         rows = dataset.cast_column(column, datasets.Image(decode=False))
-    is_test = np.array([_share_of(row, config, seed) < config.test_fraction for row in rows])
-    if is_test.all() or not is_test.any():
-        raise ConfigError(
-            f"{config.key('test_fraction')} is {config.test_fraction}, which leaves nothing to train or test on "
-            f"{len(dataset)} examples; allowed: more examples, or a test part in a file of its own"
-        )
+    is_test = np.array([_share_of(row, config, seed) < config.test_fraction for row in rows], dtype=bool)
+    if is_test.all() or not is_test.any():  # No error: it would tell of single examples.
+        logger.warning("%s: test-fraction %s leaves nothing to train or test on %s examples",
+                       config.dataset, config.test_fraction, len(dataset))  # fmt: skip
     return dataset.select(np.flatnonzero(~is_test)), dataset.select(np.flatnonzero(is_test))
 
 
@@ -461,9 +483,11 @@ def _decoded(dataset: datasets.Dataset, config: DataConfig) -> Iterator[tuple[in
             try:
                 square = read_image(item["bytes"], item["path"], config.image_size)
             except RefusedImageError as error:
-                raise ConfigError(
-                    f"{config.key('image_column')} is {column!r}, and in {origins[row]} it {error}"
-                ) from None
+                reason = f"it {error}"
+                if not config.one_by_one:
+                    raise ConfigError(
+                        f"{config.key('image_column')} is {column!r}, and in {origins[row]} it {error}"
+                    ) from None
             except FileNotFoundError as error:
                 reason = str(error)
             except Exception as error:  # Decoders raise many kinds of errors on broken bytes.

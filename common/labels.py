@@ -125,11 +125,15 @@ def matched(labels: Labels, train: Labels, config: DataConfig) -> Labels:
 def named(parts: Sequence[Labels], names: tuple[str, ...], config: DataConfig) -> list[Labels]:
     """Give integer labels the names of the run's classes, in order from 0, unless a name is an integer itself.
 
+    With a privacy ledger, each label is named by itself, and an integer that is not the number of a name is no label.
+
     Raises
     ------
     ConfigError
         If an integer is not the number of a name.
     """
+    if config.one_by_one:
+        return [_named_by_itself(part, names) for part in parts]
     held = {value: origin for part in parts for value, origin in part.held()}
     if not all(type(value) is int for value in held) or not names or any(map(_is_integer, names)):
         return list(parts)
@@ -142,6 +146,19 @@ def named(parts: Sequence[Labels], names: tuple[str, ...], config: DataConfig) -
         replace(part, names=names, values=[None if value is None else names[value] for value in part.values])
         for part in parts
     ]
+
+
+def _named_by_itself(part: Labels, names: tuple[str, ...]) -> Labels:
+    """Name the labels that are integers, or are written so, whatever the other labels are."""
+    if not names or any(map(_is_integer, names)):
+        return part
+
+    def name_of(value: Any) -> Any:
+        if value is None or isinstance(value, bool) or not _is_integer(str(value)):
+            return value
+        return names[int(value)] if 0 <= int(value) < len(names) else None
+
+    return replace(part, values=list(map(name_of, part.values)))
 
 
 def classes_of(parts: Sequence[Labels]) -> tuple[str, ...]:

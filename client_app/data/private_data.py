@@ -39,7 +39,7 @@ def load_private_data(
     Raises
     ------
     ConfigError
-        If the data cannot be read or has classes outside the class space.
+        If the data cannot be read or, without a privacy ledger, has classes outside the class space.
     """
     data, splits, train = _own_part(config, node, class_space)
     # The images of simulated clients are also read for the server's judge, and what is left out is named there.
@@ -48,7 +48,7 @@ def load_private_data(
         to_examples(train, data, images=images, texts=texts, tell=tell),
         _test_part(data, config.seed, images, texts, tell),
     )
-    return PrivateData(*(relabel(part, splits.classes, class_space) for part in examples))
+    return PrivateData(*(relabel(part, splits.classes, class_space, data.one_by_one) for part in examples))
 
 
 @lru_cache(maxsize=4)

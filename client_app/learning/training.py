@@ -163,6 +163,8 @@ def _private_batches(
     model: TaskModel, private: PrivateSet, config: ClientConfig, epochs: int, generator: torch.Generator
 ) -> list[Tensor]:
     count = len(private.inputs)
+    if not count:  # With a privacy ledger this is no error, since it would tell of the data.
+        return []
     least = _smallest_batch(model, private.inputs, count, config.batch_size) if epochs else 1
     batches = list(epoch_batches(count, config.batch_size, epochs, generator, least))
     if epochs and not batches:
