@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +131,7 @@ def overlaid(title: str, curves: dict[str, list[tuple[int, float]]], in_percent:
                 axes.plot(*zip(*points, strict=True), color=COLOURS[colour], marker=_marker(points, marker))
                 legend.append(Legend(MARKERS[marker], colour, name))
         if not in_percent:
-            axes.set_ylim(bottom=min(0, *(value for points in curves.values() for _, value in points)))
+            _from_zero(axes, [value for points in curves.values() for _, value in points])
         values = {name: dict(points) for name, points in curves.items()}
         readings = {
             round: ", ".join(f"{name} {written(of[round])}" for name, of in values.items() if round in of)
@@ -206,7 +207,7 @@ def _line_chart(title: str, lines: list[Line], measure: Measure, colour: str, in
     figure, axes = _axes([{"round": round} for round, _ in points], in_percent)
     axes.plot(*zip(*points, strict=True), color=COLOURS[colour], marker=_marker(points), linewidth=2)
     if not in_percent:
-        axes.set_ylim(bottom=min(0, *(value for _, value in points)))
+        _from_zero(axes, [value for _, value in points])
     texts = [(round, (percent if in_percent else number)(value)) for round, value in points]
     return Chart(title, svg(figure, f"{title}: {_summary('value', texts)}", dict(texts)))
 
@@ -219,6 +220,7 @@ def _bytes_chart(lines: list[Line]) -> Chart:
     for way, colour, shift in (("down", "sky", -0.2), ("up", "orange", 0.2)):
         heights = [line["bytes"][way] / scale for line in lines]
         _bars(axes, [number + shift for number in rounds], 0.4, heights, [0.0] * len(rounds), COLOURS[colour])
+    _from_zero(axes, [largest / scale])
     legend = [Legend("■", "sky", "to clients"), Legend("■", "orange", "from clients")]
     title = f"Traffic of a round, {unit}"
     readings = {
@@ -243,6 +245,7 @@ def _seconds_chart(lines: list[Line]) -> Chart:
         top = [low + height for low, height in zip(bottom, heights, strict=True)]
         _bars(axes, rounds, 0.7, top, bottom, COLOURS[colours[stage]])
         bottom = top
+    _from_zero(axes, bottom)
     readings = {
         line["round"]: ", ".join(f"{stage} {seconds(values[index])}" for stage, values in stages.items())
         for index, line in enumerate(lines)
@@ -284,7 +287,12 @@ def _bars(
     edges = [centre + side * width / 2 for centre in centres for side in (-1, 1)]
     upper, lower = ([height for bar in heights for height in (bar, 0)] for heights in (tops, bottoms))
     axes.fill_between(edges, lower, upper, step="post", color=colour, linewidth=0)
-    axes.set_ylim(bottom=0)
+
+
+def _from_zero(axes: Any, values: Sequence[float]) -> None:
+    """Let the y axis show zero and all finite values, with some room above."""
+    shown = [0.0, *(value for value in values if math.isfinite(value))]
+    axes.set_ylim(min(shown), 1.06 * max(shown) or 1)
 
 
 def _axes(lines: Sequence[Line], percent: bool = False) -> tuple[Any, Any]:

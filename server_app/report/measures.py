@@ -198,7 +198,7 @@ def _clients_headline(title: str, lines: list[Line], measure: Measure, modality:
     change = points(after - before)
     if base and alone:
         values.append(("alone", percent(base.value)))
-        change = f"{points(after - base.value)} than alone"
+        change = f"{points(after - base.value)} compared with alone"
         note += f", {len(alone)} of them alone" if len(alone) < len(rows) else ""
     return Headline(title, (*values, ("federated", percent(after))), change, verdict(base, federated), note)
 
@@ -284,7 +284,7 @@ def _doubts(lines: Sequence[Line]) -> dict[str, str]:
         for name, doubt in found.items():
             doubts.setdefault(name, []).append(doubt)
     return {
-        name: f"{'not counted whole' if any(doubt['weight'] for doubt in found) else 'not counted'} "
+        name: f"{'counted in part only' if any(doubt['weight'] for doubt in found) else 'not counted'} "
         f"in {len(found)} of {len(judged)} rounds: {found[-1]['reason']}"
         for name, found in doubts.items()
     }

@@ -9,12 +9,12 @@ import matplotlib
 import numpy as np
 
 from fedmmkt.common.natural_order import natural_key
-from fedmmkt.server_app.report.charts import CHART_STYLE, COLOURS, STAGES, Chart, Legend, empty_axes, svg
+from fedmmkt.server_app.report.charts import CHART_STYLE, COLOURS, INK, STAGES, Chart, Legend, empty_axes, svg
 from fedmmkt.server_app.report.measures import Line
 from fedmmkt.server_app.report.numbers import seconds
 
 MOST_ROWS = 12  # of more clients, one row shows how many of them were at work
-BESIDE = {"measure": "yellow", "checkpoint": "grey", "report": "blue"}
+BESIDE = {"measure": "yellow", "checkpoint": "grey", "report": "ink"}
 STEPS = 200  # points of the curve of how many clients were at work
 Span = Sequence[Any]  # name, begin and end in seconds since the start of the run
 
@@ -32,7 +32,7 @@ def timeline_of(lines: Sequence[Line]) -> Chart | None:
     beside = [span for span in beside if span[2] > begin]
     names = sorted({name for name, *_ in messages}, key=natural_key)
     few = len(names) <= MOST_ROWS
-    rows = ["server", "beside", *(names if few else ["clients"])]
+    rows = ["server", "beside clients", *(names if few else ["clients"])]
     with matplotlib.rc_context(CHART_STYLE):
         figure, axes = empty_axes(left=1.05)
         axes.grid(visible=False)
@@ -42,7 +42,7 @@ def timeline_of(lines: Sequence[Line]) -> Chart | None:
             _bar(axes, 1, span, begin, BESIDE.get(span[0], "grey"))
         if few:
             for span in messages:
-                _bar(axes, rows.index(span[0]), span, begin, "orange")
+                _bar(axes, 2 + names.index(span[0]), span, begin, "orange")
         else:
             _at_work(axes, 2, messages, begin, len(names))
         axes.set_yticks(range(len(rows)), rows, parse_math=False)
@@ -59,7 +59,9 @@ def timeline_of(lines: Sequence[Line]) -> Chart | None:
 
 
 def _bar(axes: Any, row: int, span: Span, begin: float, colour: str) -> None:
-    axes.broken_barh([(span[1] - begin, span[2] - span[1])], (row - 0.4, 0.8), color=COLOURS[colour], linewidth=0)
+    axes.broken_barh(
+        [(span[1] - begin, span[2] - span[1])], (row - 0.4, 0.8), color=COLOURS.get(colour, INK), linewidth=0
+    )
 
 
 def _at_work(axes: Any, row: int, messages: Sequence[Span], begin: float, count: int) -> None:

@@ -60,7 +60,7 @@ def test_a_simulation_with_a_budget(tiny_run, make_grid, tmp_path):
     assert set(np.unique(targets.distinct[0].probabilities_NC)) == {0, 1}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Privacy budgets" in page
-    assert "0 of 2 clients have no budget" in page
+    assert "Each of the 2 clients has a budget." in page
     card = (tmp_path / "run" / "lora" / "README.md").read_text()
     assert "2 of 2 clients had a privacy budget" in card
     assert "epsilon of at most 8 at delta 1e-05" in card

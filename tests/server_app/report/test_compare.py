@@ -54,10 +54,14 @@ def test_runs_of_other_rounds_and_clients_are_compared(runs, tmp_path):
 
     assert "Status finished, 2 rounds round 1 of 5" in page
     assert (
-        "All clients, mean accuracy untrained 20.0 % → alone 35.0 % → federated 45.0 % +10.0 points than alone" in page
+        "All clients, mean accuracy untrained 20.0 % → alone 35.0 % → federated 45.0 % +10.0 points compared with alone"
+        in page
     )
     assert "untrained 15.0 % → federated 40.0 % +25.0 points" in page
-    assert "Key long short rounds 2 5 seed 0 7 Curves" in page  # Nothing else differs.
+    assert (
+        "Key long short rounds 2 5 seed 0 7 A dash: the run has no such setting, as runs of an earlier version. Curves"
+        in page
+    )  # Nothing else differs.
     client = "cnn, image, 40 examples, rounds"
     assert f"cnn-0 alone 40.0 % → 70.0 % +30.0 {client} 0 to 2 before 10.0 % → 30.0 % +20.0 {client} 0 to 1" in page
     assert f"cnn-1 alone 30.0 % → 20.0 % -10.0 {client} 0 to 2 – mlp-2 – before 20.0 %" in page

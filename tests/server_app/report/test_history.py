@@ -67,6 +67,7 @@ def test_the_timeline_shows_each_client_if_they_are_few():
     )
     assert "the longest answer 2.0 s, of &lt;c&gt;" in chart.svg
     assert "a$b" in chart.svg
+    assert "beside clients" in chart.svg
     assert "<c>" not in chart.svg
     assert [entry.text for entry in chart.legend] == ["generate", "measure, beside the clients", "clients at work"]
 

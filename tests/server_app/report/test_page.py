@@ -93,10 +93,16 @@ def test_untrained_alone_and_federated_are_shown_for_each_side(tmp_path):
     page = text_of(write_report(make_two_rounds(tmp_path / "run").path).read_text())
 
     # Alone is round 1, before the first distillation.
-    found = "untrained 15.0 % alone 35.0 % federated 60.0 % +25.0 points than alone 2 clients, rounds 0 to 2"
+    found = "untrained 15.0 % alone 35.0 % federated 60.0 % +25.0 points compared with alone 2 clients, rounds 0 to 2"
     assert f"All clients, mean accuracy {found}" in page
-    assert "Image clients, mean accuracy untrained 10.0 % alone 40.0 % federated 70.0 % +30.0 points than alone" in page
-    assert "Text clients, mean accuracy untrained 20.0 % alone 30.0 % federated 50.0 % +20.0 points than alone" in page
+    assert (
+        "Image clients, mean accuracy untrained 10.0 % alone 40.0 % federated 70.0 % +30.0 points compared with alone"
+        in page
+    )
+    assert (
+        "Text clients, mean accuracy untrained 20.0 % alone 30.0 % federated 50.0 % +20.0 points compared with alone"
+        in page
+    )
     assert "T2I alignment before 50.0 % after 90.0 % +40.0 points, better" in page
     assert "T2I Fréchet distance before 200 after 50 −75 %" in page
     assert "Alone is the client's model in round 1: after 8 epochs on its private data" in page
@@ -108,7 +114,7 @@ def test_untrained_alone_and_federated_are_shown_for_each_side(tmp_path):
 def test_the_control_is_what_clients_are_compared_with(tmp_path):
     page = text_of(write_report(make_finished(tmp_path / "run").path).read_text())
 
-    assert "untrained 15.0 % alone 50.0 % federated 70.0 % +20.0 points than alone, better 2 clients" in page
+    assert "untrained 15.0 % alone 50.0 % federated 70.0 % +20.0 points compared with alone, better 2 clients" in page
     assert "equally many private epochs (10)" in page  # 8 + 1 * 2
     assert "Each client is tested on 100 examples." in page
     assert "Of 2 clients, 1 are better federated than alone beyond noise, 0 worse, 1 within noise." in page
@@ -164,7 +170,7 @@ def test_a_client_that_does_not_count_whole_is_told_with_the_reason(tmp_path):
 
     assert "cnn-0 not counted in 1 of 2 rounds: first" in texts[0]
     assert "cnn-0 not counted in 2 of 3 rounds: it says &lt;b&gt;" in texts[1]
-    assert "cnn-0 not counted whole in 3 of 4 rounds: it says &lt;b&gt;" in texts[2]
+    assert "cnn-0 counted in part only in 3 of 4 rounds: it says &lt;b&gt;" in texts[2]
 
 
 def test_the_command_that_repeats_the_run_is_shown(tmp_path):
@@ -337,7 +343,9 @@ def test_clients_that_come_late_or_miss_rounds_are_shown_with_their_rounds(tmp_p
 
     page = text_of(write_report(make_run(tmp_path / "run", lines).path).read_text())
 
-    found = "untrained 10.0 % alone 20.0 % federated 60.0 % +40.0 points than alone 1 → 2 clients, rounds 0 to 2"
+    found = (
+        "untrained 10.0 % alone 20.0 % federated 60.0 % +40.0 points compared with alone 1 → 2 clients, rounds 0 to 2"
+    )
     assert found in page
     assert "cnn-0 cnn image 40 10.0 % 40.0 % 40.0 % round 1 +0.0" in page
     assert page.index("cnn-2 cnn image 40 20.0 % round 1 20.0 % 60.0 % +40.0") < page.index("cnn-10 cnn image")
@@ -355,6 +363,15 @@ def test_charts_are_drawn_in_the_colours_of_the_page_and_say_their_values(tmp_pa
     assert f'aria-label="{label}"' in drawn[0]
     assert "<title>Round 1: mean 35.0 %, cnn-0 40.0 %, text-1 30.0 %</title>" in drawn[0]
     assert "<title>Round 2: 90.0 %</title>" in drawn[1]
+
+
+def test_the_bars_of_a_round_end_at_its_seconds(tmp_path):
+    html = write_report(make_two_rounds(tmp_path / "run").path).read_text()
+
+    (drawn,) = re.findall(r'<svg role="img" aria-label="Seconds of a round.*?</svg>', html, flags=re.S)
+    (highest,) = re.findall(r"<text[^>]*>(\d+)</text>(?!.*</text>)", drawn, flags=re.S)
+    # Of the 8 s of a round, 1 s is of the first stage: the axis does not end with it.
+    assert int(highest) == 8
 
 
 def test_axes_name_no_round_that_is_not_there(tmp_path):
