@@ -164,7 +164,9 @@ def membership_rows(held: Holdings, epsilons: Sequence[float], suspects: int, cl
             members, others = (torch.cat(part)[:, :counted] for part in zip(*found, strict=True))
             if not protected:
                 scores = [part.sum(1).double().numpy()[None] for part in (members, others)]
-                lines.append(_line(f"20 copies, {name}", "today's votes", 1, rates(scores[0], scores[1]), None))
+                lines.append(
+                    _line(f"20 copies, {name}", "votes without a budget", 1, rates(scores[0], scores[1]), None)
+                )
                 continue
             for epsilon in epsilons:
                 noise = noise_of(epsilon, ROUNDS)
@@ -223,7 +225,7 @@ def logits_rows(held: Holdings) -> list[str]:
     lines = []
     for name, parts in compared.items():
         own, other = (torch.cat(part).double().numpy()[None] for part in zip(*parts, strict=True))
-        lines.append(_line(f"logits: {name}", "today's logits", 1, rates(own, other), None))
+        lines.append(_line(f"logits: {name}", "logits without a budget", 1, rates(own, other), None))
     return [*lines, "| logits | any epsilon | | none are sent | | | |"]
 
 
@@ -250,8 +252,8 @@ def evolution_rows(held: Holdings, epsilons: Sequence[float], labels: Sequence[i
     blind = torch.Generator().manual_seed(0)
     answers: list[tuple[str, int, Callable[[], Votes]]] = [
         ("no information (random votes)", batches, lambda: lambda images, _: torch.rand(len(images), generator=blind)),
-        ("today's votes", batches, lambda: held.votes(0)),
-        ("today's votes", ROUNDS, lambda: held.votes(0)),
+        ("votes without a budget", batches, lambda: held.votes(0)),
+        ("votes without a budget", ROUNDS, lambda: held.votes(0)),
         ("votes of pixels, no noise", batches, lambda: held.bounded_votes(0)),
     ]
     for epsilon in epsilons:
