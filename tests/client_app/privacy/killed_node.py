@@ -22,6 +22,7 @@ from fedmmkt.common.images import encode_images
 from fedmmkt.common.payloads import DistillationPayload, Instructions, Request, SyntheticBatch
 from fedmmkt.common.privacy import Budget
 from fedmmkt.deploy.in_process import InProcessGrid
+from tests.client_app.privacy.killing import killing_at
 
 ROUNDS = 2
 WRITES = (
@@ -50,18 +51,7 @@ def batch_of(round_):
 
 def take_part(folder, data, kill_at, pipe):
     """Take part in a run, and send each answer as it would leave; be killed before the write of this number."""
-    writes = 0
-
-    def counted(call):
-        def wrapped(*arguments, **options):
-            nonlocal writes
-            writes += 1
-            if writes == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments, **options)
-
-        return wrapped
-
+    counted = killing_at(kill_at)
     for module, name in WRITES:
         setattr(module, name, counted(getattr(module, name)))
     quick = {"client.warmup-epochs": 0, "client.local-epochs": 0, "client.distillation-steps": 0, "data.image-size": 8}

@@ -9,6 +9,7 @@ import pytest
 
 from fedmmkt.client_app.privacy.ledger import LedgerError, PrivacyLedger, SpentError, create_ledger
 from fedmmkt.common.privacy import Budget, epsilon_of, most_precision, plan_of
+from tests.client_app.privacy.killing import killing_at
 
 BUDGET = Budget(epsilon=8.0, delta=1e-5)
 VALUES = np.array([5, 0, 3])
@@ -200,17 +201,7 @@ def test_processes_share_a_ledger(ledger):
 
 def answer_until_killed(path, heads, kill_at, pipe):
     """Answer what a run is asked, and be killed before the write of this number."""
-    writes = 0
-
-    def counted(call):
-        def wrapped(*arguments, **options):
-            nonlocal writes
-            writes += 1
-            if writes == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments, **options)
-
-        return wrapped
+    counted = killing_at(kill_at)
 
     def torn(descriptor, data):
         """Write a part, so that the next call is at a torn line."""
