@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.special import softmax
@@ -89,7 +89,8 @@ def judge_answers(
 
     A client that answers for the first time has not learned from the others yet. Its answers may be at chance; they are
     left out only if they say other classes than the prompts, clearly below chance. From its second answer on, a client
-    is compared with the median of those that are above chance.
+    is compared with the median of those that are above chance. Who sends no logits may count for more than the median
+    client only if its votes are clearly like those of the others: nothing else tells who it is.
 
     Parameters
     ----------
@@ -116,10 +117,14 @@ def judge_answers(
     judged = {name: _judged(answer, reference_C, samples, classes) for name, answer in answers.items()}
     if not any(judgement.standing.weight for judgement in judged.values()):
         return {name: Judgement(Standing(), np.zeros(len(classes), bool)) for name in judged}
-    for name, reason in _doubtful_votes(answers, judged, prompted_N).items():
+    doubtful, alike = _judged_votes(answers, judged, prompted_N)
+    for name, reason in doubtful.items():
         judgement = judged[name]
         standing = Standing(judgement.standing.trust, judgement.standing.weight, False, reason)
         judged[name] = Judgement(standing, judgement.left_out_C, judgement.excess)
+    for name, answer in answers.items():
+        if answer.payload.logits_NC is None:
+            judged[name] = replace(judged[name], excess=FIRST if name in alike else 0.0)
     return judged
 
 
@@ -218,10 +223,10 @@ def _judged_first(answer: _Answer, noise: float) -> Judgement:
 # ---------------------------------------------------------------------- votes
 
 
-def _doubtful_votes(
+def _judged_votes(
     answers: Mapping[str, _Answer], judged: Mapping[str, Judgement], prompted_N: np.ndarray
-) -> dict[str, str]:
-    """Return the clients whose votes do not count, with the reason.
+) -> tuple[dict[str, str], set[str]]:
+    """Return the clients whose votes do not count, with the reason, and those whose votes are clearly like the others'.
 
     Within each class, votes are compared with how far the clients see the prompted class in a sample, and with the
     votes of the other clients.
@@ -252,7 +257,8 @@ def _doubtful_votes(
         errors = UNLIKE if noises[name] else CERTAIN
         if correlation + errors / math.sqrt(max(1, samples)) < expected:
             doubtful[name] = f"its votes are like those of the others by {_told(correlation)}, usual is {usual:.2f}"
-    return doubtful
+    alike = {name for name, (correlation, samples) in found.items() if correlation * math.sqrt(samples) > INFORMED}
+    return doubtful, alike - doubtful.keys()
 
 
 def _fit_N(

@@ -242,3 +242,23 @@ def test_little_noise_is_no_excuse_for_other_votes():
 
     assert [judged[name].standing.votes for name in (*payloads, "one")] == [True, True, True, False]
     assert weighed(liar, judged["one"]).votes_N is None
+
+
+def without_logits(votes_N, noise=3.0):
+    counts_C = np.array([25, 25, 25, 25])
+    votes_N = np.asarray(votes_N, np.float32)
+    return DistillationPayload(batch_id="b", class_counts_C=counts_C, votes_N=votes_N, votes_noise=noise)
+
+
+def test_without_logits_only_votes_that_are_like_the_others_may_count_for_more_than_the_median_client():
+    """Who sends no logits could otherwise escape the question whether it knows anything, and outvote the others."""
+    rng = np.random.default_rng(0)
+    liked_N = 20.0 * (np.arange(400) % 4 == 0)
+    payloads = {name: without_logits((liked_N + rng.normal(0, 3, 400)).clip(min=-20)) for name in ("a", "b", "c")}
+    payloads["liar"] = without_logits(100.0 * (np.arange(400) % 100 == 50))
+    payloads["silent"] = DistillationPayload(batch_id="b", class_counts_C=np.array([1, 1, 1, 1]), counts_noise=1.0)
+
+    judged = judge(payloads)
+
+    assert {name: one.excess for name, one in judged.items()} == {"a": 0.4, "b": 0.4, "c": 0.4, "liar": 0, "silent": 0}
+    assert all(one.standing == Standing() for name, one in judged.items() if name != "liar")
