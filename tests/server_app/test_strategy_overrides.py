@@ -66,12 +66,29 @@ class Run:
         return any(bool(tensor.any()) for name, tensor in self.adapter.items() if "lora_B" in name)
 
 
-def run_with(strategy, folder, **changes):
+class LateGrid(InProcessGrid):
+    """The last node's answer of the first round comes in the second."""
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        pushed = super().push_messages(messages)
+        for message_id, message in zip(pushed, messages, strict=True):
+            if message.metadata.message_type == "train":
+                first = message.content["instructions"]["round"] == 1
+                self.withheld = message_id if first and message.metadata.dst_node_id == 3 else None
+        return pushed
+
+    def pull_messages(self, message_ids):
+        return super().pull_messages(one for one in message_ids if one != getattr(self, "withheld", None))
+
+
+LATE = {"rounds": 2, "quorum": 0.6, "round-deadline": 0.01}
+
+
+def run_with(strategy, folder, grid=InProcessGrid, **changes):
     """Run a strategy in a tiny federation of two image clients and a text client."""
     settings = to_flower(RunConfig()) | TINY | SETTINGS | {"output-dir": str(folder), "strategy": "tested"} | changes
-    grid = InProcessGrid(
-        "fedmmkt.client_app.app:app", settings, [{"partition-id": i, "num-partitions": 3} for i in range(3)]
-    )
+    grid = grid("fedmmkt.client_app.app:app", settings, [{"partition-id": i, "num-partitions": 3} for i in range(3)])
     said, handler = [], logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("flwr").addHandler(handler)
@@ -92,6 +109,8 @@ def plain(tmp_path_factory):
 
 class Changed(FedMMKT):
     """A strategy with one step of its own, and what must then be seen that is not in the plain run."""
+
+    is_late = False  # Whether it is tried with an answer that comes late.
 
     @staticmethod
     def check(run, plain):
@@ -346,6 +365,42 @@ class NegatedAdapter(Changed):
         assert_adapter_is(run, {name: -tensor for name, tensor in plain.adapter.items()})
 
 
+class WithoutTheLast(Changed):
+    def choose_nodes(self, server_round, node_ids):
+        return sorted(node_ids)[:2]
+
+    @staticmethod
+    def check(run, plain):
+        assert ["2 asked, 2 answered" in one.log for one in (run, plain)] == [True, False]
+
+
+class NothingLate(Changed):
+    is_late = True
+
+    def read_late_reply(self, sent_in, reply):
+        raise PayloadError(f"too late for round {sent_in}")
+
+    @staticmethod
+    def check(run, plain):
+        assert "too late for round 1" in run.log
+        assert [line["replies"]["late_counted"] for line in run.lines] == [[], [], []]
+
+
+class LateIsOnlyCounted(Changed):
+    is_late = True
+
+    def aggregate_late(self, server_round, sent_in, replies):
+        (_, self.before), *_ = self.ledger.history
+        logging.getLogger("flwr").info("%s late for round %s in round %s", len(list(replies)), sent_in, server_round)
+
+    @staticmethod
+    def check(run, plain):
+        (_, after), *_ = run.strategy.ledger.history
+        assert "1 late for round 1 in round 2" in run.log
+        assert [line["replies"]["late_counted"] for line in run.lines] == [[], [], ["mlp-2"]]
+        assert after is run.strategy.before
+
+
 class ShortSummary(Changed):
     def summary(self):
         self.recorder.run_folder.write_config(self.recorder.run_folder.read_config() | {"summary": self.config.seed})
@@ -389,7 +444,7 @@ def test_an_overridden_method_has_its_effect(name, plain, tmp_path):
     assert name in CASES, f"FedMMKT.{name} is public, and no strategy of this file overrides it"
     changed = CASES[name]
 
-    run = run_with(changed, tmp_path / "run")
+    run = run_with(changed, tmp_path / "run", **{"grid": LateGrid, **LATE} if changed.is_late else {})
 
     changed.check(run, plain)
 
