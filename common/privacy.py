@@ -93,3 +93,8 @@ def plan_of(precision: float, rounds: int) -> Plan:
     """Return the noise of a run of so many rounds that may spend a precision; see `most_precision`."""
     votes = (1 - COUNTS_SHARE) * precision / rounds
     return Plan(counts=(COUNTS_SHARE * precision) ** -0.5, votes=votes**-0.5)
+
+
+def whole_of(plan: Plan) -> float:
+    """Return the precision of a whole run with this plan; the inverse of `plan_of`."""
+    return float(plan.counts**-2 / COUNTS_SHARE)

@@ -31,7 +31,7 @@ from fedmmkt.client_app.privacy.noise import with_noise
 from fedmmkt.client_app.refusals import RefusedError
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.files import private_folder, write_text
-from fedmmkt.common.privacy import Budget, Plan, epsilon_of, most_precision, plan_of, precision_of
+from fedmmkt.common.privacy import Budget, Plan, epsilon_of, most_precision, plan_of, precision_of, whole_of
 
 LEAST_SHARE = 0.01  # Part of a run's equal share below which what remains is not worth a run.
 _SLACK = 1e-9  # For rounding, relative to the budget.
@@ -71,6 +71,8 @@ class _Pages:
         Random name of the ledger, by which its head is found.
     checks : list of str
         The checksum of each line, as of all lines up to it.
+    noises_of : dict of str to list of float
+        The noise multipliers of the answers that a run got, by the key of the run that its plan was made for.
     size : int
         Length in bytes, up to the last whole line.
     """
@@ -80,6 +82,7 @@ class _Pages:
     plans: dict[str, dict[str, Any]] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
     noises: list[float] = field(default_factory=list)
+    noises_of: dict[str, list[float]] = field(default_factory=dict)
     checks: list[str] = field(default_factory=list)
     size: int = 0
 
@@ -178,7 +181,9 @@ class PrivacyLedger:
             entry = pages.plans[run_key]
             return entry["origin"], Plan(entry["counts"], entry["votes"])
 
-    def answer(self, question: str, values_N: NDArray[np.int64], sensitivity: float, noise: float) -> Answer:
+    def answer(
+        self, question: str, values_N: NDArray[np.int64], sensitivity: float, noise: float, origin: str = ""
+    ) -> Answer:
         """Add noise to an answer and write it down, or return the answer that the question got before.
 
         Parameters
@@ -191,21 +196,26 @@ class PrivacyLedger:
             How much one example can change it (L2 norm).
         noise : float
             Noise multiplier.
+        origin : str
+            The run that asks, as `plan` returns it; it gets no more than its plan allows. Empty: no run.
 
         Raises
         ------
         LedgerError
             If the ledger cannot be used.
         SpentError
-            If the budget does not allow the answer.
+            If the budget, or the run's part of it, does not allow the answer.
         """
         with self._open() as (pages, write):
             if question not in pages.answers:
                 allowed = most_precision(pages.budget.epsilon, pages.budget.delta) * (1 + _SLACK)
                 if precision_of([*pages.noises, noise]) > allowed:
                     raise _spent(pages)
+                spent = precision_of([*pages.noises_of.get(origin, []), noise])
+                if origin and spent > _share_of(pages, origin) * (1 + _SLACK):
+                    raise _spent(pages, "this run's part of ")
                 noisy_N = with_noise(values_N, noise * sensitivity)
-                write({"question": question, "noise": noise, "answer": noisy_N.tolist()})
+                write({"question": question, "noise": noise, "answer": noisy_N.tolist(), "origin": origin})
             return pages.answers[question]
 
     @contextmanager
@@ -272,8 +282,13 @@ def _next_plan(pages: _Pages, run_key: str, ancestors: Sequence[str], rounds: in
     return {"origin": run_key, **asdict(plan_of(share, rounds))}
 
 
-def _spent(pages: _Pages) -> SpentError:
-    return SpentError(f"the node refused: its privacy budget of epsilon {pages.budget.epsilon:g} is spent")
+def _share_of(pages: _Pages, origin: str) -> float:
+    """Return the precision that a run may spend, by its plan."""
+    return whole_of(Plan(pages.plans[origin]["counts"], pages.plans[origin]["votes"]))
+
+
+def _spent(pages: _Pages, part: str = "") -> SpentError:
+    return SpentError(f"the node refused: {part}its privacy budget of epsilon {pages.budget.epsilon:g} is spent")
 
 
 def _line(before: str, entry: dict[str, Any]) -> tuple[bytes, str]:
@@ -311,6 +326,7 @@ def _add(pages: _Pages, entry: dict[str, Any], check: str) -> None:
         pages.plans[entry["run"]] = entry
     elif "question" in entry:
         pages.noises.append(entry["noise"])
+        pages.noises_of.setdefault(entry.get("origin", ""), []).append(entry["noise"])
         pages.answers[entry["question"]] = Answer(np.array(entry["answer"], dtype=np.int64), entry["noise"])
 
 

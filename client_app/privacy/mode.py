@@ -54,7 +54,7 @@ class PrivateMode:
         """
         question = _question("counts", self._origin, self._classes)
         counts_C = np.bincount(examples.labels_N, minlength=len(self._classes))
-        answer = self.ledger.answer(question, counts_C, 1.0, self._plan.counts)
+        answer = self.ledger.answer(question, counts_C, 1.0, self._plan.counts, self._origin)
         clipped_C = answer.values_N.clip(min=0)
         if not clipped_C.any():
             clipped_C[answer.values_N.argmax()] = 1
@@ -79,7 +79,7 @@ class PrivateMode:
             torch.from_numpy(batch.prompted_N),
         )
         question = _question("votes", self._classes, synthetic_NHWC, batch.prompted_N)
-        return self.ledger.answer(question, votes_N, VOTES_PER_IMAGE**0.5, self._plan.votes)
+        return self.ledger.answer(question, votes_N, VOTES_PER_IMAGE**0.5, self._plan.votes, self._origin)
 
     def answer(
         self, batch: SyntheticBatch, examples: Examples, synthetic_NHWC: NDArray[np.uint8] | None

@@ -76,6 +76,23 @@ def test_runs_divide_the_budget(tmp_path):
         ledger.answer("votes of first", VALUES, 1.0, first.votes)
 
 
+def test_a_run_cannot_spend_what_other_runs_are_to_have(tmp_path):
+    """It is asked more batches than it was planned for, as when a server resumes it with more rounds."""
+    create_ledger(tmp_path / "ledger", Budget(8.0, 1e-5, runs=2))
+    ledger, whole = PrivacyLedger(tmp_path / "ledger", tmp_path / "heads"), most_precision(8, 1e-5)
+    origin, plan = ledger.plan("first", (), rounds=1)
+    ledger.answer("counts", VALUES, 1.0, plan.counts, origin)
+    ledger.answer("votes-0", VALUES, 1.0, plan.votes, origin)
+
+    with pytest.raises(SpentError, match="the node refused: this run's part of its privacy budget of epsilon 8 is spe"):
+        ledger.answer("votes-1", VALUES, 1.0, plan.votes, origin)
+    again, _ = ledger.plan("resumed", ("first",), rounds=9)
+    with pytest.raises(SpentError):
+        ledger.answer("votes-1", VALUES, 1.0, plan.votes, again)
+
+    assert ledger.plan("second", (), rounds=1)[1].votes == pytest.approx(plan_of(whole / 2, 1).votes)
+
+
 def test_a_run_that_goes_on_keeps_the_plan(ledger):
     origin, plan = ledger.plan("run", (), rounds=4)
 
