@@ -111,6 +111,20 @@ def test_untrained_alone_and_federated_are_shown_for_each_side(tmp_path):
     assert "text-1 has the lowest accuracy: 50.0 %, with 40 private examples (alone 30.0 %)." in page
 
 
+def test_a_finished_run_whose_clients_tell_no_accuracy_says_why(tmp_path):
+    lines = [make_line(number, {"cnn-0": 0.5}) for number in range(3)]
+    for line in lines:
+        budget = {"epsilon": 2.5, "budget": 8.0, "delta": 1e-5, "counts_noise": 2.0, "votes_noise": None}
+        line["clients"]["accuracy"] = None
+        line["clients"]["per_client"]["cnn-0"] |= {"accuracy": None, "loss": None, "privacy": budget}
+
+    page = text_of(write_report(make_run(tmp_path / "run", lines).path).read_text())
+
+    assert "No accuracy is known: clients with a privacy budget tell none, and no judge measures" in page
+    assert "cnn-0 2.500 8 1e-05 2 –" in page
+    assert "yet" not in page
+
+
 def test_the_control_is_what_clients_are_compared_with(tmp_path):
     page = text_of(write_report(make_finished(tmp_path / "run").path).read_text())
 
