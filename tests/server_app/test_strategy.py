@@ -539,8 +539,11 @@ def test_aggregate_train_needs_a_served_batch_and_replies_alone(served):
     assert strategy.ledger.open_batch() is None
 
 
-def test_a_client_that_says_very_many_examples_counts_as_ten_of_the_median_client(served, caplog):
+# Two samples do not show whether a client is reliable, so that with `robust` it may not exceed the median client of 2.
+@pytest.mark.parametrize(("robust", "counted"), [(False, 20), (True, 2)])
+def test_a_client_that_says_very_many_examples_is_capped_by_the_median_client(served, caplog, robust, counted):
     strategy, batch = served
+    strategy.config = strategy.config.model_copy(update={"robust": robust})
     even = [[0.5, 0.5], [0.5, 0.5]]
     replies = [
         reply_of("honest", 0.5, even, batch.batch_id),
@@ -549,7 +552,7 @@ def test_a_client_that_says_very_many_examples_counts_as_ten_of_the_median_clien
 
     strategy.aggregate_train(1, replies)
 
-    assert "liar says 2000000000 examples, and counts as 20" in caplog.text
+    assert f"liar says 2000000000 examples, and counts as {counted}\n" in caplog.text
     assert "honest says" not in caplog.text
 
 
