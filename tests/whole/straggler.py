@@ -12,9 +12,10 @@ SLOW = 2  # Partition.
 app = ClientApp()
 
 
-def recorded_rounds(context: Context) -> int:
-    metrics = Path(context.run_config["output-dir"]) / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+def last_round(context: Context) -> int:
+    """Return the last round that has a checkpoint; metrics are written later, beside the next round."""
+    checkpoints = Path(context.run_config["output-dir"], "checkpoints").glob("round-*")
+    return max((int(folder.name.removeprefix("round-")) for folder in checkpoints), default=-1)
 
 
 @app.evaluate()
@@ -31,7 +32,7 @@ def _distill(message: Message, context: Context) -> Message:
 def _train(message: Message, context: Context) -> Message:
     reply = honest.train_round(message, context)
     if context.node_config["partition-id"] == SLOW:
-        over = message.content["instructions"]["round"] + 2  # Lines, of rounds from 0 to the next one.
-        while recorded_rounds(context) < min(over, context.run_config["rounds"]):
+        over = message.content["instructions"]["round"] + 1
+        while last_round(context) < min(over, context.run_config["rounds"] - 1):
             time.sleep(0.02)
     return reply
