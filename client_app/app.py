@@ -20,6 +20,7 @@ from flwr.supercore.logger import update_console_handler
 from fedmmkt.client_app.client import Client, state_folders
 from fedmmkt.client_app.data.private_data import held_classes
 from fedmmkt.client_app.memory import DEFAULT_FOLDER, plain_name
+from fedmmkt.client_app.privacy.mode import has_budget
 from fedmmkt.client_app.refusals import RefusedError, discreet, refused_as
 from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
 from fedmmkt.common.failures import describe, write_traceback
@@ -111,7 +112,7 @@ def report_classes(message: Message, context: Context) -> Message:
     config, node = RunConfig.from_flower(context.run_config), NodeConfig.from_flower(context.node_config)
     if node.has_own_data and not node.share_classes:
         raise RefusedError("the node refused: its node-config has no share-classes=true")
-    if node.privacy_ledger or (config.client.epsilon and not node.has_own_data):
+    if has_budget(config, node):
         raise RefusedError(
             "the node refused: names of classes have no noise, and it has a privacy budget; name them in 'data.classes'"
         )

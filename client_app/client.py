@@ -29,7 +29,7 @@ from fedmmkt.client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, r
 from fedmmkt.client_app.model_card import write_client_card
 from fedmmkt.client_app.models.building import build_task_model, chosen_model, model_label
 from fedmmkt.client_app.models.task_model import Inputs, compact
-from fedmmkt.client_app.privacy.mode import private_mode
+from fedmmkt.client_app.privacy.mode import PrivateMode, has_budget, ledger_of
 from fedmmkt.client_app.refusals import RefusedError, refused_as
 from fedmmkt.client_app.trained import ModelDescription
 from fedmmkt.common.config import NodeConfig, RunConfig
@@ -89,9 +89,6 @@ class Client:
             if self.is_new and self.node.has_own_data:
                 runs = (instructions.run_key, *instructions.ancestors)
                 remove_old_runs(state_folder, runs, self.name, self.node.keep_runs, self.node.keep_days)
-        with refused_as("privacy ledger", context.node_config):
-            folders = [state_folder, *other_folders]
-            self.private = private_mode(self.config, self.node, folders, self.name, instructions)
         modality = self.model.task_model.modality
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
         data_arguments = (self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
@@ -100,6 +97,12 @@ class Client:
                 self.data = load_own_data(state_folder.expanduser(), self.name, *data_arguments)
             else:
                 self.data = _simulated_data(*data_arguments)
+        self.private: PrivateMode | None = None
+        if has_budget(self.config, self.node):
+            with refused_as("privacy ledger", context.node_config):
+                folders = [state_folder, *other_folders]
+                ledger = ledger_of(self.config, self.node, folders, self.name, instructions)
+                self.private = PrivateMode(ledger, instructions, self.data.train)
 
     def receive(self, request: Request) -> None:
         """Store the batches and soft targets of a request."""
@@ -134,7 +137,7 @@ class Client:
         """
         if self.private:
             votes = self.instructions.votes and self.reads_images
-            return self.private.answer(batch, self.data.train, self._decoded(batch) if votes else None)
+            return self.private.answer(batch, self._decoded(batch) if votes else None)
         inputs = self.synthetic_inputs([batch])
         self._warn_of_cut(f"prompts of round {batch.round}", Examples(batch.prompted_N, None, list(batch.prompts)))
         private = self._private_set
@@ -161,7 +164,6 @@ class Client:
     def report(self) -> ClientReport:
         """Return the report, with measures of the current model unless they are private."""
         kept = self.memory.batches()
-        examples = int(self._told_class_counts_C().sum())  # In private mode this may spend, so it comes first.
         told = self.private.spent() if self.private else {}
         if not (self.private and self.node.has_own_data):  # The test set of a simulation is no client's own.
             told |= self._measures
@@ -169,7 +171,7 @@ class Client:
             client=self.name,
             model=model_label(self.model_name),
             modality=self.model.task_model.modality,
-            examples=examples,
+            examples=int(self._told_class_counts_C().sum()),
             kept=tuple(item.batch.batch_id for item in kept),
             awaiting=tuple(item.batch.batch_id for item in kept if item.targets is None),
             **told,
@@ -198,7 +200,7 @@ class Client:
     def _told_class_counts_C(self) -> np.ndarray:
         """Return the number of private examples of each class, as the server is told it."""
         if self.private:
-            return self.private.class_counts(self.data.train).values_N
+            return self.private.counts.values_N
         return self._private_set.class_counts(len(self.instructions.classes)).cpu().numpy()
 
     def _learn_alone(self) -> AlignedModel:

@@ -40,7 +40,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """The noise multipliers of a run's answers.
+    """The noise multipliers of a run's answers; `plan_of` makes it.
 
     Attributes
     ----------
@@ -53,14 +53,22 @@ class Plan:
     counts: float
     votes: float
 
+    @property
+    def precision(self) -> float:
+        """The precision that the whole run may spend; see `precision_of`."""
+        return float(self.counts**-2 / COUNTS_SHARE)
+
 
 def epsilon_of(noises: Iterable[float], delta: float) -> float:
-    """Return the epsilon of answers with these noise multipliers, at a delta."""
-    from dp_accounting import ComposedDpEvent, GaussianDpEvent
+    """Return the epsilon of answers with these noise multipliers, at a delta.
+
+    It is that of the one answer with their `precision_of`.
+    """
+    from dp_accounting import GaussianDpEvent
     from dp_accounting.rdp import RdpAccountant
 
-    events = [GaussianDpEvent(noise) for noise in noises]
-    return float(RdpAccountant().compose(ComposedDpEvent(events)).get_epsilon(delta)) if events else 0.0
+    precision = precision_of(noises)
+    return float(RdpAccountant().compose(GaussianDpEvent(precision**-0.5)).get_epsilon(delta)) if precision else 0.0
 
 
 def precision_of(noises: Iterable[float]) -> float:
@@ -93,8 +101,3 @@ def plan_of(precision: float, rounds: int) -> Plan:
     """Return the noise of a run of so many rounds that may spend a precision; see `most_precision`."""
     votes = (1 - COUNTS_SHARE) * precision / rounds
     return Plan(counts=(COUNTS_SHARE * precision) ** -0.5, votes=votes**-0.5)
-
-
-def whole_of(plan: Plan) -> float:
-    """Return the precision of a whole run with this plan; the inverse of `plan_of`."""
-    return float(plan.counts**-2 / COUNTS_SHARE)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedmmkt.client_app.privacy.ledger import PrivacyLedger, create_ledger
 from fedmmkt.common.config import ConfigError
-from fedmmkt.common.privacy import DEFAULT_DELTA, LARGEST_EPSILON, UNIT, Budget, epsilon_of
+from fedmmkt.common.privacy import DEFAULT_DELTA, LARGEST_EPSILON, UNIT, Budget
 
 
 def describe(path: Path) -> str:
@@ -24,12 +24,12 @@ def describe(path: Path) -> str:
     ConfigError
         If it cannot be used.
     """
-    ledger = PrivacyLedger(path)
-    budget, noises, runs = ledger.budget, ledger.noises(), ledger.runs()
+    told = PrivacyLedger(path).statement()
+    budget = told.budget
     return (
         f"budget   epsilon {budget.epsilon:g} at delta {budget.delta:g}, for {budget.runs} run(s); per {UNIT}\n"
-        f"spent    epsilon {epsilon_of(noises, budget.delta):.3f}, by {len(noises)} answer(s)\n"
-        f"runs     {', '.join(runs) or 'none'}"
+        f"spent    epsilon {told.epsilon:.3f}, by {len(told.noises)} answer(s)\n"
+        f"runs     {', '.join(told.runs) or 'none'}"
     )
 
 

@@ -31,7 +31,7 @@ from fedmmkt.client_app.privacy.noise import with_noise
 from fedmmkt.client_app.refusals import RefusedError
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.files import private_folder, write_text
-from fedmmkt.common.privacy import Budget, Plan, epsilon_of, most_precision, plan_of, precision_of, whole_of
+from fedmmkt.common.privacy import Budget, Plan, epsilon_of, most_precision, plan_of, precision_of
 
 LEAST_SHARE = 0.01  # Part of a run's equal share below which what remains is not worth a run.
 _SLACK = 1e-9  # For rounding, relative to the budget.
@@ -61,6 +61,30 @@ class Answer:
     noise: float
 
 
+@dataclass(frozen=True)
+class Statement:
+    """What a ledger tells of its budget.
+
+    Attributes
+    ----------
+    budget : Budget
+        The whole budget.
+    noises : tuple of float
+        The noise multipliers of all answers.
+    runs : tuple of str
+        The keys of the runs that have a plan, oldest first.
+    """
+
+    budget: Budget
+    noises: tuple[float, ...]
+    runs: tuple[str, ...]
+
+    @property
+    def epsilon(self) -> float:
+        """The epsilon that all answers together have spent, at the budget's delta."""
+        return epsilon_of(self.noises, self.budget.delta)
+
+
 @dataclass
 class _Pages:
     """The content of a ledger.
@@ -71,6 +95,11 @@ class _Pages:
         Random name of the ledger, by which its head is found.
     checks : list of str
         The checksum of each line, as of all lines up to it.
+    origins : dict of str to str
+        By the key of each run, that of the run that its plan was made for: its own, or that of an earlier run that it
+        continues.
+    plans : dict of str to Plan
+        By the key of the run that it was made for.
     noises_of : dict of str to list of float
         The noise multipliers of the answers that a run got, by the key of the run that its plan was made for.
     size : int
@@ -79,7 +108,8 @@ class _Pages:
 
     name: str
     budget: Budget
-    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
     noises: list[float] = field(default_factory=list)
     noises_of: dict[str, list[float]] = field(default_factory=dict)
@@ -97,13 +127,23 @@ def create_ledger(path: Path, budget: Budget) -> None:
     OSError
         If it cannot be written.
     """
+    line, _ = _line("", _content({"name": secrets.token_hex(8), "budget": asdict(budget)}))
+    _place(path, line)
+
+
+def copy_ledger(earlier: Path, path: Path) -> None:
+    """Make a ledger that goes on where an earlier one is; raises as `create_ledger`."""
+    _place(path, earlier.read_bytes())
+
+
+def _place(path: Path, content: bytes) -> None:
+    """Make a file with a ledger's content, which is on the disk when this returns."""
     private_folder(path.parent)
-    line = _line("", {"name": secrets.token_hex(8), "budget": asdict(budget)})[0]
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(16)}")
     try:
         with temporary.open("xb") as file:
             os.fchmod(file.fileno(), 0o600)
-            file.write(line)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.link(temporary, path)  # Unlike a renaming, it never replaces a ledger.
@@ -130,26 +170,10 @@ class PrivacyLedger:
     def __init__(self, path: Path, heads: Path | None = None) -> None:
         self.path, self.heads = path.expanduser(), heads.expanduser() if heads else None
 
-    @property
-    def budget(self) -> Budget:
-        """The whole budget; raises `LedgerError` if the ledger cannot be used."""
-        with self._open() as (pages, _):
-            return pages.budget
-
-    def noises(self) -> list[float]:
-        """Return the noise multipliers of all answers; raises `LedgerError` if the ledger cannot be used."""
-        with self._open() as (pages, _):
-            return pages.noises
-
-    def epsilon(self) -> float:
-        """Return the epsilon that all answers together have spent, at the budget's delta."""
-        with self._open() as (pages, _):
-            return epsilon_of(pages.noises, pages.budget.delta)
-
-    def runs(self) -> list[str]:
-        """Return the keys of the runs that have a plan, oldest first."""
-        with self._open() as (pages, _):
-            return list(pages.plans)
+    def statement(self) -> Statement:
+        """Return what the ledger tells, and change nothing; raises `LedgerError` if it cannot be used."""
+        with self._open(reads_only=True) as (pages, _):
+            return Statement(pages.budget, tuple(pages.noises), tuple(pages.origins))
 
     def plan(self, run_key: str, ancestors: Sequence[str], rounds: int) -> tuple[str, Plan]:
         """Return the plan of a run; make one if it has none, from an equal share of what remains.
@@ -176,10 +200,14 @@ class PrivacyLedger:
             If what remains is not worth a run.
         """
         with self._open() as (pages, write):
-            if run_key not in pages.plans:
-                write({"run": run_key} | _next_plan(pages, run_key, ancestors, rounds))
-            entry = pages.plans[run_key]
-            return entry["origin"], Plan(entry["counts"], entry["votes"])
+            if run_key not in pages.origins:
+                # It gets a line even with an earlier run's plan: a run names its ancestors in its first message alone.
+                begun = (pages.origins[key] for key in reversed(ancestors) if key in pages.origins)
+                origin = next(begun, run_key)
+                plan = pages.plans.get(origin) or _new_plan(pages, rounds)
+                write({"run": run_key, "origin": origin, **asdict(plan)})
+            origin = pages.origins[run_key]
+            return origin, pages.plans[origin]
 
     def answer(
         self, question: str, values_N: NDArray[np.int64], sensitivity: float, noise: float, origin: str = ""
@@ -212,122 +240,135 @@ class PrivacyLedger:
                 if precision_of([*pages.noises, noise]) > allowed:
                     raise _spent(pages)
                 spent = precision_of([*pages.noises_of.get(origin, []), noise])
-                if origin and spent > _share_of(pages, origin) * (1 + _SLACK):
+                if origin and spent > pages.plans[origin].precision * (1 + _SLACK):
                     raise _spent(pages, "this run's part of ")
                 noisy_N = with_noise(values_N, noise * sensitivity)
                 write({"question": question, "noise": noise, "answer": noisy_N.tolist(), "origin": origin})
             return pages.answers[question]
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[_Pages, Any]]:
+    def _open(self, reads_only: bool = False) -> Iterator[tuple[_Pages, Any]]:
         """Yield the content of the locked ledger, and a function that adds an entry to both."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
+            descriptor = os.open(self.path, os.O_RDONLY if reads_only else os.O_RDWR | os.O_APPEND)
         except OSError as error:
             raise LedgerError(f"privacy ledger {self.path} cannot be opened ({error.strerror}); {_NEW}") from None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_SH if reads_only else fcntl.LOCK_EX)
             pages = _read(self.path, descriptor)
-            self._keep_head(pages)
+            if not self._has_newest_head(pages) and not reads_only:
+                os.fsync(descriptor)  # A killed process may have written the newest line, and no more.
+                self._write_head(pages)
             yield pages, lambda entry: self._write(descriptor, pages, entry)
         finally:
             os.close(descriptor)  # This also gives the lock back.
 
-    def _keep_head(self, pages: _Pages) -> None:
-        """Check that the ledger has all lines that the head tells of, and bring the head up to date."""
+    def _has_newest_head(self, pages: _Pages) -> bool:
+        """Check that the ledger has all lines that the head tells of; return whether it has no more."""
         if self.heads is None:
-            return
-        path, newest = self.heads / f"{pages.name}.json", {"lines": len(pages.checks), "check": pages.checks[-1]}
+            return True
+        path = _head_of(pages, self.heads)
         try:
             head = json.loads(path.read_text(encoding="utf-8"))
-            if head == newest:
-                return
-            holds = pages.checks[head["lines"] - 1] == head["check"]
+            lines, holds = head["lines"], pages.checks[head["lines"] - 1] == head["check"]
         except FileNotFoundError:
-            holds = True
-        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        except OSError as error:
+            raise LedgerError(
+                f"{path}, the head of privacy ledger {self.path}, cannot be read ({error.strerror})"
+            ) from None
+        except (ValueError, LookupError, TypeError):  # It is damaged, or tells of lines that are not there.
             holds = False
         if not holds:
             raise LedgerError(f"privacy ledger {self.path} is older than the answers that {path} knows of; {_NEW}")
+        return bool(lines == len(pages.checks))
+
+    def _write_head(self, pages: _Pages) -> None:
+        if self.heads is None:
+            return
         private_folder(self.heads)
-        write_text(path, json.dumps(newest) + "\n")
+        head = {"lines": len(pages.checks), "check": pages.checks[-1]}
+        write_text(_head_of(pages, self.heads), json.dumps(head) + "\n")
 
     def _write(self, descriptor: int, pages: _Pages, entry: dict[str, Any]) -> None:
         """Add an entry; when this returns, it is on the disk."""
         os.ftruncate(descriptor, pages.size)  # Without the line that a killed process was writing.
-        line, check = _line(pages.checks[-1], entry)
+        line, check = _line(pages.checks[-1], _content(entry))
         written = 0
         while written < len(line):
             written += os.write(descriptor, line[written:])
         os.fsync(descriptor)
-        pages.size += len(line)
-        _add(pages, entry, check)
-        self._keep_head(pages)
+        _add(pages, entry, check, len(line))
+        self._write_head(pages)
 
 
 _NEW = "nothing is answered until there is a new one, from `fedmmkt budget new`"
 
 
-def _next_plan(pages: _Pages, run_key: str, ancestors: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Return the plan of the newest ancestor that has one, or else a new plan."""
-    for ancestor in reversed(ancestors):
-        if ancestor in pages.plans:
-            earlier = pages.plans[ancestor]
-            return {name: earlier[name] for name in ("origin", "counts", "votes")}
+def _new_plan(pages: _Pages, rounds: int) -> Plan:
+    """Return the plan of a new run: an equal share of what remains; what earlier runs left unspent is part of it."""
     whole = most_precision(pages.budget.epsilon, pages.budget.delta)
-    begun = len({entry["origin"] for entry in pages.plans.values()})
-    share = (whole - precision_of(pages.noises)) / max(1, pages.budget.runs - begun)
+    share = (whole - precision_of(pages.noises)) / max(1, pages.budget.runs - len(pages.plans))
     if share < LEAST_SHARE * whole / pages.budget.runs:
         raise _spent(pages)
-    return {"origin": run_key, **asdict(plan_of(share, rounds))}
-
-
-def _share_of(pages: _Pages, origin: str) -> float:
-    """Return the precision that a run may spend, by its plan."""
-    return whole_of(Plan(pages.plans[origin]["counts"], pages.plans[origin]["votes"]))
+    return plan_of(share, rounds)
 
 
 def _spent(pages: _Pages, part: str = "") -> SpentError:
     return SpentError(f"the node refused: {part}its privacy budget of epsilon {pages.budget.epsilon:g} is spent")
 
 
-def _line(before: str, entry: dict[str, Any]) -> tuple[bytes, str]:
-    """Return the line of an entry, and its checksum."""
-    content = json.dumps(entry, sort_keys=True)
-    check = hashlib.sha256(f"{before}{content}".encode()).hexdigest()
-    return json.dumps({"entry": entry, "check": check}, sort_keys=True).encode() + b"\n", check
+def _head_of(pages: _Pages, heads: Path) -> Path:
+    return heads / f"{pages.name}.json"
+
+
+def _content(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True).encode()
+
+
+def _line(before: str, content: bytes) -> tuple[bytes, str]:
+    """Return the line of an entry's content, and its checksum."""
+    check = hashlib.sha256(before.encode() + content).hexdigest()
+    return b'{"check": "%b", "entry": %b}\n' % (check.encode(), content), check
+
+
+_CONTENT = slice(len(_line("", b"")[0]) - len(b"}\n"), -len(b"}\n"))  # Where a line has it.
 
 
 def _read(path: Path, descriptor: int) -> _Pages:
     with os.fdopen(os.dup(descriptor), "rb") as file:
         file.seek(0)
         lines = file.read().splitlines(keepends=True)
-    pages: _Pages | None = None
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()  # A killed process was writing it.
+    pages, is_whole = None, True
     try:
-        for line in lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines:
-            content = json.loads(line)
-            entry, before = content["entry"], pages.checks[-1] if pages else ""
-            if _line(before, entry)[0] != line:
-                raise ValueError("a checksum is wrong")
-            if pages is None:
-                pages = _Pages(entry["name"], Budget(**entry["budget"]))
-            _add(pages, entry, content["check"])
-            pages.size += len(line)
+        for line in lines:
+            content = line[_CONTENT]
+            expected, check = _line(pages.checks[-1] if pages else "", content)
+            if line != expected:
+                raise ValueError("its checksum is wrong")
+            entry = json.loads(content)
+            pages = pages or _Pages(entry["name"], Budget(**entry["budget"]))
+            _add(pages, entry, check, len(line))
     except (ValueError, LookupError, TypeError):
-        pages = None
-    if pages is None:
-        raise LedgerError(f"privacy ledger {path} is damaged, or is none; {_NEW}")
+        is_whole = False
+    if pages is None or not is_whole:
+        number = len(pages.checks) + 1 if pages else 1
+        raise LedgerError(f"privacy ledger {path}, line {number}, is damaged, or is none; {_NEW}")
     return pages
 
 
-def _add(pages: _Pages, entry: dict[str, Any], check: str) -> None:
-    pages.checks.append(check)
+def _add(pages: _Pages, entry: dict[str, Any], check: str, size: int) -> None:
     if "run" in entry:
-        pages.plans[entry["run"]] = entry
+        pages.origins[entry["run"]] = entry["origin"]
+        pages.plans[entry["origin"]] = Plan(entry["counts"], entry["votes"])
     elif "question" in entry:
         pages.noises.append(entry["noise"])
-        pages.noises_of.setdefault(entry.get("origin", ""), []).append(entry["noise"])
+        pages.noises_of.setdefault(entry["origin"], []).append(entry["noise"])
         pages.answers[entry["question"]] = Answer(np.array(entry["answer"], dtype=np.int64), entry["noise"])
+    pages.checks.append(check)
+    pages.size += size
 
 
 def _sync_folder(folder: Path) -> None:

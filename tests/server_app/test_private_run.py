@@ -115,7 +115,7 @@ def test_a_node_with_a_budget_beside_one_without(mixed, tmp_path):
 
 def test_a_second_run_on_a_spent_ledger_is_refused(mixed, tiny_run, tmp_path):
     run(mixed[0], grid_of(mixed))
-    spent = PrivacyLedger(tmp_path / "ledger.jsonl").epsilon()
+    spent = PrivacyLedger(tmp_path / "ledger.jsonl").statement().epsilon
     again = {**mixed[0], "output-dir": str(tmp_path / "again")}
 
     _, lines = run(again, grid_of((again, mixed[1])), run_id=2)
@@ -123,7 +123,7 @@ def test_a_second_run_on_a_spent_ledger_is_refused(mixed, tiny_run, tmp_path):
     reason = "the node refused: its privacy budget of epsilon 8 is spent"
     assert [line["replies"]["reasons"].get("node 1", "")[-len(reason) :] for line in lines] == [reason] * 3
     assert list(lines[-1]["clients"]["per_client"]) == ["mlp"]
-    assert PrivacyLedger(tmp_path / "ledger.jsonl").epsilon() == spent
+    assert PrivacyLedger(tmp_path / "ledger.jsonl").statement().epsilon == spent
 
 
 def test_without_its_ledger_a_node_answers_nothing_and_tells_its_own_log(mixed, tmp_path, caplog):

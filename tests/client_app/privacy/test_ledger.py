@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from fedmmkt.client_app.privacy.ledger import LedgerError, PrivacyLedger, SpentError, create_ledger
+from fedmmkt.client_app.privacy.ledger import LedgerError, PrivacyLedger, SpentError, copy_ledger, create_ledger
 from fedmmkt.common.privacy import Budget, epsilon_of, most_precision, plan_of
 from tests.client_app.privacy.killing import killing_at
 
@@ -35,8 +35,8 @@ def test_a_run_spends_its_budget_and_no_more(ledger):
 
     assert plan == plan_of(most_precision(8, 1e-5), 3)
     assert [answer.noise for answer in answers] == [plan.votes] * 3
-    assert ledger.noises() == [plan.counts, *[plan.votes] * 3]
-    assert ledger.epsilon() == pytest.approx(8)
+    assert ledger.statement().noises == (plan.counts, *[plan.votes] * 3)
+    assert ledger.statement().epsilon == pytest.approx(8)
 
 
 def test_the_same_question_gets_the_same_answer_at_no_charge(ledger):
@@ -45,7 +45,7 @@ def test_the_same_question_gets_the_same_answer_at_no_charge(ledger):
     first, *others = [ledger.answer("votes", VALUES, 1.0, plan.votes) for _ in range(5)]
 
     assert all(np.array_equal(first.values_N, other.values_N) for other in others)
-    assert len(ledger.noises()) == 1
+    assert len(ledger.statement().noises) == 1
 
 
 def test_noise_is_that_of_the_plan_times_the_sensitivity(ledger):
@@ -97,7 +97,9 @@ def test_a_run_that_goes_on_keeps_the_plan(ledger):
     origin, plan = ledger.plan("run", (), rounds=4)
 
     assert ledger.plan("again", ("other", "run"), rounds=9) == (origin, plan) == ("run", plan)
+    assert ledger.plan("again", (), rounds=9) == ("run", plan)  # Ancestors are named in the first message alone.
     assert ledger.plan("and again", ("run", "again"), rounds=9) == ("run", plan)
+    assert ledger.statement().runs == ("run", "again", "and again")
 
 
 def test_a_ledger_is_never_replaced(ledger):
@@ -128,16 +130,23 @@ def without_an_answer(text):
 
 
 @pytest.mark.parametrize(
-    "damage", [changed_noise, without_an_answer, lambda text: "\n" + text, lambda text: "", lambda text: "[1]\n"]
+    ("damage", "line"),
+    [
+        (changed_noise, 3),
+        (without_an_answer, 3),
+        (lambda text: "\n" + text, 1),
+        (lambda text: "", 1),
+        (lambda text: "[1]\n", 1),
+    ],
 )
-def test_damage_is_found(ledger, damage):
+def test_damage_is_found(ledger, damage, line):
     _, plan = ledger.plan("run", (), 5)
     answered(ledger, 2, plan)
     before = ledger.path.read_text()
     ledger.path.write_text(damage(before))
 
     assert ledger.path.read_text() != before
-    with pytest.raises(LedgerError, match=r"is damaged, or is none; nothing is answered until there is a new one"):
+    with pytest.raises(LedgerError, match=f"jsonl, line {line}, is damaged, or is none; nothing is answered until"):
         ledger.answer("votes-0", VALUES, 1.0, plan.votes)
 
 
@@ -159,7 +168,7 @@ def test_a_new_ledger_in_place_of_a_lost_one(ledger):
     ledger.path.unlink()
     create_ledger(ledger.path, BUDGET)
 
-    assert ledger.epsilon() == 0
+    assert ledger.statement().epsilon == 0
     assert ledger.plan("run", (), 5)[1] == plan_of(most_precision(8, 1e-5), 5)
 
 
@@ -169,7 +178,49 @@ def test_a_damaged_head_is_no_excuse(ledger):
     head.write_text("{")
 
     with pytest.raises(LedgerError, match="is older than the answers"):
-        ledger.epsilon()
+        ledger.statement()
+
+
+def test_a_head_that_cannot_be_read_is_no_excuse(ledger):
+    ledger.plan("run", (), 5)
+    [head] = ledger.heads.iterdir()
+    head.unlink()
+    head.mkdir()
+
+    with pytest.raises(LedgerError, match=r"json, the head of privacy ledger .*, cannot be read \(Is a directory\)"):
+        ledger.statement()
+
+
+def test_a_statement_changes_nothing(ledger):
+    ledger.plan("run", (), 5)
+    [head] = ledger.heads.iterdir()
+    head.unlink()
+    with ledger.path.open("ab") as file:
+        file.write(b'{"check": "12')
+    before = ledger.path.read_bytes()
+    ledger.path.chmod(0o400)
+
+    told = ledger.statement()
+
+    assert (told.budget, told.noises, told.runs) == (BUDGET, (), ("run",))
+    assert ledger.path.read_bytes() == before
+    assert not list(ledger.heads.iterdir())
+
+
+def test_a_copy_goes_on_where_the_ledger_is_and_replaces_none(ledger, tmp_path):
+    plan = ledger.plan("run", (), 5)[1]
+    answer = ledger.answer("votes", VALUES, 1.0, plan.votes)
+    copy = PrivacyLedger(tmp_path / "another" / "copy.jsonl")
+
+    copy_ledger(ledger.path, copy.path)
+    again = copy.answer("votes", VALUES, 1.0, plan.votes)
+    copy.answer("more", VALUES, 1.0, plan.votes)
+    with pytest.raises(LedgerError, match="is there already"):
+        copy_ledger(ledger.path, copy.path)
+
+    assert np.array_equal(again.values_N, answer.values_N)
+    assert len(copy.statement().noises) == 2
+    assert oct(copy.path.stat().st_mode)[-3:] == "600"
 
 
 def test_what_a_killed_process_was_writing_is_left_out(ledger):
@@ -209,8 +260,8 @@ def test_processes_share_a_ledger(ledger):
     answers = {}
     for question, kind, values_N in found:
         assert answers.setdefault((question, kind), values_N) == values_N
-    assert len(ledger.noises()) == 20
-    assert ledger.epsilon() <= 8
+    assert len(ledger.statement().noises) == 20
+    assert ledger.statement().epsilon <= 8
 
 
 # ---------------------------------------------------------------------- killed at each write
@@ -263,10 +314,10 @@ def test_killed_at_each_write_never_more_is_answered_than_accounted_for(tmp_path
             ledger = PrivacyLedger(copy)
             accounted = {json.loads(line)["entry"].get("question") for line in whole_lines(copy)}
             assert set(answers) <= accounted
-            assert ledger.epsilon() <= 8
+            assert ledger.statement().epsilon <= 8
             kills += process.exitcode == -signal.SIGKILL
         assert len(answers) == 4
-        assert epsilon_of(ledger.noises(), 1e-5) == pytest.approx(8)
+        assert epsilon_of(ledger.statement().noises, 1e-5) == pytest.approx(8)
         if done:
             break
     assert done
