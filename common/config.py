@@ -27,11 +27,14 @@ from pydantic import (
     model_validator,
 )
 
+from fedmmkt.common.flower_settings import flatten
 from fedmmkt.common.plain_text import is_plain
 from fedmmkt.common.privacy import DEFAULT_DELTA, LARGEST_EPSILON
 
 Setting = bool | int | float | str
 RENAMED = {"min-nodes": "min-available-nodes"}
+# Where a run writes and for which nodes it waits is each run's own, and no property of its results.
+OWN_OF_A_RUN = ("output-dir", "resume-from", "min-available-nodes")
 TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 
 
@@ -555,16 +558,9 @@ class NodeConfig(_Section):
         return self
 
 
-def to_flower(config: RunConfig) -> dict[str, bool | int | float | str]:
+def to_flower(config: RunConfig) -> dict[str, Setting]:
     """Flatten a configuration into Flower's dotted keys; lists become comma-separated strings."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in config.model_dump(by_alias=True).items():
-        items = (
-            {f"{key}.{inner}": content for inner, content in value.items()} if isinstance(value, dict) else {key: value}
-        )
-        for name, content in items.items():
-            flat[name.replace("_", "-")] = ",".join(map(str, content)) if isinstance(content, tuple) else content
-    return flat
+    return flatten(config.model_dump(by_alias=True))
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

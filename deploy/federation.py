@@ -23,6 +23,7 @@ from typing import TextIO
 
 from fedmmkt.client_app.privacy.ledger import create_ledger
 from fedmmkt.common.config import ConfigError, DataConfig, RunConfig, Setting
+from fedmmkt.common.flower_settings import format_run_config
 from fedmmkt.common.privacy import LARGEST_EPSILON, Budget
 from fedmmkt.deploy.bundle import default_config, read_app
 from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
@@ -38,7 +39,7 @@ from fedmmkt.deploy.processes import (
     signals_ignored,
     stop_together,
 )
-from fedmmkt.deploy.submission import Outcome, Submitter, effective_config, format_run_config
+from fedmmkt.deploy.submission import Outcome, Submitter, effective_config
 
 MODELS = ("cnn", "resnet", "text", "dual")
 START_TIMEOUT = 90.0  # seconds until a process must be healthy; it takes 5 to 10 on two idle cores

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from fedmmkt.common.config import ConfigError, RunConfig, Setting, to_flower
-
-# Where a run writes, and on how many nodes, is each run's own.
-OWN_OF_A_RUN = ("output-dir", "resume-from", "min-available-nodes")
+from fedmmkt.common.config import OWN_OF_A_RUN, ConfigError, RunConfig, Setting, to_flower
+from fedmmkt.common.flower_settings import flatten
 
 
 def right_part(settings: Mapping[str, Setting]) -> tuple[RunConfig, ConfigError | None]:
@@ -38,15 +35,20 @@ def right_part(settings: Mapping[str, Setting]) -> tuple[RunConfig, ConfigError 
 def with_earlier(settings: Mapping[str, Setting], defaults: Mapping[str, Setting] | None = None) -> dict[str, Setting]:
     """Add the settings of the run that ``resume-from`` names, if it names one; those in ``settings`` have priority.
 
-    Settings that the defaults have already are not added. If the earlier run's ``config.json`` cannot be read, nothing
-    is added: whatever checks ``resume-from`` says why.
+    Settings that the defaults have already are not added, nor those that this version does not know. If the earlier
+    run's ``config.json`` cannot be read, nothing is added: whatever checks ``resume-from`` says why.
     """
     folder = settings.get("resume-from")
     if not folder:
         return dict(settings)
-    defaults = to_flower(RunConfig()) if defaults is None else defaults
-    earlier = {key: value for key, value in _earlier(Path(str(folder)).expanduser()).items() if _is_known(key)}
-    return {key: value for key, value in earlier.items() if defaults.get(key) != value} | dict(settings)
+    known = to_flower(RunConfig())
+    defaults = known if defaults is None else defaults
+    earlier = {
+        key: value
+        for key, value in _earlier(Path(str(folder)).expanduser()).items()
+        if key not in OWN_OF_A_RUN and (key in known or key.startswith("extra.")) and defaults.get(key) != value
+    }
+    return earlier | dict(settings)
 
 
 def earlier_nodes(folder: Path) -> int | None:
@@ -57,29 +59,16 @@ def earlier_nodes(folder: Path) -> int | None:
     try:
         last = checkpoints(RunFolder(folder.expanduser()).checkpoints)[-1]
         state = json.loads((last / STATE).read_text(encoding="utf-8"))
-        config = state["config"]
-        needed = config["min-nodes"] if "min-nodes" in config else config["min-available-nodes"]  # Its earlier name.
-        return max(len(state["clients"]), int(needed))
+        return max(len(state["clients"]), int(state["config"]["min-available-nodes"]))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def _earlier(folder: Path) -> dict[str, Setting]:
-    """Return the settings of a run by their dotted keys; lists become texts with commas."""
+    """Return the settings of a run by their dotted keys; none if they cannot be read."""
+    from fedmmkt.server_app.record.run_folder import RunFolder
+
     try:
-        nested: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-        sections = [
-            (f"{key}.", value) if isinstance(value, dict) else ("", {key: value}) for key, value in nested.items()
-        ]
+        return flatten(RunFolder(folder).read_config()["config"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
-    return {
-        prefix + key: ",".join(map(str, value)) if isinstance(value, list) else value
-        for prefix, section in sections
-        for key, value in section.items()
-    }
-
-
-def _is_known(key: str) -> bool:
-    """Tell whether this version has a key, and runs do not each have their own."""
-    return key not in OWN_OF_A_RUN and (key.startswith("extra.") or key in to_flower(RunConfig()))

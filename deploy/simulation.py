@@ -21,10 +21,11 @@ from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 from fedmmkt.common.config import Setting
+from fedmmkt.common.flower_settings import format_run_config
 from fedmmkt.deploy.command import run_command
 from fedmmkt.deploy.console import Console
 from fedmmkt.deploy.processes import FlowerProcesses, StartError, flower_environment, free_port, signals_ignored
-from fedmmkt.deploy.submission import Outcome, Submitter, effective_config, format_run_config
+from fedmmkt.deploy.submission import Outcome, Submitter, effective_config
 
 START_TIMEOUT = 60.0  # seconds until the SuperLink must answer; it takes 3 on two idle cores
 

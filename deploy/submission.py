@@ -15,6 +15,7 @@ import click
 from flwr.common.config import parse_config_args
 
 from fedmmkt.common.config import ConfigError, Setting
+from fedmmkt.common.flower_settings import format_run_config
 from fedmmkt.deploy.bundle import default_config, folder_to_submit, read_app, runs_fedmmkt
 from fedmmkt.deploy.console import Console
 from fedmmkt.deploy.mistyped import mistake_of
@@ -56,15 +57,6 @@ class Outcome:
     def cause(self) -> str:
         """Why the run failed, in the app's own words; the status if nobody said it."""
         return _EXCEPTION.sub("", self.details, count=1).strip() or self.status
-
-
-def format_run_config(config: Mapping[str, Setting]) -> str:
-    """Write a run-config in the format of ``flwr run --run-config``.
-
-    Flower takes a quoted value up to the next quote and then parses it as TOML. So a quote inside a string must be a
-    TOML escape.
-    """
-    return " ".join(f"{key}={_format_value(value)}" for key, value in config.items())
 
 
 def parse_run_config(texts: list[str]) -> dict[str, Setting]:
@@ -251,16 +243,3 @@ class Submitter:
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-
-
-def _format_value(value: Setting) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return '"' + "".join(map(_escape, value)) + '"'
-    return repr(value)
-
-
-def _escape(character: str) -> str:
-    special = character in '"\\\x7f' or ord(character) < 0x20
-    return f"\\u{ord(character):04x}" if special else character

@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from fedmmkt.common.config import ConfigError, RunConfig
+from fedmmkt.common.config import ConfigError, RunConfig, to_flower
 from fedmmkt.common.files import replaced_folder, write_atomically
+from fedmmkt.common.flower_settings import flatten
 from fedmmkt.common.payloads import MAX_ANCESTORS, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.guard import NO_TRIAL, GuardState
 from fedmmkt.server_app.ledger import Ancestor, Identity, TargetsByClient
@@ -273,7 +274,7 @@ def check_same_settings(
     ConfigError
         As `check_resumable`; the text has the ``--run-config`` to type instead.
     """
-    earlier, present = _flat(described), _flat(config.model_dump(mode="json", by_alias=True))
+    earlier, present = flatten(described), to_flower(config)
     other = {
         key: value
         for key, value in present.items()
@@ -283,7 +284,7 @@ def check_same_settings(
     if were != are:
         changed.append(f"the classes were {', '.join(were)} and are {', '.join(are)}")
     if changed:
-        defaults = _flat(RunConfig().model_dump(mode="json", by_alias=True))
+        defaults = to_flower(RunConfig())
         known = present.keys() - CHANGEABLE_ON_RESUME  # An earlier version had other keys.
         merged = present | {key: value for key, value in earlier.items() if key in known or key.startswith("extra.")}
         typed = {key: value for key, value in merged.items() if key in other or defaults.get(key) != value}
@@ -304,14 +305,6 @@ def remove_later_checkpoints(folder: Path, round: int) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """List a folder's checkpoints, oldest first."""
     return sorted(folder.glob("round-" + "[0-9]" * 5))
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a configuration by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def _shared(folder: Path, name: str) -> Path:

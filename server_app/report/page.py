@@ -27,7 +27,7 @@ from fedmmkt.server_app.report.measures import (
 from fedmmkt.server_app.report.numbers import counted, flat, seconds, size
 from fedmmkt.server_app.report.pictures import Captions, Picture, captions_of, pictures_of
 from fedmmkt.server_app.report.privacy import COVERED, client_names, privacy_rows
-from fedmmkt.server_app.report.settings import Setting, repeating_run_config, settings_of
+from fedmmkt.server_app.report.settings import ShownSetting, repeating_run_config, settings_of
 from fedmmkt.server_app.report.template import render
 from fedmmkt.server_app.report.timeline import timeline_of
 
@@ -133,7 +133,7 @@ def _render(
         replies={kind: sum(line["replies"][kind] for line in lines) for kind in ("received", "rejected", "missing")},
         settings=settings_of(config),
         environment=[
-            Setting(key, value, None)
+            ShownSetting(key, value, None)
             for key, value in flat({key: value for key, value in described.items() if key != "config"})
         ],
     )

@@ -4,7 +4,7 @@ import shlex
 
 from fedmmkt.common.config import RunConfig
 from fedmmkt.deploy.submission import parse_run_config
-from fedmmkt.server_app.report.settings import Setting, repeating_run_config, settings_of
+from fedmmkt.server_app.report.settings import ShownSetting, repeating_run_config, settings_of
 
 
 def described(**changes):
@@ -16,7 +16,7 @@ def described(**changes):
 def test_changed_settings_come_first_with_their_default():
     settings = settings_of(described(seed=3, data__alpha=0.5))
 
-    assert settings[:2] == [Setting("seed", "3", "0"), Setting("data.alpha", "0.5", "0.1")]
+    assert settings[:2] == [ShownSetting("seed", "3", "0"), ShownSetting("data.alpha", "0.5", "0.1")]
     assert all(setting.default is None for setting in settings[2:])
 
 
@@ -29,7 +29,7 @@ def test_flower_reads_the_command_as_the_run_was_configured():
         "seed": 3,
         "judge": False,
         "client.models": "cnn,mlp",
-        "data.dataset": '/data/it\'s \\ "new"',
+        "data.dataset": '/data/it\'s \\ "new" 🐦\x7f',
         "extra.trim": 0.25,
     }
     config = described(**{key.replace(".", "__"): value for key, value in changes.items()}, output_dir="/runs/7")
