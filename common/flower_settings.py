@@ -18,7 +18,7 @@ def flatten(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
         (f"{key}.", value) if isinstance(value, Mapping) else ("", {key: value}) for key, value in config.items()
     )
     return {
-        (prefix + name).replace("_", "-"): ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        prefix + name: ",".join(map(str, value)) if isinstance(value, list | tuple) else value
         for prefix, section in sections
         for name, value in section.items()
     }

@@ -16,8 +16,9 @@ from fedmmkt.common.config import ConfigError, Setting
 from fedmmkt.deploy.bundle import app_folder
 from fedmmkt.deploy.processes import StartError
 from fedmmkt.deploy.run_checks import check_run
-from fedmmkt.deploy.settings import earlier_nodes
-from fedmmkt.deploy.submission import COMPLETED, effective_config, parse_run_config
+from fedmmkt.deploy.run_config_text import parse_run_config
+from fedmmkt.deploy.settings import earlier_nodes, effective_config
+from fedmmkt.deploy.submission import COMPLETED
 
 Runner = Callable[[Path, int, Path | None, Mapping[str, Setting]], str]
 

@@ -109,8 +109,8 @@ def _config_checks(options: argparse.Namespace) -> Iterator[Check]:
     if not (options.run_config or options.node_config or options.t2i or options.data):
         return
     from fedmmkt.client_app.memory import DEFAULT_FOLDER  # These import torch, which a health check does not need.
+    from fedmmkt.deploy.run_config_text import parse_run_config
     from fedmmkt.deploy.settings import right_part, with_earlier
-    from fedmmkt.deploy.submission import parse_run_config
 
     config, wrong = right_part(with_earlier(parse_run_config(options.run_config)))
     if wrong:  # The others are checked all the same.

@@ -39,7 +39,8 @@ from fedmmkt.deploy.processes import (
     signals_ignored,
     stop_together,
 )
-from fedmmkt.deploy.submission import Outcome, Submitter, effective_config
+from fedmmkt.deploy.settings import effective_config
+from fedmmkt.deploy.submission import Outcome, Submitter
 
 MODELS = ("cnn", "resnet", "text", "dual")
 START_TIMEOUT = 90.0  # seconds until a process must be healthy; it takes 5 to 10 on two idle cores

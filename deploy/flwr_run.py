@@ -15,7 +15,7 @@ import click
 
 from fedmmkt.common.config import ConfigError, RunConfig, Setting
 from fedmmkt.deploy.bundle import PROJECT, default_config, own_config, read_app, runs_fedmmkt
-from fedmmkt.deploy.submission import parse_run_config
+from fedmmkt.deploy.run_config_text import parse_run_config
 
 
 def check_command(command: click.Context) -> None:

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fedmmkt.deploy.submission import parse_run_config
+    from fedmmkt.deploy.run_config_text import parse_run_config
     from fedmmkt.server_app.trained import generate_folder
 
     count = generate_folder(

@@ -18,7 +18,7 @@ from fedmmkt.common.datasets import load_splits, with_readable_images
 from fedmmkt.common.files import write_atomically
 from fedmmkt.common.partitioning import partition_rows
 from fedmmkt.common.tables import write_parquet
-from fedmmkt.deploy.submission import parse_run_config
+from fedmmkt.deploy.run_config_text import parse_run_config
 
 
 def write_partitions(config: DataConfig, partitions: int, seed: int, folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The settings of a run that is to be checked or started: what is right among them, and those of an earlier run."""
+"""The settings of a run that is to be checked or started: those typed, ours, and those of an earlier run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 
 from fedmmkt.common.config import OWN_OF_A_RUN, ConfigError, RunConfig, Setting, to_flower
 from fedmmkt.common.flower_settings import flatten
+from fedmmkt.deploy.bundle import default_config, read_app, runs_fedmmkt
+
+FOLDERS = ("output-dir", "resume-from", "client.state-dir")
+PATHS = ("data.dataset", "data.classes", "t2i.model", "t2i.adapter", "t2i.prompts")  # Or something else than a path.
+NO_PATHS = ("digits", "starter", "templates", "clients")
 
 
 def right_part(settings: Mapping[str, Setting]) -> tuple[RunConfig, ConfigError | None]:
@@ -30,6 +35,42 @@ def right_part(settings: Mapping[str, Setting]) -> tuple[RunConfig, ConfigError 
                 kept = {key: value for key, value in kept.items() if key[:5] != "data." and key != "t2i.prompts"}
             rest = kept if len(kept) < len(rest) else {}
     return config, ConfigError("\n".join(problems)) if problems else None
+
+
+def effective_config(app: Path, nodes: int, out: Path | None, run_config: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Add the output folder and the number of nodes to a run-config, if the app has these keys.
+
+    A run that goes on with an earlier one (``resume-from``) gets the settings of that too. Values in ``run_config``
+    have priority.
+    """
+    project = read_app(app)
+    defaults = default_config(project)
+    ours: dict[str, Setting] = {"min-available-nodes": nodes}
+    if out is not None:
+        ours["output-dir"] = str(out.expanduser().absolute())
+    changes = {key: _absolute(key, value) for key, value in run_config.items()}
+    if runs_fedmmkt(project):
+        changes = with_earlier(changes, defaults)
+    return {key: value for key, value in ours.items() if key in defaults} | changes
+
+
+def _absolute(key: str, value: Setting) -> Setting:
+    """Make a path that is relative to this folder absolute, since Flower's processes work elsewhere."""
+    if not isinstance(value, str) or not value:
+        return value
+    if key == "client.models":
+        return ",".join(map(_absolute_model, value.split(",")))
+    path = Path(value).expanduser()
+    is_path = key in FOLDERS or (key in PATHS and value not in NO_PATHS and path.exists())
+    return str(path.absolute()) if is_path else value
+
+
+def _absolute_model(name: str) -> str:
+    from fedmmkt.client_app.models.building import TRANSFORMERS  # It imports torch.
+
+    source = name.strip().removeprefix(TRANSFORMERS)
+    is_path = source != name.strip() and Path(source).expanduser().exists()
+    return TRANSFORMERS + str(Path(source).expanduser().absolute()) if is_path else name
 
 
 def with_earlier(settings: Mapping[str, Setting], defaults: Mapping[str, Setting] | None = None) -> dict[str, Setting]:

@@ -25,7 +25,8 @@ from fedmmkt.common.flower_settings import format_run_config
 from fedmmkt.deploy.command import run_command
 from fedmmkt.deploy.console import Console
 from fedmmkt.deploy.processes import FlowerProcesses, StartError, flower_environment, free_port, signals_ignored
-from fedmmkt.deploy.submission import Outcome, Submitter, effective_config
+from fedmmkt.deploy.settings import effective_config
+from fedmmkt.deploy.submission import Outcome, Submitter
 
 START_TIMEOUT = 60.0  # seconds until the SuperLink must answer; it takes 3 on two idle cores
 

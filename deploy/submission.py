@@ -11,26 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
-from flwr.common.config import parse_config_args
-
-from fedmmkt.common.config import ConfigError, Setting
+from fedmmkt.common.config import Setting
 from fedmmkt.common.flower_settings import format_run_config
-from fedmmkt.deploy.bundle import default_config, folder_to_submit, read_app, runs_fedmmkt
+from fedmmkt.deploy.bundle import folder_to_submit
 from fedmmkt.deploy.console import Console
-from fedmmkt.deploy.mistyped import mistake_of
 from fedmmkt.deploy.processes import script
-from fedmmkt.deploy.settings import with_earlier
 
 COMPLETED = "finished:completed"
-FOLDERS = ("output-dir", "resume-from", "client.state-dir")
-PATHS = ("data.dataset", "data.classes", "t2i.model", "t2i.adapter", "t2i.prompts")  # Or something else than a path.
-NO_PATHS = ("digits", "starter", "templates", "clients")
 RETRY_SECONDS = 2.0
 REFUSED = "Flower refused it, with the words above"
 LOST_AFTER = 30  # status requests without an answer after which a run counts as lost
 
-_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own pattern; Flower drops text that does not match it
 _EXCEPTION = re.compile(r"(?:Simulation|ServerApp) failed with exception: ")
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
@@ -57,76 +48,6 @@ class Outcome:
     def cause(self) -> str:
         """Why the run failed, in the app's own words; the status if nobody said it."""
         return _EXCEPTION.sub("", self.details, count=1).strip() or self.status
-
-
-def parse_run_config(texts: list[str]) -> dict[str, Setting]:
-    """Read run-config strings, or one TOML file, with Flower's parser.
-
-    Raises
-    ------
-    ConfigError
-        If they cannot be read, or if Flower would silently drop a part of them.
-    """
-    for text in texts:
-        if text.endswith(".toml"):
-            continue
-        problems = [mistake for key, value in _PAIR.findall(text) if (mistake := mistake_of(key, value))]
-        if problems:
-            raise ConfigError("\n".join(problems))
-        for pair in _PAIR.finditer(text):
-            if (rest := text[pair.end() :]) and not rest[0].isspace():
-                raise ConfigError(
-                    f"run-config: {pair[0]} is followed by {rest!r:.40}; allowed: a space between two settings, and no "
-                    "comma"
-                )
-        dropped = _PAIR.sub("", text).strip()
-        if dropped:
-            raise ConfigError(f"run-config: {dropped!r} is not of the form key=value (no spaces around '=')")
-        keys = [key for key, _ in _PAIR.findall(text)]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ConfigError(f"run-config key {twice[0]!r} is given twice in {text!r}; allowed: each key once")
-    try:
-        return parse_config_args(texts)
-    except click.ClickException as error:
-        raise ConfigError(f"run-config {' '.join(texts)!r:.200} cannot be read: {error.message}") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run-config: {error}") from error
-
-
-def effective_config(app: Path, nodes: int, out: Path | None, run_config: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Add the output folder and the number of nodes to a run-config, if the app has these keys.
-
-    A run that goes on with an earlier one (``resume-from``) gets the settings of that too. Values in ``run_config``
-    have priority.
-    """
-    project = read_app(app)
-    defaults = default_config(project)
-    ours: dict[str, Setting] = {"min-available-nodes": nodes}
-    if out is not None:
-        ours["output-dir"] = str(out.expanduser().absolute())
-    changes = {key: _absolute(key, value) for key, value in run_config.items()}
-    if runs_fedmmkt(project):
-        changes = with_earlier(changes, defaults)
-    return {key: value for key, value in ours.items() if key in defaults} | changes
-
-
-def _absolute(key: str, value: Setting) -> Setting:
-    """Make a path that is relative to this folder absolute, since Flower's processes work elsewhere."""
-    if not isinstance(value, str) or not value:
-        return value
-    if key == "client.models":
-        return ",".join(map(_absolute_model, value.split(",")))
-    path = Path(value).expanduser()
-    is_path = key in FOLDERS or (key in PATHS and value not in NO_PATHS and path.exists())
-    return str(path.absolute()) if is_path else value
-
-
-def _absolute_model(name: str) -> str:
-    from fedmmkt.client_app.models.building import TRANSFORMERS  # It imports torch.
-
-    source = name.strip().removeprefix(TRANSFORMERS)
-    is_path = source != name.strip() and Path(source).expanduser().exists()
-    return TRANSFORMERS + str(Path(source).expanduser().absolute()) if is_path else name
 
 
 class Submitter:

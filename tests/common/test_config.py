@@ -21,7 +21,7 @@ def test_pyproject_holds_every_key_with_its_default():
 
 
 def test_flat_settings_come_back_as_they_were():
-    config = RunConfig.from_flower({"t2i.guidance": "3, 1.5", "client.models": "cnn", "rounds": 2, "data.alpha": 1})
+    config = RunConfig.from_flower({"t2i.guidance": "3, 1.5", "client.models": "cnn", "data.alpha": 1, "extra.a_b": 3})
     assert config.t2i.guidance == (3.0, 1.5)
     assert config.client.models == ("cnn",)
     assert config.data.alpha == 1.0

@@ -21,7 +21,8 @@ from fedmmkt.deploy.connection_checks import is_healthy
 from fedmmkt.deploy.federation import connect
 from fedmmkt.deploy.partition import write_partitions
 from fedmmkt.deploy.processes import FlowerProcesses, flower_environment, free_port, stop_together
-from fedmmkt.deploy.submission import Submitter, parse_run_config
+from fedmmkt.deploy.run_config_text import parse_run_config
+from fedmmkt.deploy.submission import Submitter
 from tests import ROOT
 from tests.services import PARSERS
 

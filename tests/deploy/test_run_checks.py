@@ -10,7 +10,7 @@ from fedmmkt.common.config import ConfigError
 from fedmmkt.common.installed import installed
 from fedmmkt.deploy import run_checks
 from fedmmkt.deploy.run_checks import check_run
-from fedmmkt.deploy.submission import effective_config
+from fedmmkt.deploy.settings import effective_config
 from fedmmkt.server_app.record.run_folder import RunFolder
 from tests import ROOT
 

@@ -1,4 +1,4 @@
-"""The one-command simulation: what it refuses at once, how it writes run-configs, and that nothing is left behind."""
+"""The one-command simulation: what it refuses at once, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 from flwr.cli.build import build_fab_from_disk
-from flwr.common.config import parse_config_args
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fedmmkt.common.config import ConfigError
 from fedmmkt.deploy import simulation, submission
+from fedmmkt.deploy.run_config_text import parse_run_config
+from fedmmkt.deploy.settings import effective_config
 from tests import ROOT
 
 PYPROJECT = """
@@ -178,72 +176,17 @@ def test_the_app_can_be_bundled():
     assert len(build_fab_from_disk(ROOT)) > 0
 
 
-KEYS = st.from_regex(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", fullmatch=True)
-VALUES = st.one_of(
-    st.booleans(),
-    st.integers(-(2**63), 2**63 - 1),
-    st.floats(allow_nan=False),
-    st.text(st.characters(exclude_categories=["Cs"])),
-)
-
-
-@settings(deadline=None)
-@given(st.dictionaries(KEYS, VALUES))
-def test_flower_reads_what_is_written(config):
-    text = submission.format_run_config(config)
-    read = parse_config_args([text])
-    assert read == config
-    assert [type(value) for value in read.values()] == [type(value) for value in config.values()]
-    assert submission.parse_run_config([text]) == config
-
-
-def test_dotted_keys_stay_flat():
-    config = {"t2i.lora-rank": 4, "t2i.device": "cpu", "rounds": 2}
-    assert submission.parse_run_config([submission.format_run_config(config)]) == config
-
-
 def test_the_users_settings_win(toy):
-    ours = submission.effective_config(toy, 3, Path("runs/x"), {})
+    ours = effective_config(toy, 3, Path("runs/x"), {})
     assert ours == {"min-available-nodes": 3, "output-dir": str(Path("runs/x").absolute())}
     users = {"min-available-nodes": 1, "output-dir": "/elsewhere", "mode": "x"}
-    assert submission.effective_config(toy, 3, Path("runs/x"), users) == users
+    assert effective_config(toy, 3, Path("runs/x"), users) == users
 
 
 def test_keys_that_an_app_lacks_are_not_set(toy):
     project = toy / "pyproject.toml"
     project.write_text(project.read_text().replace("min-available-nodes = 1\n", ""))
-    assert submission.effective_config(toy, 3, None, {"mode": "x"}) == {"mode": "x"}
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (["rounds = 2"], "'rounds = 2' is not of the form key=value"),
-        (["rounds=2 oops"], "'oops' is not of the form key=value"),
-        (["rounds=1 rounds=2"], "key 'rounds' is given twice"),
-        (['data.dataset="C:\\data"'], "a backslash in a string is written twice"),
-        (["data.dataset=digits rounds=2"], "'data.dataset' is digits, .* need quotes: data.dataset=.digits.$"),
-        (["judge=False rounds=2"], "key 'judge' is False, .* truth values are lower case: judge=false$"),
-        (["rounds=2 data.alpha=0,5"], "key 'data.alpha' is 0,5, .* decimal point: data.alpha=0.5$"),
-        (['data.dataset="a b rounds=2'], 'is "a, which cannot be read; the quote " that begins it is not closed$'),
-        (["rounds=2, seed=1"], "no comma between settings, but a space: rounds=2$"),
-        (['data.dataset="a", seed=1'], "is followed by ', seed=1'; allowed: a space .*, and no comma$"),
-        (['data.dataset="\\new\\birds.csv"'], "in which .n would be a control character; a backslash in a string is w"),
-        (['data.dataset="a"rounds=2'], '="a" is followed by .rounds=2.; allowed: a space between two settings'),
-        (["rounds=2seed=1"], "'rounds' is 2seed=1, which cannot be read; a space between two settings"),
-        (["judge=False data.alpha=0,5"], "'judge' is False[^\n]*\n[^\n]*'data.alpha' is 0,5"),
-        (["nowhere.toml"], "nowhere.toml"),
-    ],
-)
-def test_unreadable_run_config(texts, message):
-    with pytest.raises(ConfigError, match=message):
-        submission.parse_run_config(texts)
-
-
-def test_a_toml_file_is_read(tmp_path):
-    path = tmp_path / "changes.toml"
-    path.write_text("rounds = 2\n[t2i]\nlora-rank = 4\n")
-    assert submission.parse_run_config([str(path)]) == {"rounds": 2, "t2i.lora-rank": 4}
+    assert effective_config(toy, 3, None, {"mode": "x"}) == {"mode": "x"}
 
 
 @pytest.mark.parametrize(
@@ -305,4 +248,4 @@ def test_gpus_are_shared(visible, nodes, share, toy, tmp_path, monkeypatch):
     simulation.LocalFlower(tmp_path / "home").run(toy, nodes, None, {}, io.StringIO())
 
     assert options[0] == "--federation-config"
-    assert submission.parse_run_config([options[1]])["client-resources-num-gpus"] == share
+    assert parse_run_config([options[1]])["client-resources-num-gpus"] == share

@@ -8,7 +8,7 @@ import sysconfig
 import pytest
 
 from fedmmkt.common.config import NodeConfig
-from fedmmkt.deploy.submission import parse_run_config
+from fedmmkt.deploy.run_config_text import parse_run_config
 from tests.services import NAMES, PARSERS, UNITS, command, environment, read_environment_file, read_unit
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from fedmmkt.common.config import NodeConfig
+from fedmmkt.common.flower_settings import format_run_config
 from fedmmkt.deploy.connection_checks import is_healthy
 from fedmmkt.deploy.processes import FlowerProcesses, flower_environment, free_port, stop_together
-from fedmmkt.deploy.submission import format_run_config, parse_run_config
+from fedmmkt.deploy.run_config_text import parse_run_config
 from tests import ROOT
 from tests.conftest import TINY
 from tests.services import command, environment, read_environment_file, read_unit

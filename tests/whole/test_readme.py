@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedmmkt.__main__ import main
 from fedmmkt.common.config import RunConfig, to_flower
-from fedmmkt.deploy.submission import parse_run_config
+from fedmmkt.deploy.run_config_text import parse_run_config
 from fedmmkt.server_app.app import build_strategy
 from tests import ROOT, tiny_pipelines, tiny_transformers
 

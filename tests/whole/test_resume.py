@@ -13,8 +13,8 @@ import torch
 from fedmmkt.common.config import ConfigError, RunConfig, to_flower
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.deploy.run_checks import check_run
-from fedmmkt.deploy.settings import earlier_nodes
-from fedmmkt.deploy.submission import effective_config, parse_run_config
+from fedmmkt.deploy.run_config_text import parse_run_config
+from fedmmkt.deploy.settings import earlier_nodes, effective_config
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.record.checkpoint import checkpoints, kept_metrics, read_checkpoint
 from fedmmkt.server_app.strategy import FedMMKT, strategies
@@ -246,9 +246,9 @@ def test_what_cannot_be_resumed_is_named(tiny_run, make_grid, tmp_path):
 
     assert "a run of another configuration: 'seed' was 0 and is 1; allowed: the values that it had" in error(seed=1)
     both = error(**{"client.learning-rate": 0.5, "t2i.guidance": "2"})
-    assert "'client.learning-rate' was 0.001 and is 0.5; 't2i.guidance' was [1.5, 1.0] and is [2.0]" in both
+    assert "'client.learning-rate' was 0.001 and is 0.5; 't2i.guidance' was '1.5,1.0' and is '2.0'" in both
     names = "zero,one,two,three,four,five,six,seven,eight,nine"
-    assert "'data.classes' was []" in error(**{"data.classes": names})
+    assert "'data.classes' was ''" in error(**{"data.classes": names})
     assert "'/no/such/run', which is not there; allowed: the folder of a run" in error(
         **{"resume-from": "/no/such/run"}
     )

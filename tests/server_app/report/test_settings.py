@@ -3,7 +3,7 @@
 import shlex
 
 from fedmmkt.common.config import RunConfig
-from fedmmkt.deploy.submission import parse_run_config
+from fedmmkt.deploy.run_config_text import parse_run_config
 from fedmmkt.server_app.report.settings import ShownSetting, repeating_run_config, settings_of
 
 
@@ -30,7 +30,7 @@ def test_flower_reads_the_command_as_the_run_was_configured():
         "judge": False,
         "client.models": "cnn,mlp",
         "data.dataset": '/data/it\'s \\ "new" 🐦\x7f',
-        "extra.trim": 0.25,
+        "extra.trim_share": 0.25,
     }
     config = described(**{key.replace(".", "__"): value for key, value in changes.items()}, output_dir="/runs/7")
 
