@@ -108,12 +108,16 @@ class Trial:
     evidence : dict of str to Evidence
         What clients said of it and of the champion so far, by measure: votes, agreement.
     made : tuple of torch.Tensor
-        For each round of the trial, which samples the challenger made (bool, samples), oldest first.
+        For each batch of the trial, which samples the challenger made (bool, samples), oldest first.
     """
 
     challenger: dict[str, Tensor]
     evidence: dict[str, Evidence] = field(default_factory=dict)
     made: tuple[Tensor, ...] = ()
+
+    def with_batch(self, made_N: Tensor) -> Trial:
+        """Return the trial with one more batch, which is still to be answered."""
+        return replace(self, made=(*self.made, made_N))
 
 
 @dataclass(frozen=True)
@@ -189,9 +193,7 @@ def decide(evidence: dict[str, Evidence], rounds: int) -> Verdict:
     return "accepted" if sum(scores) > 0 else "taken back"
 
 
-def after_round(
-    state: GuardState, found: dict[str, Evidence], made_N: Tensor
-) -> tuple[GuardState, Verdict, dict[str, Evidence]]:
+def after_round(state: GuardState, found: dict[str, Evidence]) -> tuple[GuardState, Verdict, dict[str, Evidence]]:
     """Return the state after a round of answers, the verdict, and the evidence for it; pure.
 
     After "accepted" and "taken back", the trial has ended; after "undecided" it goes on.
@@ -199,11 +201,9 @@ def after_round(
     Parameters
     ----------
     state : GuardState
-        The state before; with a trial.
+        The state before; with a trial, whose last batch is that of the round.
     found : dict of str to Evidence
-        What the clients said in this round, by measure.
-    made_N : torch.Tensor
-        bool, which samples of the round the challenger made.
+        What the clients said of this batch, by measure.
     """
     trial = state.trial
     if trial is None:
@@ -212,10 +212,9 @@ def after_round(
         name: found.get(name, Evidence()) + trial.evidence.get(name, Evidence())
         for name in sorted({*found, *trial.evidence})
     }
-    made = (*trial.made, made_N)
-    verdict = decide(evidence, len(made))
+    verdict = decide(evidence, len(trial.made))
     if verdict == "undecided":
-        return replace(state, trial=replace(trial, evidence=evidence, made=made)), verdict, evidence
+        return replace(state, trial=replace(trial, evidence=evidence)), verdict, evidence
     step = min(1.0, 2 * state.step) if verdict == "accepted" else max(SMALLEST_STEP, state.step / 2)
     return GuardState(None, step, verdict == "accepted"), verdict, evidence
 

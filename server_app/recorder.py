@@ -45,6 +45,7 @@ from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.standings import log_changes
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import sample_seeds
+from fedmmkt.server_app.trial import log_verdict
 
 GRID_ROWS, GRID_COLUMNS = 10, 6
 PAGE_REST = 20  # After a page is written, none is for so many times the seconds that it took; the last one always is.
@@ -296,8 +297,10 @@ class Recorder:
         log(INFO, "  adapt     loss %.4f  (%.1f s)", loss, self._record.seconds["adapt"])
 
     def record_verdict(self, verdict: dict[str, Any] | None) -> None:
-        """Record what the clients decided about the T2I's last update; None without one on trial."""
+        """Record and show what the clients decided about the T2I's last update; None without one on trial."""
         self._record.guard = verdict
+        if verdict is not None:
+            log_verdict(verdict)
 
     def log_waiting(self, clients: Sequence[str]) -> None:
         """Show which clients have not answered yet, unless something was shown a moment ago."""

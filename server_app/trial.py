@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.supercore import log
 from torch import Tensor
@@ -18,7 +17,6 @@ from fedmmkt.server_app.guard import (
     PATIENCE,
     Opinion,
     Trial,
-    Verdict,
     after_round,
     champion_part,
     compare,
@@ -90,26 +88,27 @@ class Guard:
 
     def __init__(self, share: float, generator: Generator, ledger: Ledger) -> None:
         self.share, self.generator, self.ledger = share, generator, ledger
-        self._made_N = torch.zeros(0, dtype=torch.bool)
 
     def generate(self, prompts: Sequence[Prompt], seed: int, generate: Callable[[list[Prompt]], Samples]) -> Samples:
         """Generate a batch with ``generate``; if a challenger is on trial, it makes a part of the samples."""
-        self._made_N = torch.zeros(len(prompts), dtype=torch.bool)
-        state = self.ledger.guard
-        if state.trial is None or len(prompts) < 2:
+        state, trial = self.ledger.guard, self.ledger.guard.trial
+        if trial is None:
             return generate(list(prompts))
         share = self.share if state.trusted else 1 - self.share
-        by_champion = champion_part([prompt.class_index for prompt in prompts], share, seed)
-        by_challenger = np.setdiff1d(np.arange(len(prompts)), by_champion)
-        parts = [generate([prompts[index] for index in by_champion])]
-        champion = self._snapshot()
-        self._load(state.trial.challenger)
-        try:
-            parts.append(generate([prompts[index] for index in by_challenger]))
-        finally:
-            self._load(champion)
-        self._made_N[by_challenger] = True
-        return Samples.join(parts).select(np.argsort(np.concatenate([by_champion, by_challenger])))
+        by_champion = champion_part([prompt.class_index for prompt in prompts], share, seed).tolist()
+        made_N = torch.ones(len(prompts), dtype=torch.bool)
+        made_N[by_champion] = False
+        by_challenger = torch.nonzero(made_N)[:, 0].tolist()
+
+        def parts() -> Iterator[tuple[list[int], Samples]]:
+            yield by_champion, generate([prompts[index] for index in by_champion])
+            if by_challenger:  # A batch of one sample is the champion's.
+                with self.generator.adapter.holding(trial.challenger):
+                    made = generate([prompts[index] for index in by_challenger])
+                yield by_challenger, made
+
+        self.ledger.guard = replace(state, trial=trial.with_batch(made_N))
+        return Samples.gather(parts(), len(prompts))
 
     def judge(
         self, answers: Sequence[Answer], prompted_N: Tensor, text_consensus_NC: Tensor | None
@@ -129,17 +128,15 @@ class Guard:
         if trial is None:
             return None
         said = opinions(answers, prompted_N, text_consensus_NC)
-        found = {name: compare(opinion, self._made_N, prompted_N) for name, opinion in said.items()}
-        state, verdict, evidence = after_round(self.ledger.guard, found, self._made_N)
+        found = {name: compare(opinion, trial.made[-1], prompted_N) for name, opinion in said.items()}
+        state, verdict, evidence = after_round(self.ledger.guard, found)
         self.ledger.guard = state
-        made = (*trial.made, self._made_N)
         if verdict == "accepted":
-            self._load(trial.challenger)
+            self.generator.adapter.load_state(trial.challenger, "an adapter on trial")
         elif verdict == "taken back":
-            self.ledger.pool = _without(self.ledger.pool, made)
+            self.ledger.pool = _without(self.ledger.pool, trial.made)
         preference = {name: round(evidence[name].z, 3) for name in evidence}
-        _tell(verdict, preference, len(made), state.step)
-        return {"verdict": verdict, "preference": preference, "rounds": len(made), "step": state.step}
+        return {"verdict": verdict, "preference": preference, "rounds": len(trial.made), "step": state.step}
 
     def update(self, adapt: Callable[[], float | None]) -> float | None:
         """Let the challenger learn with ``adapt``, or a new one that starts as the champion; return the loss.
@@ -149,13 +146,9 @@ class Guard:
         if not self.share:
             return adapt()
         champion, trial = self._snapshot(), self.ledger.guard.trial
-        if trial is not None:
-            self._load(trial.challenger)
-        try:
+        with self.generator.adapter.holding(trial.challenger if trial else champion):
             loss = adapt()
             updated = self._snapshot()
-        finally:
-            self._load(champion)
         if trial is not None:
             self.ledger.guard = replace(self.ledger.guard, trial=replace(trial, challenger=updated))
         elif any(not torch.equal(updated[name], champion[name]) for name in champion):
@@ -164,9 +157,6 @@ class Guard:
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.generator.adapter.state().items()}
-
-    def _load(self, state: dict[str, Tensor]) -> None:
-        self.generator.adapter.load_state(state, "an adapter on trial")
 
 
 def _without(pool: Sequence[Samples], made: Sequence[Tensor]) -> list[Samples]:
@@ -180,15 +170,16 @@ def _without(pool: Sequence[Samples], made: Sequence[Tensor]) -> list[Samples]:
     return [*pool[:first], *kept]
 
 
-def _tell(verdict: Verdict, preference: dict[str, float], rounds: int, step: float) -> None:
-    """Show a verdict in plain words."""
+def log_verdict(judged: Mapping[str, Any]) -> None:
+    """Show in plain words what `Guard.judge` returned."""
+    verdict, preference = judged["verdict"], judged["preference"]
     figures = ", ".join(f"{name} {z:+.1f}" for name, z in preference.items()) or "nobody compared the two"
     slight = "" if any(abs(z) >= CLEAR for z in preference.values()) else "slightly "
     if verdict == "accepted":
         log(INFO, "  guard     the T2I's update is accepted: clients %sprefer its images (%s sd)", slight, figures)
     elif verdict == "undecided":
         log(INFO, "  guard     the T2I's update waits: no clear preference (%s sd) in %s of %s rounds",
-            figures, rounds, PATIENCE)  # fmt: skip
+            figures, judged["rounds"], PATIENCE)  # fmt: skip
     else:
         log(WARNING, "  guard     the T2I's update is taken back: clients %sprefer the images before it (%s sd); the "
-                     "next has %g of the learning rate", slight, figures, step)  # fmt: skip
+                     "next has %g of the learning rate", slight, figures, judged["step"])  # fmt: skip

@@ -113,16 +113,18 @@ class Adapter:
 
     @contextmanager
     def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Have an earlier adapter inside the block, if the present one is another."""
+        """Have another adapter inside the block, and after it the present one again, even if the block trains it."""
         present = {name: tensor.clone() for name, tensor in self.state().items()}
-        if all(torch.equal(tensor, state[name]) for name, tensor in present.items()):
-            yield
-            return
-        self.load_state(state, "an earlier adapter")
+        self._change_to(state, "another adapter")
         try:
             yield
         finally:
-            self.load_state(present, "the present adapter")
+            self._change_to(present, "the present adapter")
+
+    def _change_to(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Load an adapter, unless it is there already."""
+        if any(not torch.equal(tensor, state[name]) for name, tensor in self.state().items()):
+            self.load_state(state, source)
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Save the adapter, or an earlier ``state`` of it, in the format of its family.

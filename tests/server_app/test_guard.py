@@ -115,10 +115,11 @@ def test_logits_alone_decide_and_nobody_s_word_keeps_no_update():
 
 def test_evidence_adds_up_over_rounds():
     made = torch.tensor([True, False])
-    state = GuardState(Trial({"a": torch.ones(1)}))
+    state = GuardState(Trial({"a": torch.ones(1)}, made=(made,)))
 
-    state, first, _ = after_round(state, {"votes": Evidence(14, 100)}, made)
-    after, second, evidence = after_round(state, {"votes": Evidence(14, 100)}, made)
+    state, first, _ = after_round(state, {"votes": Evidence(14, 100)})
+    state = GuardState(state.trial.with_batch(made))
+    after, second, evidence = after_round(state, {"votes": Evidence(14, 100)})
 
     assert (first, second) == ("undecided", "accepted")  # 1.4 sd, then 28 / sqrt(200) = 1.98 sd.
     assert evidence["votes"] == Evidence(28, 200)
@@ -128,7 +129,8 @@ def test_evidence_adds_up_over_rounds():
 def test_the_step_is_halved_with_each_update_taken_back_and_grows_again():
     made, steps, state = torch.tensor([True, False]), [], GuardState()
     for found in [WORSE] * 8 + [BETTER] * 2:
-        state, _, _ = after_round(GuardState(Trial({}), state.step, state.trusted), {"votes": found}, made)
+        trial = Trial({}, made=(made,))
+        state, _, _ = after_round(GuardState(trial, state.step, state.trusted), {"votes": found})
         steps.append((state.step, state.trusted))
 
     assert steps[:3] == [(1 / 2, False), (1 / 4, False), (1 / 8, False)]
