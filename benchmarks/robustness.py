@@ -27,12 +27,11 @@ from benchmarks.rows import Lines, Overrides, row_folder, run_once, spread
 from fedmmkt.client_app import app as honest_app
 from fedmmkt.common.images import resize_images
 from fedmmkt.common.payloads import ClientReport, DistillationPayload, Request, SyntheticBatch
+from fedmmkt.server_app.consensus import aggregate_payloads
 from fedmmkt.server_app.exchange import Answer
-from fedmmkt.server_app.rules.aggregation import aggregations, normalised
-from fedmmkt.server_app.rules.bounds import bounded
+from fedmmkt.server_app.rules.aggregation import aggregations
 from fedmmkt.server_app.rules.reliability import Standing
-from fedmmkt.server_app.rules.sureness import RULES_OF_PROBABILITIES, common_scale
-from fedmmkt.server_app.standings import weigh_answers
+from fedmmkt.server_app.standings import bound_answers, weigh_answers
 from fedmmkt.server_app.strategy import FedMMKT
 
 HIDDEN_ROUNDS = 3
@@ -261,15 +260,10 @@ def replayed(
         most = [CLIENT_CAP] * len(answers)
         if robust:
             names = [str(index) for index in range(recorded.seen_NC.shape[1])]
-            answers, excess, known = weigh_answers(answers, prompted_N, known, names)
-            most = [1 + part * (CLIENT_CAP - 1) for part in excess]
-        payloads = bounded([answer.required_payload for answer in answers], most)
-        logits_KNC = torch.stack([torch.from_numpy(payload.logits_NC).float() for payload in payloads])
-        if robust and rule not in RULES_OF_PROBABILITIES:
-            logits_KNC = common_scale(logits_KNC)
-        counts_KC = torch.stack([torch.from_numpy(payload.class_counts_C) for payload in payloads])
-        mass_NC = aggregations.get(rule, {})(logits_KNC, counts_KC, torch.from_numpy(prompted_N))
-        targets_NC = normalised(mass_NC).numpy()
+            answers, most, known = weigh_answers(answers, prompted_N, known, names, CLIENT_CAP)
+        payloads = [answer.required_payload for answer in bound_answers(answers, most, new=())]
+        found_NC = aggregate_payloads(aggregations.get(rule), rule, payloads, torch.from_numpy(prompted_N), robust)
+        targets_NC = found_NC.numpy()
         if lies or not attack:
             right = (targets_NC.argmax(1) == recorded.seen_NC.argmax(1)).mean()
             outcomes.append((float(right), float((targets_NC * recorded.seen_NC).sum(1).mean())))

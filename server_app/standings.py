@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 
@@ -10,11 +10,16 @@ import numpy as np
 from flwr.supercore import log
 
 from fedmmkt.server_app.exchange import Answer
+from fedmmkt.server_app.rules.bounds import bounded
 from fedmmkt.server_app.rules.reliability import Standing, judge_answers, weighed
 
 
 def weigh_answers(
-    answers: Sequence[Answer], prompted_N: np.ndarray, known: Mapping[str, Standing], classes: Sequence[str]
+    answers: Sequence[Answer],
+    prompted_N: np.ndarray,
+    known: Mapping[str, Standing],
+    classes: Sequence[str],
+    cap: float,
 ) -> tuple[list[Answer], list[float], dict[str, Standing]]:
     """Weigh the answers to a batch by how far they can be relied on.
 
@@ -28,22 +33,44 @@ def weigh_answers(
         The standing of each client that has answered and learned before; see `judge_answers`.
     classes : sequence of str
         Names of the classes.
+    cap : float
+        How many times the examples of the median client a client may count for at most.
 
     Returns
     -------
     tuple
-        The answers that count, as far as they count; for each of them, how far its client may count for more than the
-        median client, between 0 and 1; and the standing of each client that answered.
+        The answers that count, as far as they count; for each of them, how many times the examples of the median client
+        its client may count for, between 1 and ``cap``; and the standing of each client that answered.
     """
     judged = judge_answers({one.report.client: one.required_payload for one in answers}, prompted_N, known, classes)
-    counted, excess = [], []
+    counted, most = [], []
     for answer in answers:
         judgement = judged[answer.report.client]
         payload = weighed(answer.required_payload, judgement)
         if payload is not None:
             counted.append(answer if payload is answer.payload else replace(answer, payload=payload))
-            excess.append(judgement.excess)
-    return counted, excess, {name: judgement.standing for name, judgement in judged.items()}
+            most.append(1 + judgement.excess * (cap - 1))
+    return counted, most, {name: judgement.standing for name, judgement in judged.items()}
+
+
+def bound_answers(answers: Sequence[Answer], most: Sequence[float], new: Collection[str]) -> list[Answer]:
+    """Bound what each client can contribute, and show whose new answer is bounded.
+
+    Parameters
+    ----------
+    answers : sequence of Answer
+        The answers that count; at least one.
+    most : sequence of float
+        For each of them, how many times the examples of the median client its client may count for.
+    new : collection of str
+        The clients whose answers were not bounded before.
+    """
+    payloads = bounded([answer.required_payload for answer in answers], most)
+    for answer, payload in zip(answers, payloads, strict=True):
+        if payload is not answer.payload and answer.report.client in new:
+            said, counted = answer.report.examples, int(payload.class_counts_C.sum())
+            log(WARNING, "  clients   %s says %s examples, and counts as %s", answer.report.client, said, counted)
+    return [replace(answer, payload=payload) for answer, payload in zip(answers, payloads, strict=True)]
 
 
 def log_changes(before: Mapping[str, Standing], after: Mapping[str, Standing]) -> None:

@@ -6,11 +6,10 @@ The module `loop` calls these steps. The ledger and the recorder store their res
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from logging import INFO, WARNING
+from logging import INFO
 from typing import get_args
 
 import numpy as np
@@ -36,6 +35,7 @@ from fedmmkt.common.payloads import (
     SyntheticBatch,
 )
 from fedmmkt.common.registry import Registry
+from fedmmkt.server_app.consensus import Consensus, aggregate_payloads, covered_classes_C, with_logits
 from fedmmkt.server_app.exchange import Answer
 from fedmmkt.server_app.exploration import draw_parents, generate_or_vary
 from fedmmkt.server_app.ledger import Ledger, TargetsByClient
@@ -43,17 +43,14 @@ from fedmmkt.server_app.loop import Loop
 from fedmmkt.server_app.prompts import Prompt, PromptSource, classes_of_round
 from fedmmkt.server_app.recorder import Recorder
 from fedmmkt.server_app.requests import make_requests
-from fedmmkt.server_app.rules.aggregation import aggregations, normalised
-from fedmmkt.server_app.rules.bounds import bounded
+from fedmmkt.server_app.rules.aggregation import aggregations
 from fedmmkt.server_app.rules.checks import check_result
 from fedmmkt.server_app.rules.noisy_votes import sum_of_votes
 from fedmmkt.server_app.rules.scores import Feedback, scores
-from fedmmkt.server_app.rules.streaming import aggregate
-from fedmmkt.server_app.rules.sureness import RULES_OF_PROBABILITIES, scale_of
 from fedmmkt.server_app.rules.updates import updates
-from fedmmkt.server_app.rules.without_logits import check_prompts, completed, of_prompts
+from fedmmkt.server_app.rules.without_logits import check_prompts
 from fedmmkt.server_app.sampling import draw, draw_in_turns, sample_size
-from fedmmkt.server_app.standings import weigh_answers
+from fedmmkt.server_app.standings import bound_answers, weigh_answers
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
 from fedmmkt.server_app.trial import Guard
@@ -121,7 +118,10 @@ class FedMMKT(Strategy):
         self.aggregation = aggregations.get(config.t2i.aggregation, extra)
         self.score = scores.get(config.t2i.scores, extra)
         self.update = updates.get(config.t2i.update, extra)()
-        self._known: dict[tuple[int, ...], tuple[list[Answer], Tensor]] | None = None
+        cross_modal = config.t2i.agreement == "cross-modal"
+        self.consensus = Consensus(
+            lambda answers, prompted_N: self.aggregate_logits(answers, prompted_N), len(classes), cross_modal
+        )
         self.guard = Guard(config.t2i.guard, generator, ledger)
 
     # ------------------------------------------------------------------ the steps of a round
@@ -225,19 +225,14 @@ class FedMMKT(Strategy):
         It is called with answers that have logits, at least one.
         """
         payloads = [answer.required_payload for answer in answers]
-        logits = [payload.logits_NC for payload in payloads if payload.logits_NC is not None]
-        counts_KC = torch.stack([torch.from_numpy(payload.class_counts_C) for payload in payloads])
         name = self.config.t2i.aggregation
-        check = partial(check_result, key=aggregations.key, name=name)
-        scale = scale_of(logits) if self.config.robust and name not in RULES_OF_PROBABILITIES else None
-        mass_NC = aggregate(self.aggregation, logits, counts_KC, prompted_N, check, scale)
-        return normalised(check(mass_NC, tuple(logits[0].shape)))
+        return aggregate_payloads(self.aggregation, name, payloads, prompted_N, self.config.robust)
 
     def make_targets(self, batch: SyntheticBatch, answers: list[Answer]) -> SoftTargets:
         """Make the soft targets of a batch from answers; samples are weighted by the agreement of these clients."""
         prompted_N = torch.from_numpy(batch.prompted_N)
-        probabilities_NC = self._consensus(answers, answers, prompted_N)
-        text_consensus_NC = self._read_in_prompts(answers, prompted_N)
+        probabilities_NC = self.consensus.of(answers, answers, prompted_N)
+        text_consensus_NC = self.consensus.read_in_prompts(answers, prompted_N)
         agreement_N = Feedback(probabilities_NC, prompted_N, None, text_consensus_NC).agreement_N()
         return SoftTargets(
             batch_id=batch.batch_id,
@@ -253,14 +248,14 @@ class FedMMKT(Strategy):
         """
         judges = [answer for answer in with_logits(answers) if answer.report.modality == "image"]
         judges = judges or with_logits(answers)
-        consensus_NC = self._consensus(judges, answers, prompted_N)
+        consensus_NC = self.consensus.of(judges, answers, prompted_N)
         pairs = [answer for answer in with_logits(answers) if answer.report.modality == "image+text"]
         if pairs:
             unjudged_N = (prompted_N >= 0) & ~covered_classes_C(judges)[prompted_N]
             if bool(unjudged_N.any()):
-                of_pairs_NC = self._consensus(pairs, answers, prompted_N)
+                of_pairs_NC = self.consensus.of(pairs, answers, prompted_N)
                 consensus_NC = torch.where(unjudged_N[:, None], of_pairs_NC, consensus_NC)
-        text_consensus_NC = self._read_in_prompts(answers, prompted_N)
+        text_consensus_NC = self.consensus.read_in_prompts(answers, prompted_N)
         votes_N = sum_of_votes([answer.required_payload for answer in answers])
         scores_N = self.score(Feedback(consensus_NC, prompted_N, votes_N, text_consensus_NC))
         return check_result(scores_N, (len(prompted_N),), scores.key, self.config.t2i.scores)
@@ -348,12 +343,12 @@ class FedMMKT(Strategy):
         if not answers:
             return None, None
         batch, samples = self.ledger.served(server_round)
-        with self.recorder.timed("aggregate"), self._aggregating_once():
-            counted = self._bounded(answers, batch)
+        with self.recorder.timed("aggregate"), self.consensus.once():
+            counted = self._counted(answers, batch, {answer.report.client for answer in answers})
             targets, scores_N = self._learn_from(batch, counted)
             self.ledger.teach(server_round, targets, samples.scored(scores_N))
             self.ledger.keep_answers(server_round, answers)
-            text_consensus_NC = self._read_in_prompts(counted, samples.prompted_N)
+            text_consensus_NC = self.consensus.read_in_prompts(counted, samples.prompted_N)
             self.recorder.record_verdict(self.guard.judge(counted, samples.prompted_N, text_consensus_NC))
         with self.recorder.timed("adapt"):
             loss = self.guard.update(lambda: self.adapt_generator(server_round, self.ledger.pool))
@@ -380,9 +375,8 @@ class FedMMKT(Strategy):
             return
         late = [self.read_late_reply(sent_in, reply) for reply in replies]
         answers = sorted([*self.ledger.answers(sent_in), *late], key=lambda answer: answer.report.client)
-        with self.recorder.timed("aggregate"), self._aggregating_once():
-            names = {answer.report.client for answer in late}
-            counted = self._bounded(answers, batch, names)
+        with self.recorder.timed("aggregate"), self.consensus.once():
+            counted = self._counted(answers, batch, {answer.report.client for answer in late})
             self.ledger.teach_again(server_round, sent_in, *self._learn_from(batch, counted))
             self.ledger.keep_answers(sent_in, answers)
 
@@ -538,25 +532,6 @@ class FedMMKT(Strategy):
 
     # ------------------------------------------------------------------ parts of the steps
 
-    @contextmanager
-    def _aggregating_once(self) -> Iterator[None]:
-        """Aggregate the same answers once inside the block, though soft targets and scores both need them."""
-        self._known = {}
-        try:
-            yield
-        finally:
-            self._known = None
-
-    def _aggregated(self, answers: list[Answer], prompted_N: Tensor) -> Tensor:
-        """Return what `aggregate_logits` does; inside `_aggregating_once`, from memory if it was called before."""
-        known = self._known
-        if known is None:
-            return self.aggregate_logits(answers, prompted_N)
-        key = tuple(map(id, answers))
-        if key not in known:
-            known[key] = (answers, self.aggregate_logits(answers, prompted_N))  # Kept alive: ids are reused.
-        return known[key][1]
-
     def _overrides(self) -> str:
         """Name the methods that a subclass overrides, so that a misspelt one shows in the log."""
         public = [name for name, part in vars(FedMMKT).items() if callable(part) and not name.startswith("_")]
@@ -583,7 +558,7 @@ class FedMMKT(Strategy):
         return draw(ids, count, f"{self.config.seed}/evaluate")
 
     def _learn_from(self, batch: SyntheticBatch, counted: list[Answer]) -> tuple[TargetsByClient, Tensor]:
-        """Make soft targets for clients and scores for the T2I from answers to a batch, bounded by `_bounded`."""
+        """Make soft targets for clients and scores for the T2I from answers to a batch, as `_counted` returns them."""
         scores_N = self.score_samples(counted, torch.from_numpy(batch.prompted_N))
         return self._targets_by_client(batch, counted), scores_N
 
@@ -591,30 +566,19 @@ class FedMMKT(Strategy):
         """Return the side of the images that clients get, in pixels."""
         return min(self.config.data.image_size, self.generator.image_size)
 
-    def _bounded(
-        self, answers: list[Answer], batch: SyntheticBatch, late: Collection[str] | None = None
-    ) -> list[Answer]:
-        """Weigh the clients' answers by their reliability, bound what each can contribute, and name those concerned.
-
-        With ``late``, the names of clients whose answers came late, the standings of these alone change: the other
-        answers were judged before.
-        """
-        most = [self.config.client_cap] * len(answers)
-        if self.config.robust:
-            learns = self.config.client.distillation_weight or self.config.client.prompt_weight
-            known = self.ledger.standings if learns else {}
-            answers, excess, standings = weigh_answers(answers, batch.prompted_N, known, self.classes)
-            most = [1 + part * (self.config.client_cap - 1) for part in excess]
-            if late is not None:
-                standings = {name: standing for name, standing in standings.items() if name in late}
-            self.recorder.record_standings(self.ledger.standings, standings)
-            self.ledger.standings |= standings
-        payloads = bounded([answer.required_payload for answer in answers], most)
-        for answer, payload in zip(answers, payloads, strict=True):
-            if payload is not answer.payload:
-                said, counted = answer.report.examples, int(payload.class_counts_C.sum())
-                log(WARNING, "  clients   %s says %s examples, and counts as %s", answer.report.client, said, counted)
-        return [replace(answer, payload=payload) for answer, payload in zip(answers, payloads, strict=True)]
+    def _counted(self, answers: list[Answer], batch: SyntheticBatch, new: Collection[str]) -> list[Answer]:
+        """Return the answers to a batch as far as they count, and judge the clients whose answers are new, by name."""
+        config, known = self.config, self.ledger.standings
+        if not config.robust:
+            return bound_answers(answers, [config.client_cap] * len(answers), new)
+        learns = config.client.distillation_weight or config.client.prompt_weight
+        weighed, most, standings = weigh_answers(
+            answers, batch.prompted_N, known if learns else {}, self.classes, config.client_cap
+        )
+        changed = {name: standing for name, standing in standings.items() if name in new}
+        self.recorder.record_standings(known, changed)
+        self.ledger.standings = known | changed
+        return bound_answers(weighed, most, new)
 
     def _anchor_size(self) -> int:
         return self.generator.encoder.embedding_size if self.config.client.alignment_weight else 0
@@ -640,27 +604,6 @@ class FedMMKT(Strategy):
         of_modality = {modality: index_of(placeholder_report(modality)) for modality in get_args(Modality)}
         return TargetsByClient(tuple(distinct), of_client, of_modality)
 
-    def _consensus(self, chosen: list[Answer], answers: list[Answer], prompted_N: Tensor) -> Tensor:
-        """Aggregate the chosen answers that have logits; the prompts stand in for what answers without logits hold."""
-        having = with_logits(chosen)
-        if not having:
-            return of_prompts(prompted_N, len(self.classes))
-        consensus_NC = self._aggregated(having, prompted_N)
-        everybody = with_logits(answers)
-        if len(everybody) == len(answers):
-            return consensus_NC
-        return completed(consensus_NC, prompted_N, covered_classes_C(everybody))
-
-    def _read_in_prompts(self, answers: list[Answer], prompted_N: Tensor) -> Tensor | None:
-        """Return what text clients read in the prompts, as probabilities (samples x classes).
-
-        None if there are no text clients, if all prompts name a class, or if ``t2i.agreement`` does not use it.
-        """
-        readers = [answer for answer in with_logits(answers) if answer.report.modality == "text"]
-        if not readers or self.config.t2i.agreement != "cross-modal" or not bool((prompted_N < 0).any()):
-            return None
-        return self._aggregated(readers, prompted_N)
-
 
 strategies: Registry[type[FedMMKT]] = Registry(
     "strategy",
@@ -672,20 +615,10 @@ strategies: Registry[type[FedMMKT]] = Registry(
 strategies.register("fedmmkt")(FedMMKT)
 
 
-def with_logits(answers: list[Answer]) -> list[Answer]:
-    """Return the answers that have logits; those of clients with a privacy budget have none."""
-    return [answer for answer in answers if answer.required_payload.logits_NC is not None]
-
-
 def mean_accuracy(reports: Sequence[ClientReport]) -> dict[str, float]:
     """Return the mean of the accuracies that clients report, as a metric; empty if all withhold theirs."""
     told = [report.accuracy for report in reports if report.accuracy is not None]
     return {"accuracy": float(np.mean(told))} if told else {}
-
-
-def covered_classes_C(answers: list[Answer]) -> Tensor:
-    """Return for each class whether these clients have examples of it (bool, classes)."""
-    return torch.from_numpy(np.sum([answer.required_payload.class_counts_C for answer in answers], axis=0) > 0)
 
 
 def placeholder_report(modality: Modality) -> ClientReport:

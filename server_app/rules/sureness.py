@@ -13,24 +13,13 @@ RULES_OF_PROBABILITIES = frozenset({"mask", "mean", "era", "median"})
 SUREST = 0.95  # Quantile of a client's samples that shows how sure it gets.
 
 
-def common_scale(logits_KNC: Tensor) -> Tensor:
-    """Bound logits, so that no client is surer of any sample than the median client is of its surest ones.
+def scale_of(clients: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:
+    """Return a function that bounds logits: no client is surer of a sample than the median one at its surest.
 
     Two measures are bounded: the spread of a sample's logits, which makes probabilities sharp, by scaling them; and
     their logsumexp, on which a client can win by adding a constant, by shifting them. Logits within the bounds stay.
-
-    Parameters
-    ----------
-    logits_KNC : torch.Tensor
-        Logits, clients x samples x classes.
-    """
-    return scale_of([logits_NC.numpy() for logits_NC in logits_KNC])(logits_KNC)
-
-
-def scale_of(clients: Sequence[np.ndarray]) -> Callable[[Tensor], Tensor]:
-    """Return a function that bounds logits as `common_scale` does, of any clients and samples (..., classes).
-
-    The bounds are found one client at a time, so that the logits of all need not be held in full precision.
+    The function takes the logits of any clients and samples (..., classes). The bounds are found one client at a time,
+    so that the logits of all need not be held in full precision.
 
     Parameters
     ----------

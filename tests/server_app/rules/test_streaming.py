@@ -13,7 +13,7 @@ from fedmmkt.server_app.rules import streaming
 from fedmmkt.server_app.rules.aggregation import aggregations
 from fedmmkt.server_app.rules.checks import check_result
 from fedmmkt.server_app.rules.streaming import aggregate, by_sample
-from fedmmkt.server_app.rules.sureness import common_scale, scale_of
+from fedmmkt.server_app.rules.sureness import scale_of
 
 CHECK = partial(check_result, key="t2i.aggregation", name="own")
 PEAK = Path("/proc/self/clear_refs")
@@ -52,7 +52,7 @@ def test_parts_are_brought_to_one_scale_as_the_whole_is(name, monkeypatch):
     rule, (logits, counts_KC, prompted_N) = aggregations.get(name), answers(6, 40, 5)
     logits[2] = logits[2] * 5
     stacked_KNC = torch.stack([torch.from_numpy(logits_NC).float() for logits_NC in logits])
-    whole_NC = rule(common_scale(stacked_KNC), counts_KC, prompted_N)
+    whole_NC = rule(scale_of(logits)(stacked_KNC), counts_KC, prompted_N)
     monkeypatch.setattr(streaming, "AT_ONCE", 35)
     monkeypatch.setattr(streaming, "STACKED_AT_ONCE", 35)
 
