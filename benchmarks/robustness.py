@@ -216,7 +216,7 @@ class Recording(FedMMKT):
         messages = list(replies)  # type: ignore[call-overload]
         answers = sorted(map(self.read_train_reply, messages), key=lambda answer: answer.report.client)
         batch, samples = self.ledger.served(server_round)
-        judge = self.recorder.judge
+        judge = self.recorder.images.judge
         if judge is None:
             raise ValueError("a recording needs the judge")
         images_NHWC = resize_images(samples.images_NHWC, self.config.data.image_size)

@@ -280,7 +280,8 @@ def _check_unused(folder: Path) -> None:
 
 def _check_resumed(folder: Path, config: RunConfig) -> None:
     """Check that there is a checkpoint, and that it is one of these settings."""
-    from fedmmkt.server_app.record.checkpoint import check_same_settings, checkpoints, nothing_to_resume
+    from fedmmkt.server_app.record.checkpoint import checkpoints
+    from fedmmkt.server_app.record.resuming import check_same_settings, nothing_to_resume
     from fedmmkt.server_app.record.run_folder import RunFolder
 
     if not checkpoints(RunFolder(folder).checkpoints):

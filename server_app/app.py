@@ -22,16 +22,11 @@ from fedmmkt.common.failures import RunError, one_line, write_traceback
 from fedmmkt.server_app.class_space import classes_of_clients
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.prompts import build_prompt_source
-from fedmmkt.server_app.record.checkpoint import (
-    check_resumable,
-    checkpoints,
-    find_state,
-    kept_metrics,
-    remove_later_checkpoints,
-)
+from fedmmkt.server_app.record.checkpoint import checkpoints, remove_later_checkpoints
 from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.record.judge_training import train_judge
 from fedmmkt.server_app.record.provenance import describe_machine
+from fedmmkt.server_app.record.resuming import check_resumable, find_state, kept_metrics
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.record.trackers import check_trackers
 from fedmmkt.server_app.recorder import Recorder

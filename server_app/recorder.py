@@ -7,34 +7,30 @@ written at once; what is slow, the measures of the T2I and the pages, is done wh
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from flwr.app import Message
 from flwr.supercore import log
-from PIL import Image
 from torch import Tensor
 
 from fedmmkt.common.config import RunConfig
 from fedmmkt.common.failures import describe
-from fedmmkt.common.images import resize_images
 from fedmmkt.common.payloads import record_bytes
 from fedmmkt.common.progress import FIRST_SECONDS, GROWTH, TRANSIENT, Progress, duration
 from fedmmkt.server_app.exchange import Reply, listed_names
 from fedmmkt.server_app.ledger import Ledger
-from fedmmkt.server_app.prompts import Prompt, PromptSource
+from fedmmkt.server_app.prompts import PromptSource
 from fedmmkt.server_app.publish.card import write_adapter_card
 from fedmmkt.server_app.record.background import Background
 from fedmmkt.server_app.record.checkpoint import Checkpoints, ServerState
+from fedmmkt.server_app.record.console import figure, log_before_and_after, log_round
+from fedmmkt.server_app.record.evaluation_images import EvaluationImages
 from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.record.round_record import RoundRecord, spans
 from fedmmkt.server_app.record.run_folder import RunFolder
@@ -44,10 +40,8 @@ from fedmmkt.server_app.report.page import write_report
 from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.standings import log_changes
 from fedmmkt.server_app.t2i.generator import Generator
-from fedmmkt.server_app.t2i.samples import sample_seeds
 from fedmmkt.server_app.trial import log_verdict
 
-GRID_ROWS, GRID_COLUMNS = 10, 6
 PAGE_REST = 20  # After a page is written, none is for so many times the seconds that it took; the last one always is.
 
 
@@ -92,15 +86,10 @@ class Recorder:
         self.run_folder = run_folder
         self.trackers = Trackers(config.tracker, run_folder)
         self.generator = generator
-        self.prompts = prompts
-        self.judge = judge
         self._described = dict(described or {})
         self.last_round: int | None = None
         self._record = RoundRecord(0)
-        self._measured: dict[str, Any] = {}
-        self._measured_adapter: dict[str, Tensor] = {}
-        self._measured_round = -1
-        self._has_captions = False
+        self.images = EvaluationImages(config, classes, run_folder, generator, prompts, judge)
         self._history = History()
         self._checkpoints = Checkpoints(run_folder.checkpoints, config.checkpoints_kept)
         self._background = Background()
@@ -126,8 +115,8 @@ class Recorder:
         self.generator.adapter.save(self.run_folder.lora, state.adapter)
         self._history = History.of(self.run_folder.read_lines())
         if is_measured:
-            self._measured, self._measured_adapter = self._history.lines[-1]["generator"], state.adapter
-            self._measured_round = state.round
+            last = self._history.lines[-1]["generator"]
+            self.images.remember(state.round, state.adapter, {key: last[key] for key in last if key != "loss"})
         else:
             self._unmeasured = state.line, state.adapter
         ends = [end for _, _, end in state.line["seconds"].get("timeline", {}).get("server", ())]
@@ -240,7 +229,7 @@ class Recorder:
             self._record.messages.append((name, self._began, self._told))
             seconds, accuracy = self._told - self._began, reply.answer.report.accuracy
             count = f"{self._answered}/{self._expected}"
-            log(INFO, "  clients   %s  %-12s accuracy %s  (%.1f s)", count, name, _figure(accuracy), seconds)
+            log(INFO, "  clients   %s  %-12s accuracy %s  (%.1f s)", count, name, figure(accuracy), seconds)
         elif reply.kind == "rejected":
             same = next((other for other in known if other != name and known[other] == reply.reason), "")
             log(WARNING, "  clients   %s is left out of this round: %s", name, f"as {same}" if same else reply.reason)
@@ -258,7 +247,7 @@ class Recorder:
         evaluation = self._record.evaluations[reply.answer.report.client] = reply.answer.evaluation
         if evaluation.alone_correct_C is not None:
             alone = evaluation.alone_correct_C.sum() / evaluation.tested_C.sum()
-            accuracy = _figure(reply.answer.report.accuracy)
+            accuracy = figure(reply.answer.report.accuracy)
             log(INFO, "  evaluate  %-12s accuracy %s; alone %.3f", name, accuracy, alone)
 
     def record_standings(self, before: Mapping[str, Standing], after: Mapping[str, Standing]) -> None:
@@ -325,48 +314,9 @@ class Recorder:
     # ------------------------------------------------------------------ measures
 
     def _measure(self, round: int, adapter: dict[str, Tensor], measures: dict[str, Any]) -> None:
-        """Measure the T2I on the same prompts, seeds and guidance in each round, and write its image grid.
-
-        If the T2I has not learned in this round, it would generate the same images. The last measures are then reused.
-
-        Parameters
-        ----------
-        round : int
-            The round.
-        adapter : dict of str to torch.Tensor
-            The adapter at its end.
-        measures : dict
-            Gets the measures.
-        """
-        earlier = self.run_folder.picture(self._measured_round)
-        if self._measured_adapter and _equal(adapter, self._measured_adapter) and earlier.exists():
-            measures |= {key: value for key, value in self._measured.items() if key != "loss"}
-            if round != self._measured_round:
-                shutil.copyfile(earlier, self.run_folder.picture(round))
-            self._measured_round = round
-            return
-        with self._beside_timed("measure"), self.generator.adapter.holding(adapter):
-            count = self.config.t2i.evaluation_samples if self.judge else len(self.classes) * GRID_COLUMNS
-            drawn = self.prompts(count, np.random.default_rng(self.config.seed))
-            prompts = sorted(drawn, key=lambda prompt: prompt.class_index)
-            seeds = sample_seeds(self.config.seed, 0, count)
-            shown = _pictured([prompt.class_index for prompt in prompts])
-            made_for = range(count) if self.judge else shown
-            texts = [prompts[index].text for index in made_for]
-            guidance = self.config.t2i.evaluation_guidance
-            progress = Progress("measure", len(texts), "images")
-            made = self.generator.generate(texts, [seeds[index] for index in made_for], guidance, progress)
-            measures |= {"alignment": None, "frechet": None}
-            if self.judge:
-                images_NHWC = resize_images(made.images_NHWC, self.judge.image_size)
-                judged = self.judge.measure(images_NHWC, np.array([prompt.class_index for prompt in prompts]))
-                measures |= asdict(judged)
-            images = dict(zip(made_for, made.images_NHWC, strict=True))
-            pictures = [Image.fromarray(images[index]) for index in shown]
-            if not self._has_captions:
-                self._write_captions([prompts[index] for index in shown], pictures[0].size)
-            self.run_folder.write_images(round, pictures, GRID_COLUMNS)
-        self._measured, self._measured_adapter, self._measured_round = dict(measures), adapter, round
+        """Measure the T2I as it was at the end of a round; ``measures`` gets the result."""
+        with self._beside_timed("measure"):
+            measures |= self.images.measure(round, adapter)
 
     def _publish(
         self, line: dict[str, Any], adapter: dict[str, Tensor], measures: Mapping[str, Any], participation: str = ""
@@ -387,7 +337,7 @@ class Recorder:
                 self.report()
                 self._page_due = began + PAGE_REST * (time.perf_counter() - began)
             self._describe(write_adapter_card)
-        self._log_round(line, participation)
+        log_round(line, self.config.rounds, participation)
 
     @contextmanager
     def _beside_timed(self, name: str) -> Iterator[None]:
@@ -395,19 +345,6 @@ class Recorder:
         start = time.perf_counter()
         yield
         self._beside.append((name, start, time.perf_counter()))
-
-    def _write_captions(self, prompts: Sequence[Prompt], size: tuple[int, int]) -> None:
-        """Write the prompts of the image grid, and a real image beside each row if every row is of one class."""
-        rows = [prompts[start : start + GRID_COLUMNS] for start in range(0, len(prompts), GRID_COLUMNS)]
-        of_rows = [row[0].class_index if len({prompt.class_index for prompt in row}) == 1 else -1 for row in rows]
-        known = self.judge.real_images if self.judge and set(of_rows) <= self.judge.real_images.keys() else {}
-        self.run_folder.write_captions(
-            [prompt.text for prompt in prompts],
-            GRID_COLUMNS,
-            [self.classes[index] if index >= 0 else "" for index in of_rows],
-            [Image.fromarray(known[index]).resize(size) for index in of_rows if known],
-        )
-        self._has_captions = True
 
     def _state(self, line: dict[str, Any], adapter: dict[str, Tensor], ledger: Ledger) -> ServerState:
         """Collect the state that a later run needs to continue from here."""
@@ -443,68 +380,13 @@ class Recorder:
         except Exception as error:
             log(WARNING, "  %s failed, and the run goes on: %r", write.__name__.replace("_", " "), error)
 
-    # ------------------------------------------------------------------ console
-
-    def _log_round(self, line: Mapping[str, Any], participation: str) -> None:
-        clients, generator = line["clients"], line["generator"]
-        if line["round"] == 0:
-            log(INFO, "")
-        log(
-            INFO,
-            "round %s/%s | clients %s | image %s text %s both %s | alignment %s | Frechet %s | "
-            "%.2f MB down %.2f MB up | %.0f s",
-            line["round"],
-            self.config.rounds,
-            _figure(clients["accuracy"]),
-            *(_figure(clients["by_modality"].get(modality)) for modality in ("image", "text", "image+text")),
-            _figure(generator["alignment"]),
-            _figure(generator["frechet"], 1),
-            line["bytes"]["down"] / 1e6,
-            line["bytes"]["up"] / 1e6,
-            line["seconds"]["total"],
-        )
-        if participation:
-            log(INFO, "  clients   %s", participation)
-
     def end(self) -> None:
         """Wait for what is done beside the clients; show the measures of clients and T2I before and after the run."""
         self._background.wait()
         self.report()
-        lines = self._history.lines
-        first, last = lines[0], lines[-1]
         log(INFO, "")
-        alone = {name: values.get("alone") for name, values in last.get("evaluation", {}).get("per_client", {}).items()}
-        log(INFO, "%-28s %8s %8s %8s", "", "before", "alone", "after")
-        rows = [("clients' mean accuracy", "clients", "accuracy", 3), ("T2I alignment", "generator", "alignment", 3)]
-        rows.append(("T2I Frechet distance", "generator", "frechet", 1))
-        for name, section, key, digits in rows:
-            control = last.get("evaluation", {}).get("alone") if section == "clients" else None
-            before, after = _figure(first[section][key], digits), _figure(last[section][key], digits)
-            log(INFO, "%-28s %8s %8s %8s", name, before, _figure(control), after)
-        for client, values in last["clients"]["per_client"].items():
-            before = first["clients"]["per_client"].get(client, {}).get("accuracy")
-            name = f"  {client} ({values['modality']})"
-            figures = _figure(before), _figure(alone.get(client)), _figure(values["accuracy"])
-            log(INFO, "%-28s %8s %8s %8s", name, *figures)
+        log_before_and_after(self._history.lines[0], self._history.lines[-1])
         log(INFO, "")
         for cause in self._history.causes():
             log(WARNING, "Left out of a round or more: %s", cause)
         log(INFO, "Report: %s", self.run_folder.report)
-
-
-def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
-
-
-def _pictured(class_indices: list[int]) -> list[int]:
-    """Choose the samples of the image grid: one row per class, as far as there are enough samples."""
-    rows: dict[int, list[int]] = {}
-    for index, class_index in enumerate(class_indices):
-        rows.setdefault(class_index, []).append(index)
-    if len(rows) == 1:
-        return list(range(min(len(class_indices), GRID_ROWS * GRID_COLUMNS)))
-    return [index for row in list(rows.values())[:GRID_ROWS] for index in row[:GRID_COLUMNS]]
-
-
-def _figure(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

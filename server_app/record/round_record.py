@@ -73,8 +73,6 @@ class RoundRecord:
     standings: dict[str, Standing] | None = None
     noises: dict[str, dict[str, float | None]] = field(default_factory=dict)
     generator_loss: float | None = None
-    alignment: float | None = None
-    frechet: float | None = None
     stages: list[tuple[str, float, float]] = field(default_factory=list)
     messages: list[tuple[str, float, float]] = field(default_factory=list)
     guard: dict[str, Any] | None = None
@@ -154,7 +152,7 @@ class RoundRecord:
                 "by_modality": {modality: self.accuracy(modality) for modality in modalities},
                 "per_client": per_client,
             },
-            "generator": {"alignment": self.alignment, "frechet": self.frechet, "loss": self.generator_loss},
+            "generator": {"alignment": None, "frechet": None, "loss": self.generator_loss},  # Measured later.
             "bytes": {"down": self.bytes_down, "up": self.bytes_up},
             "seconds": {
                 **{stage: round(seconds, 3) for stage, seconds in self.seconds.items()},

@@ -122,7 +122,7 @@ def test_a_page_that_cannot_be_drawn_costs_itself_and_not_the_run(tiny_run, make
 def test_without_a_judge_only_the_images_that_are_shown_are_made(tiny_run, make_grid, monkeypatch):
     run_config = tiny_run(min_available_nodes=1, client__models="mlp", judge=False)
     strategy = build_strategy(RunConfig.from_flower(run_config), 1)
-    monkeypatch.setattr("fedmmkt.server_app.recorder.GRID_ROWS", 2)
+    monkeypatch.setattr("fedmmkt.server_app.record.evaluation_images.GRID_ROWS", 2)
     made, generate = [], strategy.generator.generate
     strategy.generator.generate = lambda prompts, *rest, **more: (
         made.append(prompts) or generate(prompts, *rest, **more)

@@ -16,7 +16,8 @@ from fedmmkt.deploy.run_checks import check_run
 from fedmmkt.deploy.run_config_text import parse_run_config
 from fedmmkt.deploy.settings import earlier_nodes, effective_config
 from fedmmkt.server_app.app import build_strategy
-from fedmmkt.server_app.record.checkpoint import checkpoints, kept_metrics, read_checkpoint
+from fedmmkt.server_app.record.checkpoint import checkpoints, read_checkpoint
+from fedmmkt.server_app.record.resuming import kept_metrics
 from fedmmkt.server_app.strategy import FedMMKT, strategies
 from tests import ROOT
 from tests.conftest import TINY, registered

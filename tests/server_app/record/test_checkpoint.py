@@ -11,9 +11,9 @@ from fedmmkt.server_app.record.checkpoint import (
     DamagedCheckpointError,
     ServerState,
     checkpoints,
-    kept_metrics,
     read_checkpoint,
 )
+from fedmmkt.server_app.record.resuming import kept_metrics
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.t2i.samples import Samples
 
