@@ -96,8 +96,8 @@ def write_adapter_card(folder: Path, history: History | None = None) -> Path:
     sections = {
         "": f"{shown}A LoRA adapter of {_described_base(base)}. {_learning(config, lines, bool(run.read_failure()))}",
         "How to load it": f"```python\n{loading_code(base, library, config, prompts[0])}```\n\n"
-        f"{_prompt_text(prompts, 'trained on' if _has_learned(config, lines) else 'run with')}",
-        "How it was trained" if _has_learned(config, lines) else "The run": _training(config, versions, lines),
+        f"{_prompt_text(prompts, 'run with' if _untrained(config, lines) else 'trained on')}",
+        "The run" if _untrained(config, lines) else "How it was trained": _training(config, versions, lines),
         "Results": _results(lines),
         "How it was evaluated": _evaluation(config),
         "Privacy": describe_privacy(config, *_budgets(lines)),
@@ -194,22 +194,25 @@ def _described_base(model: str) -> str:
     return f"[{model}](https://huggingface.co/{model})" if is_on_hub(model) else f"a model named `{base_name(model)}`"
 
 
-def _has_learned(config: RunConfig, lines: list[Line]) -> bool:
-    """Tell whether the adapter has been trained: not in round 0, nor where the T2I model is left as it is."""
-    return config.t2i.scores != FROZEN and bool(lines) and lines[-1]["round"] > 0
+def _untrained(config: RunConfig, lines: list[Line]) -> str:
+    """Say why the adapter has not been trained; empty if it has."""
+    if config.t2i.scores == FROZEN:
+        return "the run left the model as it is (`t2i.scores` was `none`)"
+    if not lines or lines[-1]["round"] == 0:
+        return "no round of training has ended"
+    if config.t2i.guard and not any(line.get("guard", {}).get("verdict") == "accepted" for line in lines):
+        return "the clients accepted none of its updates (`t2i.guard`)"
+    return ""
 
 
 def _learning(config: RunConfig, lines: list[Line], has_failed: bool) -> str:
     """Say what the adapter has learned, and of which round it is if the run has not ended well."""
     done = lines[-1]["round"] if lines else 0
-    if _has_learned(config, lines):
-        text = f"It was trained by {METHOD}."
-    else:
-        why = "the run left the model as it is (`t2i.scores` was `none`)"
-        if config.t2i.scores != FROZEN:
-            why = "no round of training has ended"
+    if why := _untrained(config, lines):
         unchanged = "is the adapter that the run began with" if config.t2i.adapter else "has no effect"
         text = f"**It was not trained**: {why}, so that it {unchanged}. The method: {METHOD}."
+    else:
+        text = f"It was trained by {METHOD}."
     if has_failed:
         return f"{text} **The run failed**; this is the adapter after round {done} of {config.rounds}."
     return text if done >= config.rounds else f"{text} This is the adapter after round {done} of {config.rounds}."
@@ -265,6 +268,7 @@ def _measures(lines: list[Line]) -> list[tuple[str, str, list[tuple[int, float]]
         ("accuracy", "Mean accuracy of the clients", points_of(lines, lambda line: line["clients"]["accuracy"])),
         ("alignment", "Alignment of images and prompts", points_of(lines, of_generator("alignment"))),
         ("frechet", "Fréchet distance to real images (lower is better)", points_of(lines, of_generator("frechet"))),
+        ("recall", "Recall of real images (how various the images are)", points_of(lines, of_generator("recall"))),
     ]
     return [measure for measure in found if measure[2]]
 
@@ -279,7 +283,7 @@ def _results(lines: list[Line]) -> str:
         rows += [(f"clients' accuracy, {kind}", _spread(first, kind), _spread(last, kind)) for kind in modalities]
     for kind, name, points in _measures(lines):
         if kind != "accuracy":
-            show = percent if kind == "alignment" else number
+            show = percent if kind in ("alignment", "recall") else number
             rows.append((name, show(points[0][1]), show(points[-1][1])))
     head = ("", f"before (round {first['round']})", f"after (round {last['round']})")
     return f"{_table(head, rows)}\n\nOver clients: mean ± standard deviation (lowest to highest). One run, one seed."
@@ -307,7 +311,8 @@ def _evaluation(config: RunConfig) -> str:
         f"seeds and guidance scale {config.t2i.evaluation_guidance:g}, from which nobody learned. A classifier "
         "that was trained on the real dataset judged them: alignment is the part that it recognises as what the prompt "
         "names, and the Fréchet distance compares its features of generated and of real images. It is no FID of "
-        "Inception features, and cannot be compared with one."
+        "Inception features, and cannot be compared with one. Recall is the part of the real images that lie among "
+        "generated ones in these features (arXiv 1904.06991); it falls where images become alike."
     )
 
 

@@ -228,3 +228,40 @@ def test_a_card_says_whether_the_adapter_was_trained(tmp_path):
     assert "**The run failed**; this is the adapter after round 2 of 4." in failed
     assert "**It was not trained**: no round of training has ended" in begun
     assert "no memory" not in failed + begun  # The cause may name clients and files.
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "trained"), [(["taken back", "undecided"], False), (["accepted", "taken back"], True)]
+)
+def test_a_card_says_if_clients_accepted_no_update(tmp_path, verdicts, trained):
+    run = RunFolder(make_run(tmp_path / "run"))
+    described = run.read_config()
+    described["config"]["t2i"]["guard"] = 0.125
+    described["config"]["rounds"] = 3
+    run.write_config(described)
+    for number, verdict in enumerate(verdicts, start=2):
+        guard = {"verdict": verdict, "preference": {}, "rounds": 1, "step": 0.5}
+        run.append_metrics(make_line(number, {"cnn-0": 0.5}, guard=guard))
+
+    card = write_adapter_card(run.path).read_text()
+
+    assert ("It was trained by [FedMMKT]" in card) == ("## How it was trained" in card) == trained
+    refused = (
+        "**It was not trained**: the clients accepted none of its updates (`t2i.guard`), so that it has no effect."
+    )
+    assert (refused in card) == ("## The run" in card) == (not trained)
+
+
+def test_a_card_tells_the_recall_of_the_t2i_if_it_was_measured(tmp_path):
+    measured, unmeasured = (RunFolder(make_run(tmp_path / name)) for name in ("measured", "unmeasured"))
+    for number, recall in ((1, 0.8), (2, 0.23)):
+        generator = {"alignment": 0.5, "frechet": 90.0, "loss": None}
+        measured.append_metrics(make_line(number, {"cnn-0": 0.5}, generator=generator | {"recall": recall}))
+        unmeasured.append_metrics(make_line(number, {"cnn-0": 0.5}, generator=generator))
+
+    card = ModelCard.load(write_adapter_card(measured.path))
+    other = write_adapter_card(unmeasured.path).read_text()
+
+    assert "| Recall of real images (how various the images are) | 80.0 % | 23.0 % |" in card.text
+    assert ("recall", 0.23) in [(result.metric_type, result.metric_value) for result in card.data.eval_results]
+    assert "| Recall" not in other
