@@ -100,6 +100,7 @@ def charts_of(lines: list[Line], chance: float | None = None) -> list[Chart]:
             _gains_chart(rows) if len(rows) > MOST_CURVES else None,
             _line_chart("T2I alignment", lines, of_generator("alignment"), "green", in_percent=True),
             _line_chart("T2I Fréchet distance", lines, of_generator("frechet"), "pink"),
+            _line_chart("T2I recall", lines, of_generator("recall"), "sky", in_percent=True),
             _line_chart("LoRA loss", lines, of_generator("loss"), "orange"),
             _bytes_chart(lines),
             _seconds_chart(lines),

@@ -37,6 +37,7 @@ CURVES: dict[str, tuple[Measure, bool]] = {
     "Clients' mean accuracy": (mean_accuracy, True),
     "T2I alignment": (of_generator("alignment"), True),
     "T2I Fréchet distance": (of_generator("frechet"), False),
+    "T2I recall": (of_generator("recall"), True),
 }
 
 

@@ -155,8 +155,8 @@ def mean_accuracy(line: Line) -> float | None:
 
 
 def of_generator(key: str) -> Measure:
-    """Return a measure: the value of the T2I model under a key."""
-    return lambda line: line["generator"][key]
+    """Return a measure: the value of the T2I model under a key; runs of earlier versions lack some."""
+    return lambda line: line["generator"].get(key)
 
 
 def headlines_of(lines: list[Line], alignment_samples: int | None = None) -> list[Headline]:
@@ -176,7 +176,16 @@ def headlines_of(lines: list[Line], alignment_samples: int | None = None) -> lis
         found += [
             _clients_headline(title(name.capitalize()), lines, accuracy_of_modality(name), name) for name in modalities
         ]
-    found += [_alignment_headline(lines, alignment_samples), _frechet_headline(lines)]
+
+    def alignment_change(before: float, after: float) -> tuple[str, Verdict]:
+        judged = verdict(share(before, alignment_samples), share(after, alignment_samples))
+        return points(after - before), judged
+
+    found += [
+        _t2i_headline("alignment", "alignment", lines, percent, "recognised as prompted", alignment_change),
+        _t2i_headline("Fréchet distance", "frechet", lines, number, "lower is better", _frechet_change),
+        _t2i_headline("recall", "recall", lines, percent, "real images that generated ones cover", _recall_change),
+    ]
     return [headline for headline in found if headline is not None]
 
 
@@ -203,32 +212,60 @@ def _clients_headline(title: str, lines: list[Line], measure: Measure, modality:
     return Headline(title, (*values, ("federated", percent(after))), change, verdict(base, federated), note)
 
 
-def _alignment_headline(lines: list[Line], samples: int | None) -> Headline | None:
-    measured = points_of(lines, of_generator("alignment"))
+def _t2i_headline(
+    name: str,
+    key: str,
+    lines: list[Line],
+    written: Callable[[float], str],
+    note: str,
+    changed: Callable[[float, float], tuple[str, Verdict]],
+) -> Headline | None:
+    """Compare a measure of the T2I before and after; ``changed`` says the change, and whether it is beyond noise."""
+    title, measured = f"T2I {name}", points_of(lines, of_generator(key))
     if not measured:
         return None
     (first, before), (last, after) = measured[0], measured[-1]
-    note = f"recognised as prompted, {_rounds(first, last)}"
+    note = f"{note}, {_rounds(first, last)}"
     if first == last:
-        return Headline("T2I alignment", (("before", percent(before)),), "", "", note)
-    values = (("before", percent(before)), ("after", percent(after)))
-    judged = verdict(share(before, samples), share(after, samples))
-    return Headline("T2I alignment", values, points(after - before), judged, note)
+        return Headline(title, (("before", written(before)),), "", "", note)
+    values = (("before", written(before)), ("after", written(after)))
+    return Headline(title, values, *changed(before, after), note)
 
 
-def _frechet_headline(lines: list[Line]) -> Headline | None:
-    measured = points_of(lines, of_generator("frechet"))
-    if not measured:
-        return None
-    (first, before), (last, after) = measured[0], measured[-1]
-    note = f"lower is better, {_rounds(first, last)}"
-    if first == last:
-        return Headline("T2I Fréchet distance", (("before", number(before)),), "", "", note)
+def _frechet_change(before: float, after: float) -> tuple[str, Verdict]:
     change = f"{100 * (after / before - 1):+.0f} %" if before else f"{after - before:+.3g}"
-    values = (("before", number(before)), ("after", number(after)))
     where = "nearer to real images" if after < before else "further from real images" if after > before else ""
-    change = ", ".join(filter(None, [change.replace("-", "−"), where]))
-    return Headline("T2I Fréchet distance", values, change, "", note)
+    return ", ".join(filter(None, [change.replace("-", "−"), where])), ""
+
+
+def _recall_change(before: float, after: float) -> tuple[str, Verdict]:
+    where = "images more alike" if after < before else "images more various" if after > before else ""
+    return ", ".join(filter(None, [points(after - before), where])), ""
+
+
+def fading_of(lines: Sequence[Line], images: int | None = None) -> list[str]:
+    """Say in a sentence that images have become more alike, if they have, and whether they look more real.
+
+    Parameters
+    ----------
+    lines : sequence of dict
+        The lines of ``metrics.jsonl``.
+    images : int, optional
+        Of how many images recall is a share. A fall that would be within the noise of so many independent ones is none;
+        if it is not known, any fall is one.
+    """
+    recalls, distances = (points_of(lines, of_generator(key)) for key in ("recall", "frechet"))
+    if not recalls:
+        return []
+    first, last = recalls[0][1], recalls[-1][1]
+    if last >= first or verdict(share(first, images), share(last, images)) == "within noise":
+        return []
+    before, after = percent(first), percent(last)
+    nearer = "nearer to real ones on the whole, but " if distances and distances[-1][1] < distances[0][1] else ""
+    return [
+        f"Images of the T2I are {nearer}more alike than before: {after} of the real images have their like among them, "
+        f"before {before} (recall)."
+    ]
 
 
 def _rounds(first: int, last: int) -> str:

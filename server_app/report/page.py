@@ -21,6 +21,7 @@ from fedmmkt.server_app.report.measures import (
     alone_of,
     client_rows,
     evaluations_of,
+    fading_of,
     headlines_of,
     summary_of,
 )
@@ -88,6 +89,7 @@ def _render(
     planned = config["rounds"]
     done = lines[-1]["round"] if lines else None
     clients = client_rows(lines)
+    images: Mapping[str, int] = described.get("judge", {}).get("images", {})
     return render(
         "page.html",
         title=_title(described, changed),
@@ -106,7 +108,7 @@ def _render(
         frozen=config["t2i"]["scores"] == FROZEN,
         changed=f"{changed:%Y-%m-%d %H:%M:%S}",
         headlines=headlines_of(lines, _judged_samples(config)),
-        summary=summary_of(clients),
+        summary=[*summary_of(clients), *fading_of(lines, min(images.values(), default=None))],
         alone=alone_of(lines).source,
         warmup_epochs=config["client"]["warmup-epochs"],
         private_epochs=config["client"]["warmup-epochs"] + planned * config["client"]["local-epochs"],
@@ -114,7 +116,7 @@ def _render(
         tested=_tested(lines),
         judged=any(line["generator"]["frechet"] is not None for line in lines),
         judge_accuracy=described.get("judge", {}).get("accuracy"),
-        images=described.get("judge", {}).get("images", {}),
+        images=images,
         floor_images=described.get("judge", {}).get("floors", {}).get("images"),
         measure_rows=measure_rows(lines, described.get("judge", {}).get("floors", {})),
         verdict_rows=verdict_rows(lines),

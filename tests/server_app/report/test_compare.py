@@ -26,7 +26,12 @@ def make_run(path, accuracies, rounds, pictures=True, **settings):
             {
                 "round": number,
                 "clients": {"accuracy": mean, "per_client": per_client},
-                "generator": {"alignment": 0.1 * number, "frechet": 90.0 - number, "loss": None},
+                "generator": {
+                    "alignment": 0.1 * number,
+                    "frechet": 90.0 - number,
+                    "recall": 0.9 - 0.1 * number,
+                    "loss": None,
+                },
                 "bytes": {"down": 1024**2, "up": 1024},
                 "seconds": {"generate": 1.0, "total": 8.0},
                 "replies": {"received": 1, "rejected": 0, "missing": 0, "reasons": {}},
@@ -58,6 +63,7 @@ def test_runs_of_other_rounds_and_clients_are_compared(runs, tmp_path):
         in page
     )
     assert "untrained 15.0 % → federated 40.0 % +25.0 points" in page
+    assert "before 90.0 % → after 70.0 % −20.0 points, images more alike" in page
     assert (
         "Key long short rounds 2 5 seed 0 7 A dash: the run has no such setting, as runs of an earlier version. Curves"
         in page
@@ -72,11 +78,11 @@ def test_runs_of_other_rounds_and_clients_are_compared(runs, tmp_path):
 def test_curves_lie_over_each_other_and_pictures_beside_each_other(runs, tmp_path):
     html = write_comparison(runs, tmp_path / "page.html").read_text()
 
-    titles = ["Clients&#39; mean accuracy", "T2I alignment", "T2I Fréchet distance"]
+    titles = ["Clients&#39; mean accuracy", "T2I alignment", "T2I Fréchet distance", "T2I recall"]
     assert re.findall(r"<h3>(.*?)</h3>", html) == [*titles, "long", "short"]
     drawn = re.findall(r"<svg.*?</svg>", html, flags=re.S)
     assert all("var(--blue)" in svg and "var(--orange)" in svg for svg in drawn)
-    assert len(drawn) == 3
+    assert len(drawn) == 4
     assert re.findall(r'alt="(.*?)"', html) == ["long, round 2", "long, round 0"]
     assert "No pictures." in html
     references = re.findall(r"""(?:src|href)=["']([^"'#]{1,15})""", html)

@@ -1,4 +1,7 @@
+import pytest
+
 from fedmmkt.server_app.report.images import MeasureRow, VerdictRow, measure_rows, verdict_rows
+from fedmmkt.server_app.report.measures import fading_of
 from fedmmkt.server_app.report.page import write_report
 from tests.server_app.report.test_page import make_line, make_run, text_of
 
@@ -43,3 +46,37 @@ def test_the_page_shows_both(tmp_path):
 
     assert "Recall 75.0 % 25.0 %" in page
     assert "2 accepted: clients prefer its images agreement −0.5, votes +3.2 50.0 %" in page
+
+
+def test_the_headlines_say_that_images_are_nearer_to_real_ones_and_more_alike(tmp_path):
+    page = text_of(write_report(make_run(tmp_path / "run", make_lines()).path).read_text())
+
+    headlines = page[: page.index("Generated images")]  # Above the pictures and the table.
+    assert "T2I recall before 75.0 % after 25.0 % −50.0 points, images more alike" in headlines
+    assert (
+        "Images of the T2I are nearer to real ones on the whole, but more alike than before: 25.0 % of the real images "
+        "have their like among them, before 75.0 % (recall)."
+    ) in headlines
+
+
+@pytest.mark.parametrize(
+    ("frechet", "recall", "images", "said"),
+    [
+        (200.0, 0.25, 200, ["Images of the T2I are more alike than before: 25.0 %"]),
+        (200.0, 0.7, None, ["Images of the T2I are more alike than before: 70.0 %"]),
+        (200.0, 0.7, 200, []),  # Two standard errors of the difference are 8.8 points.
+        (50.0, 0.75, 200, []),
+        (50.0, 0.8, 200, []),
+    ],
+)
+def test_a_fall_of_recall_beyond_noise_is_called_more_alike(frechet, recall, images, said):
+    after = BEFORE | {"frechet": frechet, "recall": recall}
+    lines = [make_line(number, {"cnn-0": 0.5}, generator=one) for number, one in enumerate((BEFORE, after))]
+
+    sentences = fading_of(lines, images)
+
+    assert [sentence.partition(" of the real images")[0] for sentence in sentences] == said
+
+
+def test_runs_of_earlier_versions_say_nothing_of_recall():
+    assert fading_of([make_line(number, {"cnn-0": 0.5}) for number in range(2)]) == []
