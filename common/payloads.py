@@ -457,14 +457,30 @@ class DistillationPayload(_Message):
             return
         if report.modality == "text":
             raise PayloadError("votes were sent by a client that reads no images")
-        counts_noise, votes_noise = SURELY * (self.counts_noise or 0), SURELY * (self.votes_noise or 0)
-        unsure = counts_noise * len(self.class_counts_C) ** 0.5
-        voters_N = np.where(prompted_N < 0, examples + unsure, self.class_counts_C[prompted_N] + counts_noise)
-        if wrong := int((self.votes_N > voters_N + votes_noise).sum()):
+        votes_noise = SURELY * (self.votes_noise or 0)
+        if wrong := int((self.votes_N > self.voters_N(prompted_N, SURELY) + votes_noise).sum()):
             raise PayloadError(f"{wrong} of {len(self.votes_N)} samples have more votes than images that may vote")
-        most = VOTES_PER_IMAGE * (examples + unsure) + votes_noise * len(self.votes_N) ** 0.5
+        most = VOTES_PER_IMAGE * self._examples(SURELY) + votes_noise * len(self.votes_N) ** 0.5
         if (cast := float(self.votes_N.sum(dtype=np.float64))) > most:
             raise PayloadError(f"{cast:g} votes of {examples} images; allowed: {VOTES_PER_IMAGE} of each")
+
+    def voters_N(self, prompted_N: np.ndarray, deviations: float) -> np.ndarray:
+        """Return how many of the client's images may vote for each sample at most (samples,).
+
+        Parameters
+        ----------
+        prompted_N : numpy.ndarray
+            int64; the class that each sample's prompt names, -1 if it names none.
+        deviations : float
+            How many standard deviations of noise in the class counts are granted.
+        """
+        of_class_N = self.class_counts_C[prompted_N] + deviations * (self.counts_noise or 0)
+        return np.where(prompted_N < 0, self._examples(deviations), of_class_N)
+
+    def _examples(self, deviations: float) -> float:
+        """Return the number of examples at most, if the class counts have noise."""
+        noise = (self.counts_noise or 0) * len(self.class_counts_C) ** 0.5
+        return float(self.class_counts_C.sum() + deviations * noise)
 
 
 @dataclass(frozen=True)

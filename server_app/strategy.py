@@ -256,7 +256,7 @@ class FedMMKT(Strategy):
                 of_pairs_NC = self.consensus.of(pairs, answers, prompted_N)
                 consensus_NC = torch.where(unjudged_N[:, None], of_pairs_NC, consensus_NC)
         text_consensus_NC = self.consensus.read_in_prompts(answers, prompted_N)
-        votes_N = sum_of_votes([answer.required_payload for answer in answers])
+        votes_N = sum_of_votes([answer.required_payload for answer in answers], prompted_N)
         scores_N = self.score(Feedback(consensus_NC, prompted_N, votes_N, text_consensus_NC))
         return check_result(scores_N, (len(prompted_N),), scores.key, self.config.t2i.scores)
 
