@@ -149,7 +149,7 @@ def train_autoencoder(images_NCHW: Tensor, architecture: Architecture, steps: in
         sample_size=images_NCHW.shape[-1],
     ).to(images_NCHW.device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=warm_up(steps, 0.1))
     progress = Progress("autoencoder", steps, "steps", _tell)
     for step, index in enumerate(batches(len(images_NCHW), 32, steps, seed), start=1):
         batch = images_NCHW[index]
@@ -171,6 +171,11 @@ def train_autoencoder(images_NCHW: Tensor, architecture: Architecture, steps: in
 def encode(vae: AutoencoderKL, images_NCHW: Tensor) -> Tensor:
     """Encode images to latents (posterior means, unscaled)."""
     return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images_NCHW.split(256)])
+
+
+def warm_up(steps: int, part: float) -> float:
+    """Return the part of the steps in which the learning rate rises: ``part``, but at least two steps."""
+    return max(part, 2 / steps)
 
 
 def train_diffusion(
@@ -215,7 +220,7 @@ def train_diffusion(
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     average = EMAModel(parameters, decay=0.998, use_ema_warmup=True)
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=warm_up(steps, 0.05))
     tokens_NL = tokenizer(
         captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids.to(device)

@@ -273,6 +273,9 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.threads < 0:
         raise ConfigError(f"option --threads is {arguments.threads}; allowed: 0 or more")
+    for option in ("autoencoder_steps", "diffusion_steps"):
+        if (steps := getattr(arguments, option)) < 3:
+            raise ConfigError(f"option --{option.replace('_', '-')} is {steps}; allowed: 3 or more")
     multiple = 2 ** len(arguments.autoencoder)  # The autoencoder halves the side once a level but one, the U-Net once.
     if arguments.image_size < multiple or arguments.image_size % multiple:
         raise ConfigError(f"option --image-size is {arguments.image_size}; allowed: a multiple of {multiple}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -18,6 +19,7 @@ from benchmarks.rows import keep
 from fedmmkt.common.config import ConfigError, DataConfig, RunConfig, T2IConfig, to_flower
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.starter import public
+from fedmmkt.starter.pretraining import warm_up
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
 
@@ -159,6 +161,7 @@ def test_too_few_or_too_many_public_examples_are_refused(dataset, tmp_path, caps
     ("options", "said"),
     [
         (["--image-size", "20"], "option --image-size is 20; allowed: a multiple of 8"),
+        (["--diffusion-steps", "2"], "option --diffusion-steps is 2; allowed: 3 or more"),
         (["--unet", "12", "16"], "option --unet is [12, 16]; allowed: multiples of eight"),
         (["--label-column", "class"], "option --label-column is 'class', and the dataset has no such column"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
@@ -258,7 +261,7 @@ def test_curves_have_a_panel_for_what_some_rows_measure(tmp_path):
 def test_the_public_examples_of_each_class_are_counted_and_a_class_without_is_told(tmp_path, capsys):
     config = write_marked(tmp_path, ["yes" if index % 2 else "no" for index in range(40)])  # All "b", no "a".
     sizes = ["--image-size", "16", "--autoencoder", "8", "16", "--unet", "16", "16", "--tokens", "8", "--threads", "1"]
-    steps = ["--autoencoder-steps", "1", "--diffusion-steps", "1"]
+    steps = ["--autoencoder-steps", "3", "--diffusion-steps", "3"]
     command = ["--dataset", config.dataset, "--public", "consent=yes", "--out", str(tmp_path / "start"), *sizes, *steps]
 
     assert public.main(command) == 0
@@ -272,7 +275,7 @@ def test_the_public_examples_of_each_class_are_counted_and_a_class_without_is_to
 def test_pretraining_says_nothing_of_packages_that_it_does_not_need(tmp_path):
     config = write_marked(tmp_path, ["yes", "no"] * 20)
     sizes = ["--image-size", "16", "--autoencoder", "8", "16", "--unet", "16", "16", "--tokens", "8", "--threads", "1"]
-    steps = ["--autoencoder-steps", "1", "--diffusion-steps", "1"]
+    steps = ["--autoencoder-steps", "3", "--diffusion-steps", "3"]
     command = ["--dataset", config.dataset, "--public", "20", "--out", str(tmp_path / "start"), *sizes, *steps]
     environment = {key: value for key, value in os.environ.items() if key != "TRANSFORMERS_VERBOSITY"}
 
@@ -282,3 +285,13 @@ def test_pretraining_says_nothing_of_packages_that_it_does_not_need(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert "torchvision" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(("steps", "part"), [(4000, 0.05), (40, 0.05), (20, 0.1), (3, 2 / 3)])
+def test_the_learning_rate_rises_in_two_steps_at_least(steps, part):
+    assert warm_up(steps, 0.05) == pytest.approx(part)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=steps, pct_start=warm_up(steps, 0.05))
+    for _ in range(steps):
+        optimizer.step()
+        schedule.step()
