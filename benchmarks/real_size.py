@@ -1,4 +1,4 @@
-"""Stable Diffusion at its real size, compared with plain diffusers: ``python -m benchmarks.real_size``.
+"""T2I models at their real sizes, compared with plain diffusers: ``python -m benchmarks.real_size``.
 
 It generates images and fine-tunes a LoRA, with the generator class and with loops that users of diffusers would write.
 Both use the same numbers of images and steps, the same batch size and the same layers. Each runs in its own process, so
@@ -25,18 +25,29 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from peft import LoraConfig
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from fedmmkt.common.config import T2IConfig
 from fedmmkt.common.devices import pick_device
 from fedmmkt.server_app.t2i.families import family_of
-from fedmmkt.server_app.t2i.generator import Generator
+from fedmmkt.server_app.t2i.generator import Generator, empty_caches
 from fedmmkt.server_app.t2i.samples import Samples
 
 TOKENIZER = Path(__file__).parent.parent / "starter" / "model" / "tokenizer"
@@ -61,16 +72,17 @@ def text_encoder(sizes: tuple[int, int, int], activation: str, kind: type[Any] =
     return kind(config)
 
 
-def autoencoder(scaling_factor: float) -> AutoencoderKL:
-    """Make the autoencoder that both pipelines use."""
+def autoencoder(scaling_factor: float, channels: int = 4, **changes: Any) -> AutoencoderKL:
+    """Make the autoencoder that all pipelines use."""
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
-        latent_channels=4,
+        latent_channels=channels,
         sample_size=512,
         scaling_factor=scaling_factor,
+        **changes,
     )
 
 
@@ -106,9 +118,36 @@ def stable_diffusion_xl(latent_size: int) -> StableDiffusionXLPipeline:
     )
 
 
+def stable_diffusion_3(latent_size: int) -> StableDiffusion3Pipeline:
+    """Make Stable Diffusion 3 (medium); of its third text encoder, T5, one layer of 24."""
+    transformer = SD3Transformer2DModel(
+        sample_size=latent_size,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=192,
+    )
+    sizes = (CLIP_L, "quick_gelu"), (OPENCLIP_G, "gelu")
+    encoders = [text_encoder(*size, CLIPTextModelWithProjection) for size in sizes]
+    tokenizers = [CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77) for _ in range(2)]
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    t5 = T5EncoderModel(T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=1, vocab_size=32128))
+    words = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=256)  # In place of sentence pieces.
+    parts = encoders[0], tokenizers[0], encoders[1], tokenizers[1], t5, words
+    vae = autoencoder(1.5305, 16, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    return StableDiffusion3Pipeline(transformer, scheduler, vae, *parts)
+
+
 MODELS: dict[str, tuple[Callable[[int], Any], int]] = {
     "sd15": (stable_diffusion, 64),
     "sdxl": (stable_diffusion_xl, 128),
+    "sd3": (stable_diffusion_3, 128),
 }
 
 
@@ -183,7 +222,8 @@ def bare(work: Work) -> Cost:
     dtype = getattr(torch, config.dtype)
     pipeline = DiffusionPipeline.from_pretrained(config.model, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    unet = pipeline.unet
+    family = family_of(pipeline, config.model)(pipeline, device)
+    denoiser = family.denoiser
 
     def generate(count: int = work.images) -> None:
         for start in range(0, count, config.generation_batch_size):
@@ -194,13 +234,12 @@ def bare(work: Work) -> Cost:
     generate(1)
     _, seconds, generation = _measured(generate, device)
 
-    for part in (unet, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
-        if part is not None:
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
-    family = family_of(pipeline, config.model)(pipeline, device)
-    layers = [end for group in config.lora_targets for end in family.lora_groups[group]]
-    unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=layers))
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    layers = [end for group in config.lora_targets for end in family.lora_groups.get(group, ())]
+    denoiser.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=layers))
+    parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
@@ -208,24 +247,33 @@ def bare(work: Work) -> Cost:
         states = family.encode(work.prompts[:1])
     batch, at_once = config.adaptation_batch_size, config.adaptation_micro_batch_size
     states = {name: tensor.expand(at_once, *tensor.shape[1:]) for name, tensor in states.items()}
-    side = unet.config.sample_size
+    shape = denoiser.config.in_channels, denoiser.config.sample_size, denoiser.config.sample_size
 
     def update(steps: int = work.updates) -> None:
-        unet.train()
+        denoiser.train()
         for _ in range(steps):
             optimizer.zero_grad()
             for _ in range(batch // at_once):
-                latents, noise = torch.randn(2, at_once, 4, side, side, device=device)
-                times_B = torch.randint(1000, (at_once,), device=device)
-                noisy = family.noise_scheduler.add_noise(latents, noise, times_B)
+                noisy, times_B, target = noised(pipeline, torch.randn(at_once, *shape, device=device))
                 predicted = family.predict(noisy.to(dtype), times_B, states)
-                (F.mse_loss(predicted.float(), noise) * at_once / batch).backward()
+                (F.mse_loss(predicted.float(), target) * at_once / batch).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
 
     update(1)
     _, adapted, learned = _measured(update, device)
     return Cost(None, work.images / seconds, work.updates / adapted, generation, learned)
+
+
+def noised(pipeline: Any, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Add noise at random times; return the noisy latents, the times and what the denoiser is to predict."""
+    noise, count = torch.randn_like(latents), len(latents)
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        sigma = torch.rand(count, 1, 1, 1, device=latents.device)
+        return (1 - sigma) * latents + sigma * noise, 1000 * sigma.flatten(), noise - latents
+    times_B = torch.randint(1000, (count,), device=latents.device)
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    return scheduler.add_noise(latents, noise, times_B), times_B, noise
 
 
 def _measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
@@ -277,8 +325,12 @@ def main() -> None:
         if not (folder / "model_index.json").exists():
             print(f"building {folder}", file=sys.stderr, flush=True)
             torch.set_default_dtype(getattr(torch, arguments.dtype))
-            make(latent_size).save_pretrained(folder)
+            with device:  # Random weights of this size take minutes on a CPU.
+                pipeline = make(latent_size)
             torch.set_default_dtype(torch.float32)
+            pipeline.save_pretrained(folder)
+            del pipeline
+            empty_caches()
         config = T2IConfig(
             model=str(folder),
             device=(str(device),),
