@@ -37,19 +37,22 @@ CLIENT_APP = "fedmmkt.client_app.app:app"
 PLAIN: Overrides = {"client.balanced-softmax": False, "client.prompt-weight": 0.0, "client.alignment-weight": 0.0}
 
 
-def run_once(folder: Path, overrides: Overrides, nodes: int, app: str = CLIENT_APP) -> Lines:
-    """Run one row with one seed on simulated nodes, unless the run is kept; return its lines of metrics."""
+def run_once(folder: Path, overrides: Overrides, nodes: int, app: str = CLIENT_APP, device: str = "auto") -> Lines:
+    """Run one row with one seed on simulated nodes, unless the run is kept; return its lines of metrics.
+
+    ``device`` is the clients'.
+    """
     done = folder / "done.json"
     if not done.exists():
         # Not `fork`: the peak memory would then include the memory of this process.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            lines, seconds = pool.submit(_run, folder, overrides, nodes, app).result()
+            lines, seconds = pool.submit(_run, folder, overrides, nodes, app, device).result()
         keep(folder, lines, seconds)
     kept: Lines = json.loads(done.read_text())["lines"]
     return kept
 
 
-def _run(folder: Path, overrides: Overrides, nodes: int, app: str) -> tuple[Lines, float]:
+def _run(folder: Path, overrides: Overrides, nodes: int, app: str, device: str) -> tuple[Lines, float]:
     """Run once, with the server in this process and separate client processes.
 
     Returns the lines of metrics and the seconds. The last line also has the peak memory of server and clients.
@@ -58,7 +61,9 @@ def _run(folder: Path, overrides: Overrides, nodes: int, app: str) -> tuple[Line
     folders = {"output-dir": str(folder / "run"), "client.state-dir": str(folder / "clients")}
     common: dict[str, Setting] = {"tracker": "", "local-only-control": False, "min-available-nodes": nodes}
     run_config = to_flower(RunConfig()) | common | folders | overrides
-    node_configs: list[Any] = [{"partition-id": node, "num-partitions": nodes} for node in range(nodes)]
+    node_configs: list[Any] = [
+        {"partition-id": node, "num-partitions": nodes, "device": device} for node in range(nodes)
+    ]
     grid = InProcessGrid(app, run_config, node_configs, workers=min(nodes, os.cpu_count() or 1))
     start = time.perf_counter()
     # A new run id, because clients must not continue from their memory of an interrupted run.
