@@ -122,7 +122,7 @@ class FedMMKT(Strategy):
         self.consensus = Consensus(
             lambda answers, prompted_N: self.aggregate_logits(answers, prompted_N), len(classes), cross_modal
         )
-        self.guard = Guard(config.t2i.guard, generator, ledger)
+        self.guard = Guard(config.t2i.guard, generator, ledger, config.t2i.explore)
 
     # ------------------------------------------------------------------ the steps of a round
 

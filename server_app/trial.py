@@ -84,10 +84,12 @@ class Guard:
         The T2I model.
     ledger : Ledger
         Holds the state between rounds, and the pool.
+    explore : float
+        The first part of what each adapter makes that varies earlier samples. New samples are compared with new ones.
     """
 
-    def __init__(self, share: float, generator: Generator, ledger: Ledger) -> None:
-        self.share, self.generator, self.ledger = share, generator, ledger
+    def __init__(self, share: float, generator: Generator, ledger: Ledger, explore: float = 0.0) -> None:
+        self.share, self.generator, self.ledger, self.explore = share, generator, ledger, explore
 
     def generate(self, prompts: Sequence[Prompt], seed: int, generate: Callable[[list[Prompt]], Samples]) -> Samples:
         """Generate a batch with ``generate``; if a challenger is on trial, it makes a part of the samples."""
@@ -128,7 +130,8 @@ class Guard:
         if trial is None:
             return None
         said = opinions(answers, prompted_N, text_consensus_NC)
-        found = {name: compare(opinion, trial.made[-1], prompted_N) for name, opinion in said.items()}
+        group_N = 2 * prompted_N + varied(trial.made[-1], self.explore)
+        found = {name: compare(opinion, trial.made[-1], group_N) for name, opinion in said.items()}
         state, verdict, evidence = after_round(self.ledger.guard, found)
         self.ledger.guard = state
         if verdict == "accepted":
@@ -157,6 +160,15 @@ class Guard:
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.generator.adapter.state().items()}
+
+
+def varied(made_N: Tensor, explore: float) -> Tensor:
+    """Return which samples vary earlier ones (bool, samples): the first ones of each adapter, by ``explore``."""
+    varied_N = torch.zeros(len(made_N), dtype=torch.bool)
+    for arm_N in (made_N, ~made_N):
+        own = torch.nonzero(arm_N)[:, 0]
+        varied_N[own[: int(len(own) * explore)]] = True
+    return varied_N
 
 
 def _without(pool: Sequence[Samples], made: Sequence[Tensor]) -> list[Samples]:

@@ -9,7 +9,7 @@ from fedmmkt.common.config import RunConfig
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.guard import NO_TRIAL, GuardState, Trial
 from fedmmkt.server_app.t2i.samples import sample_seeds
-from fedmmkt.server_app.trial import Guard
+from fedmmkt.server_app.trial import Guard, varied
 
 HARM = {
     "t2i__guard": 0.125,
@@ -74,6 +74,13 @@ def test_a_batch_of_one_sample_is_the_champions(strategy, challenger):
 
     assert batch.prompts == (prompts[0].text,)
     assert [made_N.tolist() for made_N in strategy.ledger.guard.trial.made] == [[False]]
+
+
+def test_each_adapter_varies_the_first_part_of_what_it_makes():
+    made_N = torch.tensor([True, False, True, True, False, True, True])
+
+    assert varied(made_N, 0.5).tolist() == [True, True, True, False, False, False, False]  # Two of five, one of two.
+    assert not bool(varied(made_N, 0.0).any())
 
 
 @pytest.mark.parametrize("feedback", ["logits+votes", "logits"])
