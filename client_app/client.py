@@ -86,7 +86,7 @@ class Client:
             ancestors = zip(instructions.ancestors, instructions.ancestor_rounds, strict=True)
             self.memory = ClientMemory(state_folder, instructions.run_key, self.name, ancestors, other_folders)
             self.is_new = not self.memory.load_model(self.model, self.optimizer)
-            if self.is_new and self.node.has_own_data:
+            if self.node.has_own_data:
                 runs = (instructions.run_key, *instructions.ancestors)
                 remove_old_runs(state_folder, runs, self.name, self.node.keep_runs, self.node.keep_days)
         modality = self.model.task_model.modality

@@ -102,7 +102,7 @@ class ClientMemory:
     ) -> None:
         if not re.fullmatch(RUN_KEY, run_key):
             raise PayloadError(f"run key {run_key!r} is no plain name of letters, digits, - and _")
-        self.folder = private_folder(_folder(root, run_key, client))
+        self.folder = _folder(root, run_key, client)  # Made when there is something to keep: a run may be refused.
         self.final = root.expanduser() / plain_name(client) / FINAL
         remove_leftovers(self.folder)
         if not _rounds(self.folder):
@@ -196,7 +196,7 @@ class ClientMemory:
         # Clone, because models with tied weights have two names for one tensor, which safetensors refuses.
         weights = {names[name]: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         kept = self.batches()[-keep_batches:]
-        with replaced_folder(self.folder / f"round-{round:05d}", mode=0o700) as folder:
+        with replaced_folder(private_folder(self.folder) / f"round-{round:05d}", mode=0o700) as folder:
             model.task_model.save_description(folder)
             (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             save_file(weights, folder / WEIGHTS, {"format": "pt"})
@@ -243,7 +243,7 @@ class ClientMemory:
             rounds = [path for path in _rounds(folder) if int(path.name.removeprefix("round-")) <= last]
             newest, _ = _newest_whole(rounds)
             if newest is not None:
-                with replaced_folder(self.folder / newest.name, mode=0o700) as inherited:
+                with replaced_folder(private_folder(self.folder) / newest.name, mode=0o700) as inherited:
                     shutil.copytree(newest, inherited, copy_function=_link, dirs_exist_ok=True)
                 return
 

@@ -8,7 +8,7 @@ was answered before gets the same answer again, which costs nothing.
 Each line has the checksum of all lines up to it. Beside it, the node's state folder keeps the *head*: how many lines
 there were, and their checksum. So a ledger that was damaged, cut off or replaced by an older copy is found out; then
 nothing is answered until the operator makes a new one. A last line without an end is what a killed process was writing:
-it was not answered yet, and is removed.
+it was not answered yet, and is removed. What is refused is not written, and the number of runs is bounded.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from fedmmkt.common.files import private_folder, write_text
 from fedmmkt.common.privacy import Budget, Plan, epsilon_of, most_precision, plan_of, precision_of
 
 LEAST_SHARE = 0.01  # Part of a run's equal share below which what remains is not worth a run.
+MOST_RUNS = 100  # Plan lines for each run of the budget: who starts and resumes runs without end fills no disk.
+MOST_BYTES = 256 * 2**20  # Of a ledger; its answers to usual runs are some megabytes.
 _SLACK = 1e-9  # For rounding, relative to the budget.
 
 
@@ -176,7 +178,10 @@ class PrivacyLedger:
             return Statement(pages.budget, tuple(pages.noises), tuple(pages.origins))
 
     def plan(self, run_key: str, ancestors: Sequence[str], rounds: int) -> tuple[str, Plan]:
-        """Return the plan of a run; make one if it has none, from an equal share of what remains.
+        """Return the plan of a run; make one if it has none.
+
+        The first runs, as many as the budget is for, get an equal part of it each, which no other run can spend. Later
+        ones get all that the earlier ones have left unspent.
 
         Parameters
         ----------
@@ -197,10 +202,12 @@ class PrivacyLedger:
         LedgerError
             If the ledger cannot be used.
         SpentError
-            If what remains is not worth a run.
+            If what remains is not worth a run, or if there were `MOST_RUNS` runs for each run of the budget.
         """
         with self._open() as (pages, write):
             if run_key not in pages.origins:
+                if len(pages.origins) >= MOST_RUNS * pages.budget.runs:
+                    raise SpentError(f"the node refused: its privacy ledger has {len(pages.origins)} runs already")
                 # It gets a line even with an earlier run's plan: a run names its ancestors in its first message alone.
                 begun = (pages.origins[key] for key in reversed(ancestors) if key in pages.origins)
                 origin = next(begun, run_key)
@@ -292,8 +299,10 @@ class PrivacyLedger:
 
     def _write(self, descriptor: int, pages: _Pages, entry: dict[str, Any]) -> None:
         """Add an entry; when this returns, it is on the disk."""
-        os.ftruncate(descriptor, pages.size)  # Without the line that a killed process was writing.
         line, check = _line(pages.checks[-1], _content(entry))
+        if pages.size + len(line) > MOST_BYTES:
+            raise SpentError("the node refused: its privacy ledger is full")
+        os.ftruncate(descriptor, pages.size)  # Without the line that a killed process was writing.
         written = 0
         while written < len(line):
             written += os.write(descriptor, line[written:])
@@ -306,10 +315,10 @@ _NEW = "nothing is answered until there is a new one, from `fedmmkt budget new`"
 
 
 def _new_plan(pages: _Pages, rounds: int) -> Plan:
-    """Return the plan of a new run: an equal share of what remains; what earlier runs left unspent is part of it."""
-    whole = most_precision(pages.budget.epsilon, pages.budget.delta)
-    share = (whole - precision_of(pages.noises)) / max(1, pages.budget.runs - len(pages.plans))
-    if share < LEAST_SHARE * whole / pages.budget.runs:
+    whole, runs = most_precision(pages.budget.epsilon, pages.budget.delta), pages.budget.runs
+    unspent = whole - precision_of(pages.noises)
+    share = min(unspent, whole / runs) if len(pages.plans) < runs else unspent
+    if share < LEAST_SHARE * whole / runs:
         raise _spent(pages)
     return plan_of(share, rounds)
 

@@ -223,6 +223,8 @@ def test_what_a_killed_process_left_is_removed_at_the_next_start(three_rounds):
 
 def test_state_folders_and_their_parents_are_for_their_owner_only(tmp_path):
     memory = ClientMemory(tmp_path / "new" / "state", "run", "mlp-0")
+    assert not list(tmp_path.iterdir())  # A run that keeps nothing, such as one that is refused, leaves nothing.
+    save(memory, 1)
 
     folders = [memory.folder, *memory.folder.parents]
     made = folders[: folders.index(tmp_path)]
@@ -233,7 +235,7 @@ def test_old_runs_are_removed_by_number_and_by_age(tmp_path):
     for day, run in enumerate(("a", "b", "c", "d")):
         for client in ("mlp-0", "mlp-1"):
             folder = ClientMemory(tmp_path, run, client).folder
-            (folder / "round-00001").mkdir()
+            (folder / "round-00001").mkdir(parents=True)
             os.utime(folder, (0, time.time() - (4 - day) * 86_400))
     (tmp_path / "data" / "mlp-0").mkdir(parents=True)
 

@@ -63,17 +63,75 @@ def test_runs_divide_the_budget(tmp_path):
     ledger, whole = PrivacyLedger(tmp_path / "ledger", tmp_path / "heads"), most_precision(8, 1e-5)
 
     _, first = ledger.plan("first", (), rounds=1)
-    ledger.answer("counts of first", VALUES, 1.0, first.counts)  # Its votes are never asked for.
-    _, second = ledger.plan("second", (), rounds=1)
-    ledger.answer("counts of second", VALUES, 1.0, second.counts)
-    ledger.answer("votes of second", VALUES, 1.0, second.votes)
+    ledger.answer("counts of first", VALUES, 1.0, first.counts)  # Its votes are not asked for.
+    _, second = ledger.plan("second", (), rounds=2)
+    for question, noise in (("counts", second.counts), ("votes-0", second.votes), ("votes-1", second.votes)):
+        ledger.answer(question, VALUES, 1.0, noise)
+    _, third = ledger.plan("third", (), rounds=1)
 
     assert first == plan_of(whole / 2, 1)
-    assert second == plan_of(whole - first.counts**-2, 1)
+    assert second == plan_of(whole / 2, 2)
+    assert third.precision == pytest.approx(whole / 2 - first.counts**-2)
+    for question, noise in (("counts of third", third.counts), ("votes of third", third.votes)):
+        ledger.answer(question, VALUES, 1.0, noise)
     with pytest.raises(SpentError):
-        ledger.plan("third", (), rounds=1)
+        ledger.plan("fourth", (), rounds=1)
     with pytest.raises(SpentError):
         ledger.answer("votes of first", VALUES, 1.0, first.votes)
+
+
+def content(ledger):
+    return ledger.path.read_bytes(), {path.name: path.read_bytes() for path in ledger.heads.iterdir()}
+
+
+def test_what_is_refused_is_not_written(ledger):
+    origin, plan = ledger.plan("run", (), rounds=1)
+    ledger.answer("counts", VALUES, 1.0, plan.counts, origin)
+    ledger.answer("votes-0", VALUES, 1.0, plan.votes, origin)
+    before = content(ledger)
+
+    for number in range(3):
+        with pytest.raises(SpentError, match="the node refused: its privacy budget of epsilon 8 is spent"):
+            ledger.plan(f"other-{number}", ("unknown",), rounds=1)
+        with pytest.raises(SpentError, match="is spent"):
+            ledger.answer(f"votes-{number + 1}", VALUES, 1.0, plan.votes, origin)
+
+    assert content(ledger) == before
+
+
+def test_runs_without_end_fill_no_disk(ledger):
+    """A run that continues another one is free, and gets a line; so their number is bounded."""
+    _, plan = ledger.plan("run", (), rounds=1)
+    for number in range(99):
+        assert ledger.plan(f"again-{number}", ("run",), rounds=1) == ("run", plan)
+    before = content(ledger)
+
+    with pytest.raises(SpentError, match="the node refused: its privacy ledger has 100 runs already"):
+        ledger.plan("one more", ("run",), rounds=1)
+
+    assert content(ledger) == before
+    assert ledger.plan("again-98", (), rounds=1) == ("run", plan)  # Those that have a line go on.
+
+
+def test_a_run_after_another_that_spends_nothing_but_its_counts_is_refused_at_last(ledger):
+    for run in range(44):
+        origin, plan = ledger.plan(f"run-{run}", (), rounds=1)
+        ledger.answer(f"counts-{run}", VALUES, 1.0, plan.counts, origin)
+
+    # Each spends a tenth of what is left, until it is a hundredth: .9 ** 43 is .0108, and .9 ** 44 is .0097.
+    with pytest.raises(SpentError):
+        ledger.plan("run-44", (), rounds=1)
+
+
+def test_a_full_ledger_refuses_and_writes_nothing(ledger, monkeypatch):
+    origin, plan = ledger.plan("run", (), rounds=1)
+    before = content(ledger)
+    monkeypatch.setattr("fedmmkt.client_app.privacy.ledger.MOST_BYTES", len(before[0]) + 100)
+
+    with pytest.raises(SpentError, match="the node refused: its privacy ledger is full"):
+        ledger.answer("counts", VALUES, 1.0, plan.counts, origin)
+
+    assert content(ledger) == before
 
 
 def test_a_run_cannot_spend_what_other_runs_are_to_have(tmp_path):
@@ -262,6 +320,58 @@ def test_processes_share_a_ledger(ledger):
         assert answers.setdefault((question, kind), values_N) == values_N
     assert len(ledger.statement().noises) == 20
     assert ledger.statement().epsilon <= 8
+
+
+def take_part(path, heads, run, turns, results):
+    """Ask what a run of nine rounds asks, a question at each turn."""
+    ledger = PrivacyLedger(path, heads)
+    turns.get()
+    origin, plan = ledger.plan(run, (), rounds=9)
+    for number, noise in enumerate([plan.counts, *[plan.votes] * 9]):
+        try:
+            ledger.answer(f"{run}-{number}", VALUES, 1.0, noise, origin)
+            results.put((run, True))
+        except SpentError:
+            results.put((run, False))
+        turns.get()
+
+
+def answered_in_turns(ledger, order):
+    """Have runs in processes of their own ask in this order; return how many answers each got."""
+    context = multiprocessing.get_context("fork")
+    results, turns = context.Queue(), {run: context.Queue() for run in set(order)}
+    processes = [
+        context.Process(target=take_part, args=(ledger.path, ledger.heads, run, turns[run], results)) for run in turns
+    ]
+    for process in processes:
+        process.start()
+    counted = dict.fromkeys(turns, 0)
+    for run in order:
+        turns[run].put("go")
+        _, is_answered = results.get(timeout=60)
+        counted[run] += is_answered
+    for run, process in zip(turns, processes, strict=True):
+        turns[run].put("go")
+        process.join()
+    return counted
+
+
+def test_two_runs_at_once_do_not_starve_each_other(tmp_path):
+    create_ledger(tmp_path / "ledger", Budget(8.0, 1e-5, runs=2))
+    ledger = PrivacyLedger(tmp_path / "ledger", tmp_path / "heads")
+
+    counted = answered_in_turns(ledger, [*["first"] * 4, *["second", "first"] * 6, *["second"] * 4])
+
+    assert counted == {"first": 10, "second": 10}
+    assert ledger.statement().epsilon == pytest.approx(8)
+
+
+def test_a_run_too_many_starves_one_under_way_and_both_stay_within_the_budget(ledger):
+    """The budget is for one run; the second one is planned with what the first one has not spent."""
+    counted = answered_in_turns(ledger, [*["first"] * 4, *["second"] * 10, *["first"] * 6])
+
+    assert counted == {"first": 4, "second": 10}
+    assert ledger.statement().epsilon == pytest.approx(8)
 
 
 # ---------------------------------------------------------------------- killed at each write
