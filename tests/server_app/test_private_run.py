@@ -1,5 +1,7 @@
 """Whole runs with privacy budgets, in one process."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -12,8 +14,23 @@ from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.deploy.partition import write_partitions
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.loop import RunError
+from fedmmkt.server_app.strategy import FedMMKT, strategies
+from tests.conftest import registered
 
 PLAN = plan_of(most_precision(8, 1e-5), 2)
+
+
+class PowerCutError(Exception):
+    """The server dies."""
+
+
+class DiesIn2(FedMMKT):
+    """The server dies in round 2, when all clients have answered."""
+
+    def adapt_generator(self, server_round, pool):
+        if server_round == 2:
+            raise PowerCutError
+        return super().adapt_generator(server_round, pool)
 
 
 def run(run_config, grid, run_id=1):
@@ -116,6 +133,7 @@ def test_a_node_with_a_budget_beside_one_without(mixed, tmp_path):
 def test_a_second_run_on_a_spent_ledger_is_refused(mixed, tiny_run, tmp_path):
     run(mixed[0], grid_of(mixed))
     spent = PrivacyLedger(tmp_path / "ledger.jsonl").statement().epsilon
+    before = set((tmp_path / "node-0").rglob("*"))
     again = {**mixed[0], "output-dir": str(tmp_path / "again")}
 
     _, lines = run(again, grid_of((again, mixed[1])), run_id=2)
@@ -124,6 +142,8 @@ def test_a_second_run_on_a_spent_ledger_is_refused(mixed, tiny_run, tmp_path):
     assert [line["replies"]["reasons"].get("node 1", "")[-len(reason) :] for line in lines] == [reason] * 3
     assert list(lines[-1]["clients"]["per_client"]) == ["mlp"]
     assert PrivacyLedger(tmp_path / "ledger.jsonl").statement().epsilon == spent
+    left = {path.relative_to(tmp_path / "node-0").parts[0] for path in set((tmp_path / "node-0").rglob("*")) - before}
+    assert left == {"errors"}
 
 
 def test_without_its_ledger_a_node_answers_nothing_and_tells_its_own_log(mixed, tmp_path, caplog):
@@ -155,3 +175,48 @@ def test_a_run_that_goes_on_gets_the_same_answers_and_spends_once(tiny_run, make
     _, second = run(again, make_grid(again, nodes=2), run_id=3)
 
     assert [line["clients"] for line in first] == [line["clients"] for line in second]
+
+
+def entries(ledger):
+    return [json.loads(line)["entry"] for line in ledger.read_text().splitlines()]
+
+
+def noisy_answers(sent):
+    """Return the distinct answers with noise among replies, as they left the nodes: counts, and votes by batch."""
+    payloads = [
+        DistillationPayload.from_records(reply.content, "payload") for reply in sent if "payload" in reply.content
+    ]
+    private = [payload for payload in payloads if payload.votes_noise]
+    counts = {tuple(payload.class_counts_C.tolist()) for payload in private}
+    return counts, [(payload.batch_id, payload.votes_N.tolist()) for payload in private]
+
+
+def test_a_run_that_is_cut_off_halfway_goes_on_with_its_plan(mixed, tmp_path):
+    """Three rounds. The server dies when round 2 is answered, and goes on from the checkpoint of round 1."""
+    run_config, ledger = mixed[0] | {"rounds": 3}, tmp_path / "ledger.jsonl"
+    plan = plan_of(most_precision(8, 1e-5), 3)
+    grid = grid_of((run_config, mixed[1]))
+    before = replies_of(grid)
+    with registered(strategies, "tested", DiesIn2), pytest.raises(PowerCutError):
+        run(run_config | {"strategy": "tested"}, grid)
+    halfway = [entry["noise"] for entry in entries(ledger) if "question" in entry]
+    more = run_config | {"resume-from": run_config["output-dir"], "output-dir": str(tmp_path / "again")}
+    grid = grid_of((more, mixed[1]))
+    after = replies_of(grid)
+
+    with registered(strategies, "tested", FedMMKT):
+        _, lines = run(more | {"strategy": "tested"}, grid, run_id=2)
+
+    assert halfway == [plan.counts, plan.votes, plan.votes]
+    first, second = (entry for entry in entries(ledger) if "run" in entry)
+    assert first["origin"] == second["origin"] == first["run"] != second["run"]
+    assert [entry["noise"] for entry in entries(ledger) if "question" in entry] == [plan.counts, *[plan.votes] * 3]
+    assert [line["clients"]["per_client"]["cnn"]["privacy"]["epsilon"] for line in lines] == pytest.approx(
+        [epsilon_of([plan.counts, *[plan.votes] * rounds], 1e-5) for rounds in (0, 1, 2, 3)]
+    )
+    assert not any(line["replies"]["reasons"] for line in lines)
+    (counts_before, votes_before), (counts_after, votes_after) = noisy_answers(before), noisy_answers(after)
+    assert len(counts_before | counts_after) == 1
+    assert votes_before[1][1] == votes_after[0][1]  # Round 2 was asked twice, and answered alike.
+    answered = [entry["answer"] for entry in entries(ledger) if entry.get("question", "").startswith("votes")]
+    assert [votes_N for _, votes_N in [*votes_before, *votes_after[1:]]] == answered
