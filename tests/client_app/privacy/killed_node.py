@@ -4,9 +4,9 @@ Run as a process of its own, so that the node's processes can be forked from one
 has no threads.
 """
 
+import importlib
 import json
 import multiprocessing
-import os
 import signal
 import sys
 from pathlib import Path
@@ -16,20 +16,16 @@ import torch
 from flwr.app import Message
 from PIL import Image
 
+from fedmmkt.client_app import memory
 from fedmmkt.client_app.privacy.ledger import create_ledger
 from fedmmkt.common.config import RunConfig, to_flower
 from fedmmkt.common.images import encode_images
 from fedmmkt.common.payloads import DistillationPayload, Instructions, Request, SyntheticBatch
 from fedmmkt.common.privacy import Budget
 from fedmmkt.deploy.in_process import InProcessGrid
-from tests.client_app.privacy.killing import killing_at
+from tests.client_app.privacy.killing import kill_at_write
 
 ROUNDS = 2
-WRITES = (
-    *((os, name) for name in ("write", "fsync", "ftruncate", "link", "unlink", "rename", "replace", "mkdir", "chmod")),
-    (np, "savez"),
-    (torch, "save"),
-)
 
 
 def write_data(folder):
@@ -51,9 +47,7 @@ def batch_of(round_):
 
 def take_part(folder, data, kill_at, pipe):
     """Take part in a run, and send each answer as it would leave; be killed before the write of this number."""
-    counted = killing_at(kill_at)
-    for module, name in WRITES:
-        setattr(module, name, counted(getattr(module, name)))
+    kill_at_write(kill_at, (torch, "save"), (memory, "save_file"))
     quick = {"client.warmup-epochs": 0, "client.local-epochs": 0, "client.distillation-steps": 0, "data.image-size": 8}
     own = {"data-path": str(data), "privacy-ledger": str(folder / "ledger.jsonl"), "state-dir": str(folder / "state")}
     node = own | {"model": "mlp", "name": "ann"}
@@ -87,7 +81,15 @@ def answers_of(folder, data, kill_at):
     return [one for one in received if one is not None], done
 
 
+def entries(ledger):
+    """Return what the whole lines of a ledger say; what a killed process was writing has no end."""
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    return [json.loads(line)["entry"] for line in lines if line.endswith(b"\n")]
+
+
 def main(folder, step):
+    for library in ("datasets", "dp_accounting.rdp", "opendp.prelude", "sklearn.model_selection"):
+        importlib.import_module(library)  # Once, and not in each process, which imports them when it needs them.
     torch.set_num_threads(1)
     write_data(folder / "data")
     tried = []
@@ -96,9 +98,9 @@ def main(folder, step):
         home = folder / f"killed-{kill_at}"
         create_ledger(home / "ledger.jsonl", Budget(8.0))
         first, done = answers_of(home, folder / "data", kill_at)
+        killed = entries(home / "ledger.jsonl")
         again, _ = answers_of(home, folder / "data", 0)
-        lines = (home / "ledger.jsonl").read_text().splitlines()
-        tried.append({"answers": first, "again": again, "ledger": [json.loads(line)["entry"] for line in lines]})
+        tried.append({"answers": first, "killed": killed, "again": again, "ledger": entries(home / "ledger.jsonl")})
         kill_at += step
     print(json.dumps(tried))
 

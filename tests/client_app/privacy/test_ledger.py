@@ -1,6 +1,5 @@
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 
@@ -9,7 +8,7 @@ import pytest
 
 from fedmmkt.client_app.privacy.ledger import LedgerError, PrivacyLedger, SpentError, copy_ledger, create_ledger
 from fedmmkt.common.privacy import Budget, epsilon_of, most_precision, plan_of
-from tests.client_app.privacy.killing import killing_at
+from tests.client_app.privacy.killing import kill_at_write
 
 BUDGET = Budget(epsilon=8.0, delta=1e-5)
 VALUES = np.array([5, 0, 3])
@@ -379,15 +378,7 @@ def test_a_run_too_many_starves_one_under_way_and_both_stay_within_the_budget(le
 
 def answer_until_killed(path, heads, kill_at, pipe):
     """Answer what a run is asked, and be killed before the write of this number."""
-    counted = killing_at(kill_at)
-
-    def torn(descriptor, data):
-        """Write a part, so that the next call is at a torn line."""
-        return os_write(descriptor, data[: max(1, len(data) // 2)])
-
-    os_write = os.write
-    os.write, os.fsync, os.ftruncate = counted(torn), counted(os.fsync), counted(os.ftruncate)
-    os.replace, os.rename = counted(os.replace), counted(os.rename)
+    kill_at_write(kill_at)
     ledger = PrivacyLedger(path, heads)
     _, plan = ledger.plan("run", (), rounds=3)
     for question in ("counts", "votes-1", "votes-2", "votes-3"):
