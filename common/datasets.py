@@ -60,7 +60,7 @@ class Examples:
     whites : mapping
         What was taken for white in images of more than eight bits, as `whites_of` returns it.
     left_out : tuple of str
-        The rows that are not among them, each with the reason if it is not an empty cell.
+        What is not among them: rows, each with the reason if it is not an empty cell, and classes.
     """
 
     labels_N: NDArray[np.int64]
@@ -265,14 +265,16 @@ def relabel(
     if not unknown:
         return replace(examples, labels_N=labels_N)
     rows = np.flatnonzero(labels_N >= 0)
-    logger.warning("%s of %s examples are of classes that the run does not have, and are left out: %s",
-                   len(examples) - len(rows), len(examples), some(unknown))  # fmt: skip
+    line = f"{len(examples) - len(rows)} of {len(examples)} examples, of classes that the run does not have"
+    line = f"{line} ({some(unknown)})"
+    logger.warning("Left out: %s", line)
     images, texts = examples.images_NHWC, examples.texts
     return replace(
         examples,
         labels_N=labels_N[rows],
         images_NHWC=None if images is None else images[rows],
         texts=None if texts is None else [texts[row] for row in rows],
+        left_out=(line, *examples.left_out),
     )
 
 

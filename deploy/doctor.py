@@ -36,6 +36,7 @@ from fedmmkt.deploy.host_checks import (
     check_dataset,
     check_disk,
     check_folder,
+    check_ledger,
     check_model,
     check_t2i,
     check_versions,
@@ -132,6 +133,8 @@ def _config_checks(options: argparse.Namespace) -> Iterator[Check]:
     yield "model", partial(check_model, config, node)
     yield "data", partial(check_data, config, node)
     state = Path(node.state_dir or DEFAULT_FOLDER).expanduser()
+    if node.privacy_ledger:
+        yield "privacy ledger", partial(check_ledger, Path(node.privacy_ledger), state)
     yield from _folder_checks(state, options.free)
 
 

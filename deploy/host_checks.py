@@ -74,15 +74,40 @@ def check_model(config: RunConfig, node: NodeConfig) -> str:
 def check_data(config: RunConfig, node: NodeConfig) -> str:
     """Check that a node's data can be read, as its client does, and count the examples per class.
 
-    The class space is that of the run-config if it names classes, else that of the data.
+    The class space is that of the run-config if it names classes, else that of the data. With a privacy ledger, a node
+    whose data have none of them tells the server nothing of it: so it is told here.
     """
     from fedmmkt.client_app.data.private_data import load_private_data
     from fedmmkt.common.datasets import load_splits
+    from fedmmkt.common.tables import some
 
     classes = _named_classes(config) or load_splits(node.own_data(config.data), config.seed).classes
     modality = _build_model(config, node, classes).modality
     data = load_private_data(config, node, classes, "image" in modality, "text" in modality)
-    return _counted(node.data_path, data.train, data.test, classes)
+    counted = _counted(node.data_path, data.train, data.test, classes)
+    if not len(data.train):
+        raise ConfigError(
+            f"{counted}; the run's classes are {some(classes)} ('data.classes'): a node with these data would answer "
+            "with noise alone, and the server is told nothing of it"
+        )
+    return counted
+
+
+def check_ledger(ledger: Path, state: Path) -> str:
+    """Check that a node's privacy ledger can be used, and is not spent; say what is spent."""
+    from fedmmkt.client_app.privacy.ledger import PrivacyLedger
+    from fedmmkt.client_app.privacy.mode import HEADS
+
+    told = PrivacyLedger(ledger, state / HEADS).statement()
+    if not os.access(ledger.expanduser(), os.W_OK):
+        raise ConfigError(f"{ledger} cannot be written by this user; run as the service's user, or chown it")
+    spent = (
+        f"{ledger} has spent epsilon {told.epsilon:.3g} of {told.budget.epsilon:g} at delta {told.budget.delta:g}, in "
+        f"{len(told.runs)} run(s)"
+    )
+    if told.is_spent:
+        raise ConfigError(f"{spent}: a new run is refused, until there is a new ledger from `fedmmkt budget new`")
+    return spent
 
 
 def check_dataset(config: RunConfig) -> str:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,6 +85,11 @@ class Statement:
     def epsilon(self) -> float:
         """The epsilon that all answers together have spent, at the budget's delta."""
         return epsilon_of(self.noises, self.budget.delta)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether what remains is not worth a new run."""
+        return _unspent(self.budget, self.noises) < _least(self.budget)
 
 
 @dataclass
@@ -315,12 +320,24 @@ _NEW = "nothing is answered until there is a new one, from `fedmmkt budget new`"
 
 
 def _new_plan(pages: _Pages, rounds: int) -> Plan:
-    whole, runs = most_precision(pages.budget.epsilon, pages.budget.delta), pages.budget.runs
-    unspent = whole - precision_of(pages.noises)
-    share = min(unspent, whole / runs) if len(pages.plans) < runs else unspent
-    if share < LEAST_SHARE * whole / runs:
+    unspent = _unspent(pages.budget, pages.noises)
+    share = min(unspent, _equal_share(pages.budget)) if len(pages.plans) < pages.budget.runs else unspent
+    if share < _least(pages.budget):
         raise _spent(pages)
     return plan_of(share, rounds)
+
+
+def _unspent(budget: Budget, noises: Iterable[float]) -> float:
+    return most_precision(budget.epsilon, budget.delta) - precision_of(noises)
+
+
+def _equal_share(budget: Budget) -> float:
+    return most_precision(budget.epsilon, budget.delta) / budget.runs
+
+
+def _least(budget: Budget) -> float:
+    """Return the precision below which what remains is not worth a run."""
+    return LEAST_SHARE * _equal_share(budget)
 
 
 def _spent(pages: _Pages, part: str = "") -> SpentError:

@@ -10,6 +10,7 @@ from concurrent import futures
 from importlib.metadata import version
 
 import grpc
+import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -18,7 +19,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from packaging.requirements import Requirement
 from PIL import Image
 
+from fedmmkt.client_app.privacy.ledger import PrivacyLedger, create_ledger
 from fedmmkt.common.config import DataConfig
+from fedmmkt.common.privacy import Budget
 from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from fedmmkt.deploy.connection_checks import read_connection, split_address
 from fedmmkt.deploy.doctor import main
@@ -330,6 +333,51 @@ def test_data_columns_model_and_classes_that_are_not_there(doctor, node_config):
     code, lines = doctor("--node-config", node_config(), "--run-config", 'data.classes="zero,one"')
     assert code == 1
     assert lines[1].startswith("WRONG data: ")
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    create_ledger(tmp_path / "ledger.jsonl", Budget(8.0))
+    return tmp_path / "ledger.jsonl"
+
+
+def test_a_privacy_ledger_in_order_and_one_that_is_spent_or_missing(doctor, node_config, ledger, tmp_path):
+    fresh = doctor("--node-config", node_config(privacy_ledger=ledger))
+    used = PrivacyLedger(ledger, tmp_path / "state" / "privacy")
+    origin, plan = used.plan("run", (), rounds=1)
+    used.answer("counts", np.array([1]), 1.0, plan.counts, origin)
+    used.answer("votes", np.array([1]), 1.0, plan.votes, origin)
+    spent = doctor("--node-config", node_config(privacy_ledger=ledger))
+    ledger.unlink()
+    missing = doctor("--node-config", node_config(privacy_ledger=ledger))
+
+    assert (fresh[0], fresh[1][2]) == (
+        0,
+        f"ok    privacy ledger: {ledger} has spent epsilon 0 of 8 at delta 1e-05, in 0 run(s)",
+    )
+    assert spent[0] == missing[0] == 1
+    assert spent[1][2].startswith(
+        f"WRONG privacy ledger: {ledger} has spent epsilon 8 of 8 at delta 1e-05, in 1 run(s): a"
+    )
+    assert "cannot be opened (No such file or directory); nothing is answered until there is a new" in missing[1][2]
+
+
+def test_classes_that_a_node_with_a_privacy_ledger_does_not_have(doctor, node_config, ledger):
+    """Without a ledger they are refused; with one the server is told nothing, so the operator is."""
+    config = node_config(privacy_ledger=ledger)
+
+    some = doctor("--node-config", config, "--run-config", 'data.classes="zero,one"')
+    none = doctor("--node-config", config, "--run-config", 'data.classes="null,eins"')
+
+    assert (some[0], none[0]) == (0, 1)
+    assert re.search(
+        r"^ok    data: .* examples to learn \(zero \d+, one \d+\) and \d+ to test; left out: \d+ of \d+ examples, of "
+        r"classes that the run does not have \(eight, five, four, nine, seven and 3 more\), ",
+        some[1][1],
+    )
+    assert none[1][1].startswith("WRONG data: ")
+    assert "has 0 examples to learn () and 0 to test; left out: " in none[1][1]
+    assert "; the run's classes are null, eins ('data.classes'): a node with these data would answer" in none[1][1]
 
 
 def test_state_that_others_can_read_a_missing_folder_and_a_full_disk(doctor, node_config, tmp_path):
