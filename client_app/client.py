@@ -35,7 +35,6 @@ from fedmmkt.client_app.trained import ModelDescription
 from fedmmkt.common.config import NodeConfig, RunConfig
 from fedmmkt.common.datasets import Examples
 from fedmmkt.common.devices import pick_device
-from fedmmkt.common.images import decode_images
 from fedmmkt.common.payloads import (
     ClientReport,
     DistillationPayload,
@@ -311,9 +310,10 @@ class Client:
         return self._inputs(Examples(prompted_N, np.concatenate(images) if images else None, prompts))
 
     def _decoded(self, batch: SyntheticBatch) -> np.ndarray:
-        if batch.images is None or batch.offsets is None:
+        images_NHWC = batch.decoded_NHWC(self.config.data.image_size)
+        if images_NHWC is None:
             raise PayloadError(f"batch {batch.batch_id!r} came without images, which {self.model_name} reads")
-        return decode_images(batch.images, batch.offsets, self.config.data.image_size)
+        return images_NHWC
 
     def _inputs(self, examples: Examples) -> Inputs:
         images_BCHW = tokens_BL = None

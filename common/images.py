@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 Images = NDArray[np.uint8]
 
 LARGEST_LOSSLESS_SIDE = 64
-MAX_PIXELS = 4096 * 4096  # 48 MiB as RGB: more than any image of this project, and little enough for a client
+MAX_PIXELS = 2048 * 2048  # Of images in messages, which have sides of up to 1024; WebP decodes them in 113 MB.
 DEPTHS = (8, 10, 12, 14, 16, 32)  # bits of a grey value; no file says how many of its 16 or 32 are used
 
 # Bytes and milliseconds per encoded image on one core. They are why small images are lossless WebP, method 2.

@@ -19,6 +19,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from fedmmkt.common.images import decode_images
 from fedmmkt.common.plain_text import is_plain
 
 MAX_SAMPLES = 1_000_000
@@ -215,6 +216,15 @@ class SyntheticBatch(_Message):
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def decoded_NHWC(self, size: int) -> np.ndarray | None:
+        """Decode the images to RGB of ``size`` x ``size`` pixels; None without images, `PayloadError` if one is bad."""
+        if self.images is None or self.offsets is None:
+            return None
+        try:
+            return decode_images(self.images, self.offsets, size)
+        except ValueError as error:
+            raise PayloadError(f"batch {self.batch_id!r}: {error}") from error
 
     def without_images(self) -> SyntheticBatch:
         """Return the batch without images, for text-only clients."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -80,7 +82,9 @@ def test_images_of_several_sizes_need_a_size():
     assert decode_images(data, offsets, 8).shape == (2, 8, 8, 3)
 
 
-@pytest.mark.parametrize(("side", "message"), [(4100, "image 1 has 4100 x 4100 pixels; allowed"), (14_000, "image 1")])
+@pytest.mark.parametrize(
+    ("side", "message"), [(2049, "image 1 has 2049 x 2049 pixels; allowed: 4194304 in all"), (14_000, "image 1")]
+)
 def test_decompression_bombs_are_refused(side, message):
     buffer = io.BytesIO()
     Image.new("1", (side, side)).save(buffer, "PNG")
@@ -88,6 +92,30 @@ def test_decompression_bombs_are_refused(side, message):
     bomb = np.frombuffer(buffer.getvalue(), np.uint8)
     with pytest.raises(ValueError, match=message):
         decode_images(np.concatenate([small, bomb]), np.cumsum([0, len(small), len(bomb)]), 8)
+
+
+MEASURED = """
+import io, resource, sys
+import numpy as np
+from PIL import Image
+from fedmmkt.common.images import decode_images
+bomb = np.frombuffer(sys.stdin.buffer.read(), np.uint8)
+decode_images(bomb[:0], np.array([0]), 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decode_images(bomb, np.array([0, len(bomb)]), 8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
+@pytest.mark.parametrize(("format", "mode"), [("WEBP", "RGBA"), ("PNG", "LA"), ("PNG", "I;16"), ("JPEG", "CMYK")])
+def test_the_largest_image_of_a_message_is_decoded_in_256_mb(format, mode):
+    buffer = io.BytesIO()
+    Image.new(mode, (2048, 2048)).save(buffer, format)
+
+    run = subprocess.run([sys.executable, "-c", MEASURED], input=buffer.getvalue(), capture_output=True, check=True)
+
+    assert int(run.stdout) < 256 * 1000
 
 
 @settings(deadline=None)

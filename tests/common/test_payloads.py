@@ -104,6 +104,13 @@ def test_a_final_evaluation_survives_the_wire():
         parsed.check_classes(3)
 
 
+def test_images_that_cannot_be_decoded_are_refused_by_batch_and_image():
+    with pytest.raises(PayloadError, match=r"batch 'run-1': image 0 cannot be decoded: cannot identify image"):
+        make_batch().decoded_NHWC(8)
+
+    assert make_batch().without_images().decoded_NHWC(8) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
