@@ -68,8 +68,11 @@ def train_round(message: Message, context: Context) -> Message:
         raise PayloadError("a round needs a synthetic batch, and the message holds none")
     client = Client(context, request.instructions)
     client.receive(request)
+    batch = request.batches[-1]
+    # In private mode no answer depends on the model; so a spent budget refuses before anything is learned and kept.
+    private = client.answer(batch) if client.private else None
     client.learn()
-    payload = client.answer(request.batches[-1])
+    payload = private or client.answer(batch)
     return Message(
         RecordDict({**client.report().to_records("report"), **payload.to_records("payload")}), reply_to=message
     )
