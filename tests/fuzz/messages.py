@@ -253,6 +253,20 @@ def changed(data: bytes, max_size: int, seed: int) -> bytes:
     return proto.SerializeToString()[:max_size]
 
 
+def changed_upload(count: int, data: bytes, max_size: int, seed: int) -> bytes:
+    """Change one of the objects of an upload: mostly its body, whose length its head then says."""
+    draw, parts = random.Random(seed), split(data, count)
+    index = draw.randrange(count)
+    head, _, body = parts[index].partition(b"\0")
+    if draw.random() < 0.8:
+        body = atheris.Mutate(body, len(body) + 64)
+        words = head.split(b" ")
+        parts[index] = b" ".join([*words[:-1], str(len(body)).encode()]) + b"\0" + body
+    else:
+        parts[index] = atheris.Mutate(parts[index], len(parts[index]) + 64)
+    return join(parts)[:max_size]
+
+
 def _changed_value(old: object, draw: random.Random) -> object:
     if isinstance(old, bool):
         return not old
@@ -299,9 +313,9 @@ def main(arguments: list[str]) -> None:
     corpus = tempfile.mkdtemp(prefix=f"fuzz-{name}-")
     for number, data in enumerate(honest):
         (Path(corpus) / f"honest-{number}").write_bytes(data)
-    mutator = {} if name == "upload" else {"custom_mutator": changed}
+    mutator = partial(changed_upload, len(uploaded.names)) if name == "upload" else changed
     libfuzzer = [f"-max_len={LONGEST}", "-rss_limit_mb=0", f"-artifact_prefix={corpus}/", "-verbosity=0", *options]
-    atheris.Setup([sys.argv[0], *libfuzzer, corpus], partial(check, read, reader), **mutator)
+    atheris.Setup([sys.argv[0], *libfuzzer, corpus], partial(check, read, reader), custom_mutator=mutator)
     limit_memory()
     atheris.Fuzz()
 
