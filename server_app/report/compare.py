@@ -28,6 +28,7 @@ from fedmmkt.server_app.report.measures import (
 )
 from fedmmkt.server_app.report.numbers import flat
 from fedmmkt.server_app.report.pictures import Captions, Picture, captions_of, pictures_of
+from fedmmkt.server_app.report.privacy import client_names, feedback_of, privacy_rows
 from fedmmkt.server_app.report.template import render
 
 OWN_SETTINGS = ("output-dir", "resume-from")  # Each run has its own.
@@ -51,6 +52,8 @@ class ComparedRun:
         Name of its folder; the whole path if another run has the same name.
     status : str
         How far it is.
+    feedback : str
+        What clients answer with.
     settings : dict of str to str
         Its settings, classes and versions, by dotted key.
     lines : list of dict
@@ -73,6 +76,7 @@ class ComparedRun:
 
     name: str
     status: str
+    feedback: str
     settings: dict[str, str]
     lines: list[Line]
     clients: dict[str, ClientRow]
@@ -164,6 +168,7 @@ def _read(run: RunFolder, name: str) -> ComparedRun:
     return ComparedRun(
         name=name,
         status=_status(lines, config["rounds"], run.read_failure()),
+        feedback=feedback_of(config["feedback"], privacy_rows(lines), len(client_names(lines))),
         settings=settings,
         lines=lines,
         clients={row.name: row for row in client_rows(lines)},
@@ -198,6 +203,7 @@ def _write(runs: Sequence[ComparedRun], problems: Mapping[Path, str], out: Path)
         clients=_keys(runs, lambda run: run.clients, key=natural_key),
         is_comparable=len({run.judged_by for run in runs}) == 1,
         stages=[*STAGES, "total"],
+        has_noise=any(row.is_noisy for run in runs for row in run.clients.values()),
     )
     write_text(out, page)
     return out

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from fedmmkt.common.natural_order import natural_key
 from fedmmkt.server_app.report.measures import Line, evaluations_of
+from fedmmkt.server_app.report.numbers import about
+from fedmmkt.server_app.report.privacy import privacy_rows
 
 MOST_CLIENTS, MOST_CLASSES = 24, 20  # of more, those of the lowest accuracy are shown
 
@@ -21,7 +23,8 @@ class Cell:
     share : float or None
         Accuracy on this class; None without test examples of it.
     is_held : bool
-        Whether a client has private examples of the class; false in the row of all clients.
+        Whether a client has private examples of the class; false in the row of all clients, and where their number was
+        told with noise.
     title : str
         The numbers of examples.
     """
@@ -45,6 +48,7 @@ def heat_maps_of(lines: Sequence[Line], classes: Sequence[str]) -> list[HeatMap]
     evaluations = evaluations_of(lines)
     if not evaluations:
         return []
+    noisy = {row.name for row in privacy_rows(lines)}
     shown = _chosen_classes(evaluations, len(classes))
     clients = sorted(
         sorted(evaluations, key=lambda name: evaluations[name]["accuracy"])[:MOST_CLIENTS], key=natural_key
@@ -58,8 +62,11 @@ def heat_maps_of(lines: Sequence[Line], classes: Sequence[str]) -> list[HeatMap]
             title,
             tuple(classes[index] for index in shown),
             (
-                ("all clients", tuple(_pooled_cell(evaluations, index, key) for index in shown)),
-                *((name, tuple(_cell(evaluations[name], index, key) for index in shown)) for name in clients),
+                ("all clients", tuple(_pooled_cell(evaluations, index, key, bool(noisy)) for index in shown)),
+                *(
+                    (name, tuple(_cell(evaluations[name], index, key, name in noisy) for index in shown))
+                    for name in clients
+                ),
             ),
         )
         for title, key in kinds
@@ -75,16 +82,16 @@ def _chosen_classes(evaluations: Mapping[str, Any], count: int) -> list[int]:
     return sorted(sorted(range(count), key=accuracy)[:MOST_CLASSES])
 
 
-def _cell(evaluation: Mapping[str, Any], index: int, key: str) -> Cell:
+def _cell(evaluation: Mapping[str, Any], index: int, key: str, is_noisy: bool) -> Cell:
     correct, tested, examples = (evaluation[name][index] for name in (key, "tested", "examples"))
-    title = f"{correct} of {tested} test examples, {examples} private examples"
-    return Cell(correct / tested if tested else None, examples > 0, title)
+    title = f"{correct} of {tested} test examples, {about(examples, is_noisy)} private examples"
+    return Cell(correct / tested if tested else None, examples > 0 and not is_noisy, title)
 
 
-def _pooled_cell(evaluations: Mapping[str, Any], index: int, key: str) -> Cell:
+def _pooled_cell(evaluations: Mapping[str, Any], index: int, key: str, is_noisy: bool = False) -> Cell:
     """Return a cell of the clients' test examples together."""
     correct, tested, examples = (
         sum(evaluation[name][index] for evaluation in evaluations.values()) for name in (key, "tested", "examples")
     )
-    title = f"{correct} of {tested} tests at all clients, {examples} private examples"
+    title = f"{correct} of {tested} tests at all clients, {about(examples, is_noisy)} private examples"
     return Cell(correct / tested if tested else None, False, title)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fedmmkt.common.natural_order import natural_key
 from fedmmkt.server_app.report.noise import Share, Verdict, mean_share, share, verdict
-from fedmmkt.server_app.report.numbers import counted, number, percent, points
+from fedmmkt.server_app.report.numbers import about, counted, number, percent, points
 
 FROZEN = "none"  # The score rule that leaves the T2I model as it is.
 
@@ -59,6 +59,8 @@ class ClientRow:
         The accuracy weighted by the client's own class distribution, federated and alone.
     doubt : str
         In how many rounds the client did not count whole, and why at last; empty if it always did.
+    is_noisy : bool
+        Whether it told its number of examples with noise, for its privacy budget.
     """
 
     name: str
@@ -73,6 +75,12 @@ class ClientRow:
     personal: float | None
     alone_personal: float | None
     doubt: str = ""
+    is_noisy: bool = False
+
+    @property
+    def shown_examples(self) -> str:
+        """Its number of examples, as far as it is known."""
+        return about(self.examples, self.is_noisy)
 
     @property
     def base(self) -> Share:
@@ -309,6 +317,7 @@ def client_rows(lines: list[Line]) -> list[ClientRow]:
                 personal=evaluation.get("personal"),
                 alone_personal=evaluation.get("alone_personal"),
                 doubt=doubts.get(name, ""),
+                is_noisy="privacy" in after,
             )
         )
     return sorted(rows, key=lambda row: (row.modality, natural_key(row.name)))
@@ -348,6 +357,7 @@ def summary_of(rows: Sequence[ClientRow]) -> list[str]:
         f"{least.name} gains least: {points(least.gain)} "
         f"(from {percent(least.base.value)} to {percent(least.after.value)}{judged}).",
         f"{lowest.name} has the lowest accuracy: {percent(lowest.after.value)}, with "
-        f"{counted(lowest.examples, 'private example')} ({base} {percent(lowest.base.value)}).",
+        f"{'about ' if lowest.is_noisy else ''}{counted(lowest.examples, 'private example')} "
+        f"({base} {percent(lowest.base.value)}).",
     ]
     return sentences

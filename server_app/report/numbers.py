@@ -36,6 +36,11 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
 
 
+def about(number: int, is_noisy: bool) -> str:
+    """Format a number; one that was told with noise, for privacy, is not exact."""
+    return f"about {number}" if is_noisy else str(number)
+
+
 def counted(number: int, noun: str) -> str:
     """Format a number of things, such as ``2 clients``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -27,7 +27,7 @@ from fedmmkt.server_app.report.measures import (
 )
 from fedmmkt.server_app.report.numbers import counted, flat, seconds, size
 from fedmmkt.server_app.report.pictures import Captions, Picture, captions_of, pictures_of
-from fedmmkt.server_app.report.privacy import COVERED, client_names, privacy_rows
+from fedmmkt.server_app.report.privacy import COVERED, client_names, feedback_of, privacy_rows
 from fedmmkt.server_app.report.settings import ShownSetting, repeating_run_config, settings_of
 from fedmmkt.server_app.report.template import render
 from fedmmkt.server_app.report.timeline import timeline_of
@@ -94,7 +94,7 @@ def _render(
         "page.html",
         title=_title(described, changed),
         run_id=described["run_id"],
-        facts=_facts(config, classes, len(client_names(lines))),
+        facts=_facts(config, classes, lines),
         totals=_totals(lines),
         machine=_machine(described),
         command=repeating_run_config(config),
@@ -202,10 +202,11 @@ def _listed(lines: list[Line]) -> list[Line]:
     return [lines[index * (len(lines) - 1) // (MOST_ROUND_ROWS - 1)] for index in range(MOST_ROUND_ROWS)]
 
 
-def _facts(config: Mapping[str, Any], classes: Sequence[str], clients: int) -> list[str]:
+def _facts(config: Mapping[str, Any], classes: Sequence[str], lines: Sequence[Line]) -> list[str]:
     """Return a few facts about the run: dataset, T2I model, feedback and number of clients."""
-    data, t2i = config["data"], config["t2i"]
-    facts = [f"{data['dataset']}, {len(classes)} classes", f"T2I {t2i['model']}", f"feedback {config['feedback']}"]
+    data, t2i, clients = config["data"], config["t2i"], len(client_names(lines))
+    feedback = feedback_of(config["feedback"], privacy_rows(lines), clients)
+    facts = [f"{data['dataset']}, {len(classes)} classes", f"T2I {t2i['model']}", feedback]
     return [*facts, counted(clients, "client")] if clients else facts
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedmmkt.common.natural_order import natural_key
 from fedmmkt.server_app.report.measures import Line
+from fedmmkt.server_app.report.numbers import counted
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,26 @@ def privacy_rows(lines: Sequence[Line]) -> list[PrivacyRow]:
             if "privacy" in client:
                 said[name] = said.get(name, {}) | client["privacy"]
     return [PrivacyRow(name, **said[name]) for name in sorted(said, key=natural_key)]
+
+
+def feedback_of(rule: str, rows: Sequence[PrivacyRow], clients: int) -> str:
+    """Say what clients answer with.
+
+    Parameters
+    ----------
+    rule : str
+        The run-config's ``feedback``.
+    rows : sequence of PrivacyRow
+        The clients with a privacy budget.
+    clients : int
+        How many clients there are.
+    """
+    if not rows:
+        return f"feedback {rule}"
+    budgets = sorted({row.budget for row in rows})
+    epsilon = "epsilon " + " to ".join(f"{budget:g}" for budget in dict.fromkeys([budgets[0], budgets[-1]]))
+    said = f"{epsilon}, no logits"
+    return said if len(rows) == clients else f"feedback {rule}, {len(rows)} of {counted(clients, 'client')}: {said}"
 
 
 def client_names(lines: Sequence[Line]) -> list[str]:

@@ -75,6 +75,21 @@ def test_runs_of_other_rounds_and_clients_are_compared(runs, tmp_path):
     assert "Time, total 24.0 s 16.0 s" in page
 
 
+def test_numbers_of_examples_with_noise_are_shown_as_such(runs, tmp_path):
+    folder = RunFolder(make_run(tmp_path / "private", {"cnn-0": [0.1, 0.5]}, rounds=1))
+    lines = folder.read_metrics()
+    folder.metrics.unlink()
+    for line in lines:
+        line["clients"]["per_client"]["cnn-0"]["privacy"] = {"epsilon": 4.0, "budget": 4.0, "delta": 1e-5}
+        RunFolder(folder.path).append_metrics(line)
+
+    page = text_of(write_comparison([runs[1], folder.path], tmp_path / "page.html").read_text())
+
+    assert "Clients answer with feedback logits+votes epsilon 4, no logits" in page
+    assert "cnn, image, about 40 examples, rounds 0 to 1" in page
+    assert "were told with noise" in page
+
+
 def test_curves_lie_over_each_other_and_pictures_beside_each_other(runs, tmp_path):
     html = write_comparison(runs, tmp_path / "page.html").read_text()
 

@@ -145,6 +145,36 @@ def test_accuracy_by_class_is_shown_alone_and_federated(tmp_path):
     assert 'title="50 of 50 test examples, 40 private examples"' in html
 
 
+def test_numbers_of_examples_with_noise_are_shown_as_such(tmp_path):
+    lines = make_finished(tmp_path / "exact").read_metrics()
+    budget = {"epsilon": 8.0, "budget": 8.0, "delta": 1e-5, "counts_noise": 2.0, "votes_noise": 2.0}
+    for line in lines:
+        line["clients"]["per_client"]["text-1"]["privacy"] = budget
+
+    html = write_report(make_run(tmp_path / "run", lines, rounds=1).path).read_text()
+
+    page = text_of(html)
+    assert "feedback logits+votes, 1 of 2 clients: epsilon 8, no logits" in page
+    assert "text-1 text text about 40 20.0 %" in page
+    assert "cnn-0 cnn image 40 10.0 %" in page
+    assert 'Numbers of examples with "about" were told with noise' in page.replace("&#34;", '"')
+    assert "with about 40 private examples (alone 50.0 %)" in page  # text-1 has the lowest accuracy.
+    assert 'title="25 of 50 test examples, about 20 private examples"' in html
+    assert html.count('class="held"') == 2  # cnn-0 holds one class, alone and federated.
+
+
+def test_with_budgets_for_all_no_logits_are_told(tmp_path):
+    lines = make_finished(tmp_path / "exact").read_metrics()
+    for line in lines:
+        for name, budget in (("cnn-0", 2.0), ("text-1", 8.0)):
+            line["clients"]["per_client"][name]["privacy"] = {"epsilon": 2.0, "budget": budget, "delta": 1e-5}
+
+    page = text_of(write_report(make_run(tmp_path / "run", lines, rounds=1).path).read_text())
+
+    assert "T2I starter · epsilon 2 to 8, no logits · 2 clients" in " ".join(page.split())
+    assert "feedback logits+votes" not in page[: page.index("Configuration")]
+
+
 def test_a_fall_beyond_noise_is_called_worse(tmp_path):
     lines = [
         make_line(0, {"cnn-0": 0.5}, generator={"alignment": 0.9, "frechet": 50.0, "loss": None}),
