@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from fedmmkt.deploy.processes import StartError
 from fedmmkt.deploy.run_checks import check_run
 from fedmmkt.deploy.run_config_text import parse_run_config
 from fedmmkt.deploy.settings import earlier_nodes, effective_config
+from fedmmkt.deploy.stopping import tell_stop
 from fedmmkt.deploy.submission import COMPLETED
 
 Runner = Callable[[Path, int, Path | None, Mapping[str, Setting]], str]
@@ -59,6 +61,7 @@ def run_command(
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     config: Mapping[str, Setting] = {}
+    began = time.time()
     try:
         # `make` passes an empty string if no run-config was given.
         run_config = parse_run_config([text for text in options.run_config if text.strip()])
@@ -76,7 +79,11 @@ def run_command(
     except StartError as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if folder := str(config.get("output-dir", "")):
+            tell_stop(Path(folder), began)
+        if isinstance(stop, SystemExit):
+            raise
         print(f"stopped{_way_on(name, str(config.get('output-dir', '')))}", file=sys.stderr)
         return 128 + signal.SIGINT
 

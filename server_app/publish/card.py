@@ -24,7 +24,7 @@ from fedmmkt.common.model_card import (
     write_card,
 )
 from fedmmkt.server_app.prompts import templates_of
-from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.record.run_folder import STOPPED, RunFolder
 from fedmmkt.server_app.report.history import History
 from fedmmkt.server_app.report.measures import FROZEN, Line, of_generator, points_of
 from fedmmkt.server_app.report.numbers import counted, number, percent
@@ -93,8 +93,9 @@ def write_adapter_card(folder: Path, history: History | None = None) -> Path:
     )
     shown = f"![Generated in the last round]({SAMPLES})\n\nThe last round's images.\n\n" if pictures else ""
     prompts = _prompts(config, classes)
+    has_failed = run.read_failure() not in ("", STOPPED)
     sections = {
-        "": f"{shown}A LoRA adapter of {_described_base(base)}. {_learning(config, lines, bool(run.read_failure()))}",
+        "": f"{shown}A LoRA adapter of {_described_base(base)}. {_learning(config, lines, has_failed)}",
         "How to load it": f"```python\n{loading_code(base, library, config, prompts[0])}```\n\n"
         f"{_prompt_text(prompts, 'run with' if _untrained(config, lines) else 'trained on')}",
         "The run" if _untrained(config, lines) else "How it was trained": _training(config, versions, lines),

@@ -24,6 +24,7 @@ from fedmmkt.common.files import write_atomically, write_test_file, write_text
 logger = getLogger("flwr")
 
 # Of these, a run has at least one as soon as it has written anything.
+STOPPED = "stopped"  # The cause, in the file of failures, of a run that somebody ended.
 SIGNS_OF_A_RUN = {"config.json", "metrics.jsonl", "traceback.txt", "flower-tracebacks.txt", "clients"}
 
 
@@ -231,7 +232,7 @@ class RunFolder:
         write_text(self.config, json.dumps(_strict(config), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
     def write_failure(self, cause: str) -> None:
-        """Write why the run failed; an empty cause removes the file, as a run begins.
+        """Write why the run failed, or `STOPPED`; an empty cause removes the file, as a run begins.
 
         Raises
         ------
@@ -244,7 +245,7 @@ class RunFolder:
             self.failure.unlink(missing_ok=True)
 
     def read_failure(self) -> str:
-        """Read why the run failed; empty if it did not, or if it is going on."""
+        """Read why the run failed, or `STOPPED`; empty if it did not, or if it is going on."""
         try:
             return self.failure.read_text(encoding="utf-8").strip()
         except FileNotFoundError:

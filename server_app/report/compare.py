@@ -12,7 +12,7 @@ from typing import Any
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.files import write_text
 from fedmmkt.common.natural_order import natural_key
-from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.record.run_folder import STOPPED, RunFolder
 from fedmmkt.server_app.report.charts import STAGES, Chart, overlaid
 from fedmmkt.server_app.report.history import History
 from fedmmkt.server_app.report.measures import (
@@ -185,7 +185,7 @@ def _read(run: RunFolder, name: str) -> ComparedRun:
 def _status(lines: Sequence[Line], planned: int, failure: str) -> str:
     if failure:
         after = f"after round {lines[-1]['round']} of {planned}" if lines else "before the end of round 0"
-        return f"failed {after}: {failure}"
+        return f"stopped {after}" if failure == STOPPED else f"failed {after}: {failure}"
     if not lines:
         return "before the first round"
     done = lines[-1]["round"]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmmkt.common.files import write_text
-from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.record.checkpoint import checkpoints
+from fedmmkt.server_app.record.run_folder import STOPPED, RunFolder
 from fedmmkt.server_app.report.charts import charts_of
 from fedmmkt.server_app.report.heat import heat_maps_of
 from fedmmkt.server_app.report.history import MOST_TROUBLES, History
@@ -28,7 +29,7 @@ from fedmmkt.server_app.report.measures import (
 from fedmmkt.server_app.report.numbers import counted, flat, seconds, size
 from fedmmkt.server_app.report.pictures import Captions, Picture, captions_of, pictures_of
 from fedmmkt.server_app.report.privacy import COVERED, client_names, feedback_of, privacy_rows
-from fedmmkt.server_app.report.settings import ShownSetting, repeating_run_config, settings_of
+from fedmmkt.server_app.report.settings import ShownSetting, repeating_run_config, run_config_option, settings_of
 from fedmmkt.server_app.report.template import render
 from fedmmkt.server_app.report.timeline import timeline_of
 
@@ -59,7 +60,7 @@ def write_report(folder: Path, history: History | None = None) -> Path:
     run = RunFolder(folder)
     history = history or History.of(run.read_lines())
     parts = run.read_config(), history, pictures_of(run), captions_of(run), _last_change(run)
-    page = _render(*parts, run.read_failure())
+    page = _render(*parts, run.read_failure(), _way_on(run))
     write_text(run.report, page)
     return run.report
 
@@ -83,6 +84,7 @@ def _render(
     captions: Captions,
     changed: datetime,
     failure: str,
+    way_on: str,
 ) -> str:
     lines = history.lines
     config, classes = described["config"], described["classes"]
@@ -105,6 +107,8 @@ def _render(
         planned=planned,
         finished=done is not None and done >= planned and not failure,
         failure=failure,
+        stopped=failure == STOPPED,
+        way_on=way_on,
         frozen=config["t2i"]["scores"] == FROZEN,
         changed=f"{changed:%Y-%m-%d %H:%M:%S}",
         headlines=headlines_of(lines, _judged_samples(config)),
@@ -208,6 +212,12 @@ def _facts(config: Mapping[str, Any], classes: Sequence[str], lines: Sequence[Li
     feedback = feedback_of(config["feedback"], privacy_rows(lines), clients)
     facts = [f"{data['dataset']}, {len(classes)} classes", f"T2I {t2i['model']}", feedback]
     return [*facts, counted(clients, "client")] if clients else facts
+
+
+def _way_on(run: RunFolder) -> str:
+    """Return the option with which a run goes on; empty if it has no checkpoint."""
+    is_resumable = any(checkpoints(run.checkpoints))
+    return run_config_option({"resume-from": str(run.path.resolve())}).strip() if is_resumable else ""
 
 
 def _last_change(run: RunFolder) -> datetime:
