@@ -165,6 +165,7 @@ def _read(run: RunFolder, name: str) -> ComparedRun:
     settings |= dict(flat({key: described.get(key) for key in ("classes", "versions", "threads")}))
     stages = {stage: sum(line["seconds"].get(stage, 0.0) for line in lines) for stage in (*STAGES, "total")}
     pictures = pictures_of(run)
+    floor = described.get("judge", {}).get("floors", {}).get("frechet")
     return ComparedRun(
         name=name,
         status=_status(lines, config["rounds"], run.read_failure()),
@@ -172,7 +173,7 @@ def _read(run: RunFolder, name: str) -> ComparedRun:
         settings=settings,
         lines=lines,
         clients={row.name: row for row in client_rows(lines)},
-        headlines={headline.title: headline for headline in headlines_of(lines)},
+        headlines={headline.title: headline for headline in headlines_of(lines, None, floor)},
         pictures=[pictures[0], pictures[-1]] if len(pictures) > 1 else pictures,
         captions=captions_of(run),
         seconds=stages,

@@ -167,7 +167,9 @@ def of_generator(key: str) -> Measure:
     return lambda line: line["generator"].get(key)
 
 
-def headlines_of(lines: list[Line], alignment_samples: int | None = None) -> list[Headline]:
+def headlines_of(
+    lines: list[Line], alignment_samples: int | None = None, frechet_floor: float | None = None
+) -> list[Headline]:
     """Compare untrained, alone and federated clients, and the T2I model before and after.
 
     Parameters
@@ -176,6 +178,8 @@ def headlines_of(lines: list[Line], alignment_samples: int | None = None) -> lis
         The rounds.
     alignment_samples : int, optional
         Number of images of which the alignment is a share.
+    frechet_floor : float, optional
+        The Frechet distance of real images to real ones. At a distance up to this, no change is judged.
     """
     modalities = sorted({client["modality"] for line in lines for client in line["clients"]["per_client"].values()})
     title = "{} clients, mean accuracy".format
@@ -189,9 +193,12 @@ def headlines_of(lines: list[Line], alignment_samples: int | None = None) -> lis
         judged = verdict(share(before, alignment_samples), share(after, alignment_samples))
         return points(after - before), judged
 
+    def frechet_change(before: float, after: float) -> tuple[str, Verdict]:
+        return _frechet_change(before, after, frechet_floor)
+
     found += [
         _t2i_headline("alignment", "alignment", lines, percent, "recognised as prompted", alignment_change),
-        _t2i_headline("Fréchet distance", "frechet", lines, number, "lower is better", _frechet_change),
+        _t2i_headline("Fréchet distance", "frechet", lines, number, "lower is better", frechet_change),
         _t2i_headline("recall", "recall", lines, percent, "real images that generated ones cover", _recall_change),
     ]
     return [headline for headline in found if headline is not None]
@@ -240,9 +247,12 @@ def _t2i_headline(
     return Headline(title, values, *changed(before, after), note)
 
 
-def _frechet_change(before: float, after: float) -> tuple[str, Verdict]:
+def _frechet_change(before: float, after: float, floor: float | None) -> tuple[str, Verdict]:
     change = f"{100 * (after / before - 1):+.0f} %" if before else f"{after - before:+.3g}"
-    where = "nearer to real images" if after < before else "further from real images" if after > before else ""
+    if floor is not None and after <= floor:
+        where = f"real images among themselves have {number(floor)}"
+    else:
+        where = "nearer to real images" if after < before else "further from real images" if after > before else ""
     return ", ".join(filter(None, [change.replace("-", "−"), where])), ""
 
 
@@ -251,7 +261,7 @@ def _recall_change(before: float, after: float) -> tuple[str, Verdict]:
     return ", ".join(filter(None, [points(after - before), where])), ""
 
 
-def fading_of(lines: Sequence[Line], images: int | None = None) -> list[str]:
+def fading_of(lines: Sequence[Line], images: int | None = None, frechet_floor: float | None = None) -> list[str]:
     """Say in a sentence that images have become more alike, if they have, and whether they look more real.
 
     Parameters
@@ -261,6 +271,8 @@ def fading_of(lines: Sequence[Line], images: int | None = None) -> list[str]:
     images : int, optional
         Of how many images recall is a share. A fall that would be within the noise of so many independent ones is none;
         if it is not known, any fall is one.
+    frechet_floor : float, optional
+        As in `headlines_of`.
     """
     recalls, distances = (points_of(lines, of_generator(key)) for key in ("recall", "frechet"))
     if not recalls:
@@ -269,7 +281,8 @@ def fading_of(lines: Sequence[Line], images: int | None = None) -> list[str]:
     if last >= first or verdict(share(first, images), share(last, images)) == "within noise":
         return []
     before, after = percent(first), percent(last)
-    nearer = "nearer to real ones on the whole, but " if distances and distances[-1][1] < distances[0][1] else ""
+    falls = bool(distances) and (frechet_floor or 0) < distances[-1][1] < distances[0][1]
+    nearer = "nearer to real ones on the whole, but " if falls else ""
     return [
         f"Images of the T2I are {nearer}more alike than before: {after} of the real images have their like among them, "
         f"before {before} (recall)."

@@ -91,7 +91,9 @@ def _render(
     planned = config["rounds"]
     done = lines[-1]["round"] if lines else None
     clients = client_rows(lines)
-    images: Mapping[str, int] = described.get("judge", {}).get("images", {})
+    judge: Mapping[str, Any] = described.get("judge", {})
+    images: Mapping[str, int] = judge.get("images", {})
+    floors: Mapping[str, Any] = judge.get("floors", {})
     return render(
         "page.html",
         title=_title(described, changed),
@@ -111,18 +113,18 @@ def _render(
         way_on=way_on,
         frozen=config["t2i"]["scores"] == FROZEN,
         changed=f"{changed:%Y-%m-%d %H:%M:%S}",
-        headlines=headlines_of(lines, _judged_samples(config)),
-        summary=[*summary_of(clients), *fading_of(lines, min(images.values(), default=None))],
+        headlines=headlines_of(lines, _judged_samples(config), floors.get("frechet")),
+        summary=[*summary_of(clients), *fading_of(lines, min(images.values(), default=None), floors.get("frechet"))],
         alone=alone_of(lines).source,
         warmup_epochs=config["client"]["warmup-epochs"],
         private_epochs=config["client"]["warmup-epochs"] + planned * config["client"]["local-epochs"],
         chance=1 / len(classes),
         tested=_tested(lines),
         judged=any(line["generator"]["frechet"] is not None for line in lines),
-        judge_accuracy=described.get("judge", {}).get("accuracy"),
+        judge_accuracy=judge.get("accuracy"),
         images=images,
-        floor_images=described.get("judge", {}).get("floors", {}).get("images"),
-        measure_rows=measure_rows(lines, described.get("judge", {}).get("floors", {})),
+        floor_images=floors.get("images"),
+        measure_rows=measure_rows(lines, floors),
         verdict_rows=verdict_rows(lines),
         pictures=pictures,
         captions=captions,

@@ -78,5 +78,20 @@ def test_a_fall_of_recall_beyond_noise_is_called_more_alike(frechet, recall, ima
     assert [sentence.partition(" of the real images")[0] for sentence in sentences] == said
 
 
+@pytest.mark.parametrize(("floor", "said"), [
+    (49.0, "nearer to real images"),
+    (50.0, "real images among themselves have 50"),
+    (119.0, "real images among themselves have 119"),
+])  # fmt: skip
+def test_a_distance_up_to_that_of_real_images_is_not_judged(floor, said, tmp_path):
+    folder = make_run(tmp_path / "run", make_lines())  # The distance falls from 200 to 50.
+    folder.write_config(folder.read_config() | {"judge": {"accuracy": 1.0, "floors": {"frechet": floor, "images": 14}}})
+
+    page = text_of(write_report(folder.path).read_text())
+
+    assert f"T2I Fréchet distance before 200 after 50 −75 %, {said} lower is better" in page
+    assert ("are nearer to real ones on the whole" in page) == (floor < 50)
+
+
 def test_runs_of_earlier_versions_say_nothing_of_recall():
     assert fading_of([make_line(number, {"cnn-0": 0.5}) for number in range(2)]) == []
