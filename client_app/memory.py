@@ -45,6 +45,8 @@ from fedmmkt.common.payloads import PayloadError, SoftTargets, SyntheticBatch
 
 DEFAULT_FOLDER = Path("~/.fedmmkt/clients")
 FINAL, DESCRIPTION, WEIGHTS, OPTIMIZER = "final", "model.json", "model.safetensors", "optimizer.pt"
+OWN = "private.json"  # What is said of the client itself, and of its data: it is not shared with the model.
+OWN_KEYS = ("client", "class_counts", "image_column", "text_column")
 RUN_KEY = r"[A-Za-z0-9_-]{1,64}"
 LONGEST_FOLDER_NAME = 150
 _BATCH_FILE = re.compile(r"(batch|targets)-\d{5,}\.npz")
@@ -165,7 +167,7 @@ class ClientMemory:
         model, optimizer
             Their states are saved.
         described : dict
-            Description of the model, JSON-serialisable.
+            Description of the model, JSON-serialisable. `OWN_KEYS` lie in a file of their own.
         keep_batches, keep_rounds : int
             How many of the last batches and of the last rounds are kept; at least 1.
 
@@ -198,7 +200,10 @@ class ClientMemory:
         kept = self.batches()[-keep_batches:]
         with replaced_folder(private_folder(self.folder) / f"round-{round:05d}", mode=0o700) as folder:
             model.task_model.save_description(folder)
-            (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            own = {key: described[key] for key in OWN_KEYS if key in described}
+            shared = {key: value for key, value in described.items() if key not in own}
+            for name, content in ((DESCRIPTION, shared), (OWN, own)):
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             save_file(weights, folder / WEIGHTS, {"format": "pt"})
             torch.save(optimizer.state_dict(), folder / OPTIMIZER)
             for item in kept:

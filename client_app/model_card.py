@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedmmkt.client_app.memory import DESCRIPTION, OWN
 from fedmmkt.client_app.models.building import TRANSFORMERS, model_label
 from fedmmkt.common.config import RunConfig
 from fedmmkt.common.model_card import (
@@ -127,9 +128,13 @@ def write_client_card(
         "How it was evaluated": _evaluation(has_own_data),
         "Privacy": f"{_privacy(report, config)} This model was trained on private data and never left the client; "
         "whoever shares it decides that. A model can give away examples that it was trained on.",
-        "What to share": "The weights and the JSON files. Read `model.json` first: it has the name of the client, and "
-        "the place that its base model came from. `optimizer.pt`, `batch-*.npz` and `targets-*.npz` are for training "
-        "alone.",
+        "What to share": f"The weights and the JSON files but `{OWN}`. That one has the name of the client, its exact "
+        "number of examples of each class, also where it has a privacy budget, and the columns of its tables; without "
+        f"it, the model does all but `--prior own`. Read `{DESCRIPTION}` first: it has the names of the classes, the "
+        "kind of the model and the place that its base model came from, the table `extra` of the run's settings, the "
+        "size of the images, what was taken for white in those of more than eight bits, how the model was trained "
+        "(balanced softmax, size of the text embeddings), and the last round. `optimizer.pt`, `manifest.json`, "
+        "`batch-*.npz` and `targets-*.npz` are for training alone.",
     }
     return write_card(folder, header, f"{name} taught by FedMMKT", sections)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fedmmkt.client_app.learning.losses import log_prior
 from fedmmkt.client_app.learning.training import AlignedModel, predict
-from fedmmkt.client_app.memory import DESCRIPTION, FINAL, load_weights
+from fedmmkt.client_app.memory import DESCRIPTION, FINAL, OWN, load_weights
 from fedmmkt.client_app.models.building import TRANSFORMERS, build_task_model
 from fedmmkt.client_app.models.task_model import Inputs, TaskModel
 from fedmmkt.common.config import ConfigError, Setting
@@ -31,7 +32,9 @@ Prior = Literal["own", "uniform"]
 
 
 class ModelDescription(BaseModel):
-    """What a client says of its saved model, in ``model.json``.
+    """What a client says of its saved model, in ``model.json``, and of itself and its data, in ``private.json``.
+
+    The latter, which need not be there, has the client's name, the class counts and the columns.
 
     Attributes
     ----------
@@ -41,8 +44,8 @@ class ModelDescription(BaseModel):
         The run's table ``extra``, from which a model of the user's own may take settings.
     classes : tuple of str
         The class space.
-    class_counts : tuple of int
-        Number of the client's training examples of each class.
+    class_counts : tuple of int or None
+        Number of the client's training examples of each class; None if it is not known.
     balanced_softmax : bool
         Whether it was trained with ``client.balanced-softmax``.
     image_size : int
@@ -59,16 +62,16 @@ class ModelDescription(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    client: str
+    client: str = "this model"
     model: str
     extra: dict[str, Setting]
     classes: tuple[str, ...]
-    class_counts: tuple[int, ...]
+    class_counts: tuple[int, ...] | None = None
     balanced_softmax: bool
     image_size: int
     whites: dict[str, float]
-    image_column: str
-    text_column: str
+    image_column: str = "image"
+    text_column: str = "text"
     anchor_size: int
     round: int
 
@@ -156,7 +159,7 @@ class ClientModel:
             run. ``own``: as in the client's training examples, which is right for more examples of the same origin.
             Balanced softmax (arXiv 2007.10740) trains logits for a uniform prior; its equation 3 gives those for the
             other. A model that was trained without it has only its ``own``. By default, the logits are taken as they
-            are.
+            are. ``own`` needs ``private.json``, unless the model was trained without balanced softmax.
 
         Returns
         -------
@@ -192,7 +195,6 @@ class ClientModel:
 
     def _shift(self, prior: Prior | None) -> Tensor:
         """Return what is added to the logits for a prior (C,)."""
-        counts_C = torch.tensor(self.description.class_counts).float()
         if prior not in (None, "own", "uniform"):
             raise ConfigError(f"the prior is {prior!r}; allowed: own or uniform")
         if prior == "uniform" and not self.description.balanced_softmax:
@@ -200,7 +202,14 @@ class ClientModel:
                 f"the prior is 'uniform', but {self.description.client} was trained with "
                 "client.balanced-softmax=false, so that its own prior is in its logits; allowed: own"
             )
-        return log_prior(counts_C) if prior == "own" and self.description.balanced_softmax else counts_C * 0
+        if prior != "own" or not self.description.balanced_softmax:
+            return torch.zeros(len(self.classes))
+        if self.description.class_counts is None:
+            raise ConfigError(
+                f"the prior is 'own', but the class counts are not known: {OWN} is not beside {DESCRIPTION}; "
+                "allowed: uniform"
+            )
+        return log_prior(torch.tensor(self.description.class_counts).float())
 
 
 def load_client_model(folder: str | Path, device: str = "auto") -> ClientModel:
@@ -221,8 +230,8 @@ def load_client_model(folder: str | Path, device: str = "auto") -> ClientModel:
     place = _model_folder(Path(folder).expanduser())
     chosen = pick_device(device)
     try:
-        description = ModelDescription.model_validate_json((place / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        description = _read_description(place)
+    except (OSError, ValueError, TypeError) as error:  # As of broken JSON, or of something else than a mapping.
         raise ConfigError(
             f"{place / DESCRIPTION} cannot be read ({_first_line(error)}); allowed: what a client of this version saved"
         ) from None
@@ -243,6 +252,13 @@ def load_client_model(folder: str | Path, device: str = "auto") -> ClientModel:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"the weights in {place} do not fit {description.model!r} ({_first_line(error)})") from None
     return ClientModel(task_model.to(chosen).eval(), description, chosen)
+
+
+def _read_description(place: Path) -> ModelDescription:
+    """Read what the folder of a model says of it; the client's own part may have been left out."""
+    files = [place / DESCRIPTION, *filter(Path.is_file, [place / OWN])]
+    parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return ModelDescription.model_validate({key: value for part in parts for key, value in dict(part).items()})
 
 
 def _model_folder(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """A client's trained model after the run: found in its folder, loaded, and right in what it predicts."""
 
+import json
 import shutil
 import sys
 
@@ -90,6 +91,41 @@ def test_the_clients_own_prior_is_added_to_logits_for_a_uniform_one(tmp_path):
     assert own_NC[0].tolist() == pytest.approx([3.05 / 4.15, 1.05 / 4.15, 0.05 / 4.15], abs=1e-6)
 
 
+def test_what_is_shared_says_nothing_of_the_client_and_predicts_all_the_same(tmp_path):
+    folder = saved(tmp_path)[0] / "final"
+    whole = load_client_model(folder, "cpu")
+    (folder / "private.json").unlink()
+
+    shared = load_client_model(folder, "cpu")
+
+    described = json.loads((folder / "model.json").read_text())
+    assert not {"client", "class_counts", "image_column", "text_column"} & set(described)
+    assert "c-0" not in (folder / "model.json").read_text()
+    for prior in (None, "uniform"):
+        assert np.array_equal(shared.predict(pictures(), prior=prior), whole.predict(pictures(), prior=prior))
+    with pytest.raises(ConfigError, match=r"'own', but the class counts are not known: private.json is not beside"):
+        shared.predict(pictures(), prior="own")
+
+
+def test_a_model_of_an_earlier_version_says_all_in_one_file(tmp_path):
+    folder = saved(tmp_path)[0] / "final"
+    parts = [json.loads((folder / name).read_text()) for name in ("model.json", "private.json")]
+    (folder / "private.json").unlink()
+    (folder / "model.json").write_text(json.dumps(parts[0] | parts[1]))
+
+    description = load_client_model(folder, "cpu").description
+
+    assert (description.client, description.class_counts) == ("c-0", (3, 1, 0))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
+def test_a_description_that_is_none_is_refused(text, tmp_path):
+    folder = saved(tmp_path)[0] / "final"
+    (folder / "model.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"model.json cannot be read .*; allowed: what a client of this version"):
+        load_client_model(folder, "cpu")
+
+
 def test_a_model_without_balanced_softmax_has_its_own_prior_alone(tmp_path):
     model = load_client_model(saved(tmp_path, balanced_softmax=False)[0], "cpu")
     assert np.array_equal(model.predict(pictures(), prior="own"), model.predict(pictures()))
@@ -114,7 +150,7 @@ def test_the_last_model_has_a_place_that_stays_and_lies_on_disk_once(tmp_path):
 
     final, newest = folder / "final", tmp_path / "clients" / "run" / "c-0" / "round-00002"
 
-    assert sorted(path.name for path in final.iterdir()) == ["model.json", "model.safetensors"]
+    assert sorted(path.name for path in final.iterdir()) == ["model.json", "model.safetensors", "private.json"]
     assert (final / "model.safetensors").samefile(newest / "model.safetensors")
     shutil.copytree(folder, tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "clients")

@@ -1,5 +1,6 @@
 """The model cards that a run leaves: what the hub reads, what a stranger reads, and code that runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -100,6 +101,12 @@ def test_a_clients_card_tells_its_accuracy_and_nothing_else_of_its_data(run, cli
     assert "**Nothing is differentially private**" in card.text
     assert "eprint = {2510.12254}" in card.text
     assert not [word for word in (*CLIENTS, str(run.parent)) if word in card.content]
+    own = json.loads((folder / "private.json").read_text())
+    shared = json.loads((folder / "model.json").read_text())
+    assert own.keys() == {"client", "class_counts", "image_column", "text_column"}
+    assert client not in (folder / "model.json").read_text()
+    assert not own.keys() & shared.keys()
+    assert "JSON files but `private.json`" in card.text
     assert [path.parent.name for path in Path(folder.parent).rglob("README.md")] == [folder.name]
 
 
