@@ -423,6 +423,9 @@ class RunConfig(_Section):
         description="folder where trained judges are kept, each for its images, labels and seed; empty: "
         "~/.fedmmkt/judges; `none`: they are not kept",
     )
+    show_real_images: bool = Field(
+        True, description="show a real test image of each class in the report, which whoever reads the report then sees"
+    )
     local_only_control: bool = Field(
         True,
         description="at the end, each simulated client also trains a model on its private data alone, to compare with",

@@ -106,10 +106,14 @@ class EvaluationImages:
         return measures
 
     def _write_captions(self, prompts: Sequence[Prompt], size: tuple[int, int]) -> None:
-        """Write the prompts of the image grid, and a real image beside each row if every row is of one class."""
+        """Write the prompts of the image grid, and a real image beside each row if every row is of one class.
+
+        The run's setting ``show-real-images`` leaves them out.
+        """
         rows = [prompts[start : start + GRID_COLUMNS] for start in range(0, len(prompts), GRID_COLUMNS)]
         of_rows = [row[0].class_index if len({prompt.class_index for prompt in row}) == 1 else -1 for row in rows]
-        known = self.judge.real_images if self.judge and set(of_rows) <= self.judge.real_images.keys() else {}
+        real = self.judge.real_images if self.judge and self.config.show_real_images else {}
+        known = real if set(of_rows) <= real.keys() else {}
         self.run_folder.write_captions(
             [prompt.text for prompt in prompts],
             GRID_COLUMNS,

@@ -365,6 +365,8 @@ class RunFolder:
         write_text(self.captions, json.dumps(described, indent=2) + "\n")
         if real:
             _write_grid(self.real_images, real, columns=1)
+        else:  # A run that goes on may show none, where it did.
+            self.real_images.unlink(missing_ok=True)
 
     def read_captions(self) -> dict[str, Any]:
         """Read what the grids show; empty for a run of an earlier version."""

@@ -255,6 +255,11 @@ def test_prompts_and_real_images_stand_beside_the_pictures(tmp_path):
     assert "<li>a &lt;zero&gt; · the zero</li>" in html
     assert 'data-prompts=\'["a \\u003czero\\u003e", "the zero"]\'' in html
     assert pixels_of(html, "Real test images") == (0, 0, 250)
+    assert "whoever gets this page sees these photos" in text_of(html)
+
+
+def test_a_page_without_real_images_does_not_speak_of_them(tmp_path):
+    assert "these photos" not in write_report(make_two_rounds(tmp_path / "run").path).read_text()
 
 
 def test_many_clients_are_shown_by_their_spread_and_their_extremes(tmp_path):
