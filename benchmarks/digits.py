@@ -50,6 +50,7 @@ ROWS: dict[str, Overrides] = {
     "the client recipe, frozen T2I": FROZEN,
     "the whole, logits only": {"feedback": "logits"},
     "the whole, no alignment loss": {"client.alignment-weight": 0.0},
+    "the whole, generated ahead": {"t2i.generate-ahead": True},
     "the whole": {},
 }
 COLUMNS = (

@@ -272,6 +272,11 @@ class T2IConfig(_Section):
         le=100_000,
         description="classes that the prompts of a round name, in turn, so that each has several samples; 0: all",
     )
+    generate_ahead: bool = Field(
+        False,
+        description="make a round's images while clients still work on the round before, without the T2I's last "
+        "update: saves time, and costs one round of adaptation",
+    )
     generation_batch_size: int = Field(
         0, ge=0, le=4096, description="images generated at once; 0: chosen by their size, at most 100"
     )

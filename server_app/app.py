@@ -156,6 +156,7 @@ def build_strategy(config: RunConfig, run_id: int, classes: tuple[str, ...] = ()
             state.standings,
             state.drawn,
             state.guard,
+            state.made_from,
         )
         recorder.restore(state, is_measured)
     return strategy(config, classes, generator, prompts, ledger, recorder)

@@ -108,7 +108,7 @@ class Trial:
     evidence : dict of str to Evidence
         What clients said of it and of the champion so far, by measure: votes, agreement.
     made : tuple of torch.Tensor
-        For each batch of the trial, which samples the challenger made (bool, samples), oldest first.
+        For each answered batch of the trial, which samples the challenger made (bool, samples), oldest first.
     """
 
     challenger: dict[str, Tensor]
@@ -116,8 +116,27 @@ class Trial:
     made: tuple[Tensor, ...] = ()
 
     def with_batch(self, made_N: Tensor) -> Trial:
-        """Return the trial with one more batch, which is still to be answered."""
+        """Return the trial with one more answered batch."""
         return replace(self, made=(*self.made, made_N))
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Who made the samples of a batch: the champion, or the challenger of a trial.
+
+    Attributes
+    ----------
+    made_N : torch.Tensor
+        bool, whether the challenger made the sample.
+    challenger : dict of str to torch.Tensor
+        Its tensors. If the batch was made ahead, that of the trial may have learned since.
+    number : int
+        The number of the trial.
+    """
+
+    made_N: Tensor
+    challenger: dict[str, Tensor]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -133,17 +152,20 @@ class GuardState:
     trusted : bool
         Whether the last trial was not taken back. If it was, the next challenger makes the smaller part of a batch, so
         that clients learn little from it.
+    number : int
+        Number of trials that have ended, which is that of the present one.
     """
 
     trial: Trial | None = None
     step: float = 1.0
     trusted: bool = True
+    number: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return what is not a tensor."""
         evidence = self.trial.evidence if self.trial else {}
         sums = {name: [found.effect, found.variance] for name, found in evidence.items()}
-        return {"step": self.step, "trusted": self.trusted, "evidence": sums}
+        return {"step": self.step, "trusted": self.trusted, "number": self.number, "evidence": sums}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name; none without a challenger."""
@@ -163,7 +185,7 @@ class GuardState:
         if parts["challenger"]:
             evidence = {name: Evidence(*sums) for name, sums in described["evidence"].items()}
             trial = Trial(parts["challenger"], evidence, tuple(parts["made"][key] for key in sorted(parts["made"])))
-        return cls(trial, described["step"], described["trusted"])
+        return cls(trial, described["step"], described["trusted"], described.get("number", 0))
 
 
 NO_TRIAL = GuardState()
@@ -216,7 +238,7 @@ def after_round(state: GuardState, found: dict[str, Evidence]) -> tuple[GuardSta
     if verdict == "undecided":
         return replace(state, trial=replace(trial, evidence=evidence)), verdict, evidence
     step = min(1.0, 2 * state.step) if verdict == "accepted" else max(SMALLEST_STEP, state.step / 2)
-    return GuardState(None, step, verdict == "accepted"), verdict, evidence
+    return GuardState(None, step, verdict == "accepted", state.number + 1), verdict, evidence
 
 
 def champion_part(group_N: Sequence[int], share: float, seed: int) -> np.ndarray:

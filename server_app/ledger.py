@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmmkt.common.payloads import ClientReport, Modality, PayloadError, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.exchange import Answer, Reply
-from fedmmkt.server_app.guard import NO_TRIAL, GuardState
+from fedmmkt.server_app.guard import NO_TRIAL, Arms, GuardState
 from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.t2i.samples import Samples
 
@@ -61,6 +61,28 @@ class TargetsByClient:
         return None if index is None else self.distinct[index]
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a batch that is made ahead is made from: the state after the last round but one.
+
+    Attributes
+    ----------
+    round : int
+        The round of the batch.
+    adapter : dict of str to torch.Tensor
+        The T2I's adapter.
+    pool : tuple of Samples
+        The scored samples, oldest first.
+    guard : GuardState
+        The trial of the T2I's update at that time.
+    """
+
+    round: int
+    adapter: dict[str, Tensor]
+    pool: tuple[Samples, ...]
+    guard: GuardState
+
+
 class Ledger:
     """The server's record of its clients and of the batches that it sent them.
 
@@ -91,6 +113,10 @@ class Ledger:
         Names of the nodes that had their turn, if a round asks a part of the nodes only.
     guard : GuardState
         The trial of the T2I's last update.
+    arms : Arms or None
+        Who made the samples of the last batch that was served; None if no challenger did.
+    made_from : Source or None
+        What the next round's batch is made from, if batches are made ahead.
     """
 
     def __init__(self, run_key: str, batches_kept: int, samples_kept: int) -> None:
@@ -105,6 +131,8 @@ class Ledger:
         self.ancestors: tuple[Ancestor, ...] = ()
         self.drawn: frozenset[str] = frozenset()
         self.guard = NO_TRIAL
+        self.arms: Arms | None = None
+        self.made_from: Source | None = None
         self._served: dict[int, tuple[SyntheticBatch, Samples]] = {}
         self._overdue: dict[str, tuple[int, int]] = {}
         self._answers: dict[int, list[Answer]] = {}
@@ -121,6 +149,7 @@ class Ledger:
         standings: Mapping[str, Standing] | None = None,
         drawn: Iterable[str] = (),
         guard: GuardState = NO_TRIAL,
+        made_from: Source | None = None,
     ) -> None:
         """Continue from the ledger of an earlier run.
 
@@ -130,13 +159,13 @@ class Ledger:
         self.ancestors, self.clients, self.history, self.pool = ancestors, set(clients), history, pool
         self.identities, self.standings = dict(identities), dict(standings or {})
         self.drawn = frozenset(drawn)
-        self.guard = guard
+        self.guard, self.made_from = guard, made_from
 
     # ------------------------------------------------------------------ batches
 
-    def serve(self, batch: SyntheticBatch, samples: Samples) -> None:
-        """Store the batch of a round and its samples until `teach` is called."""
-        self._served = {batch.round: (batch, samples)}
+    def serve(self, batch: SyntheticBatch, samples: Samples, arms: Arms | None = None) -> None:
+        """Store the batch of a round, its samples and who made them, until `teach` is called."""
+        self._served, self.arms = {batch.round: (batch, samples)}, arms
 
     def served(self, server_round: int) -> tuple[SyntheticBatch, Samples]:
         """Return the stored batch of a round and its samples; raises ``KeyError`` if there is none."""

@@ -235,11 +235,11 @@ class Loop:
                     valid[reply.answer.report.client] = reply.message
                 else:
                     problems[name] = reply.reason
+            if not valid:  # Before what is done beside the clients is waited for.
+                causes = "\n".join(causes_of(problems, len(outgoing))) or "none was asked"
+                raise RunError(f"round {server_round}: none of {len(outgoing)} nodes gave a valid reply\n{causes}")
         self.recorder.record_asked({self.ledger.name(node_id) for node_id in outgoing})
         self.recorder.record_connected({self.ledger.name(node_id) for node_id in self._connected})
-        if not valid:
-            causes = "\n".join(causes_of(problems, len(outgoing))) or "none was asked"
-            raise RunError(f"round {server_round}: none of {len(outgoing)} nodes gave a valid reply\n{causes}")
         return [valid[client] for client in sorted(valid)]
 
     def _evaluate_finally(self, server_round: int) -> None:

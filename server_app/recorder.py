@@ -20,7 +20,7 @@ from flwr.supercore import log
 from torch import Tensor
 
 from fedmmkt.common.config import RunConfig
-from fedmmkt.common.failures import describe
+from fedmmkt.common.failures import RunError, describe
 from fedmmkt.common.payloads import record_bytes
 from fedmmkt.common.progress import FIRST_SECONDS, GROWTH, TRANSIENT, Progress, duration
 from fedmmkt.server_app.exchange import Reply, listed_names
@@ -191,6 +191,16 @@ class Recorder:
         measures = self._measures = {}
         self._background.add(partial(self._measure, self._record.round, self._snapshot, measures))
 
+    def beside(self, stage: str, job: Callable[[], object]) -> None:
+        """Let a job be done beside the next exchange with clients, after the others; not if the run fails before."""
+
+        def timed() -> None:
+            if not self._background.is_failing:
+                with self._beside_timed(stage):
+                    job()
+
+        self._background.add(timed)
+
     @contextmanager
     def unrecorded(self, server_round: int) -> Iterator[None]:
         """Run the block without recording it."""
@@ -271,9 +281,10 @@ class Recorder:
         """Return the clients that gave a valid reply in this round."""
         return [report.client for report in self._record.reports]
 
-    def log_generation(self, count: int, guidance: float, seconds: float) -> None:
-        """Show that a batch was generated."""
-        log(INFO, "  generate  %s images, guidance %g  (%.1f s)", count, guidance, seconds)
+    def log_generation(self, server_round: int, count: int, guidance: float, seconds: float) -> None:
+        """Show that the batch of a round was generated, if not of the present one."""
+        ahead = "" if server_round == self._record.round else f" of round {server_round}"
+        log(INFO, "  generate  %s images%s, guidance %g  (%.1f s)", count, ahead, guidance, seconds)
 
     def record_update(self, loss: float | None) -> None:
         """Record the mean loss of the T2I's update; None if there was none, or one that is not finite."""
@@ -306,10 +317,16 @@ class Recorder:
         seconds = self._last_seconds if server_round > 1 else 0.0
         return f" about {duration(seconds * (rounds - server_round + 1))} left" if seconds else ""
 
-    @staticmethod
-    def progress(total: int) -> Progress:
-        """Return a function that shows the progress of a generation."""
-        return Progress("generate", total, "images")
+    def progress(self, total: int) -> Callable[[int], object]:
+        """Return a function that shows the progress of a generation; it ends one that a failed run no longer needs."""
+        progress = Progress("generate", total, "images")
+
+        def tell(done: int) -> None:
+            if self._background.is_failing:
+                raise RunError("the run has failed meanwhile")
+            progress(done)
+
+        return tell
 
     # ------------------------------------------------------------------ measures
 
@@ -364,6 +381,7 @@ class Recorder:
             line=line,
             earlier=self.run_folder.metrics_mark(),
             guard=ledger.guard,
+            made_from=ledger.made_from,
         )
 
     def report(self) -> None:

@@ -35,6 +35,7 @@ from fedmmkt.common.payloads import (
     SyntheticBatch,
 )
 from fedmmkt.common.registry import Registry
+from fedmmkt.server_app.ahead import Ahead, Made
 from fedmmkt.server_app.consensus import Consensus, aggregate_payloads, covered_classes_C, with_logits
 from fedmmkt.server_app.exchange import Answer
 from fedmmkt.server_app.exploration import draw_parents, generate_or_vary
@@ -69,7 +70,8 @@ class FedMMKT(Strategy):
     A subclass changes a step by overriding it: `make_prompts`, `generate`, `make_batch`, `choose_nodes`, `teachers`,
     `aggregate_logits`, `make_targets`, `score_samples`, `adapt_generator`, or one of Flower's hooks: `configure_train`,
     `aggregate_train`, `configure_evaluate`, `aggregate_evaluate`. Each step gets its inputs as arguments and returns
-    its result. The run-config chooses the rules that the steps use.
+    its result. The run-config chooses the rules that the steps use. With ``t2i.generate-ahead``, the first three are
+    called while clients work on the round before, in another thread, and should depend on their arguments alone.
 
     Parameters
     ----------
@@ -123,6 +125,7 @@ class FedMMKT(Strategy):
             lambda answers, prompted_N: self.aggregate_logits(answers, prompted_N), len(classes), cross_modal
         )
         self.guard = Guard(config.t2i.guard, generator, ledger, config.t2i.explore)
+        self.ahead = Ahead(generator, ledger, recorder, self._make)
 
     # ------------------------------------------------------------------ the steps of a round
 
@@ -283,18 +286,15 @@ class FedMMKT(Strategy):
     ) -> Iterable[Message]:
         """Generate the round's batch; return one request per node, with this batch and what else the node lacks.
 
-        ``arrays`` is the adapter; the generator already has it.
+        With ``t2i.generate-ahead``, the batch may be there already, and the next one is begun. ``arrays`` is the
+        adapter; the generator already has it.
         """
         with self.recorder.timed("generate"):
-            start, prompts = time.perf_counter(), self.make_prompts(server_round)
-            check_prompts(prompts, self.ledger.known_clients())
-            seed = sample_seeds(self.config.seed, server_round, 1)[0]
-            samples = self.guard.generate(
-                prompts, seed, lambda part: self.generate(server_round, part, self.ledger.pool)
-            )
-            self.recorder.log_generation(len(samples), self.guidance(server_round), time.perf_counter() - start)
-            batch = self.make_batch(server_round, samples)
-        self.ledger.serve(batch, samples)
+            made = self.ahead.batch(server_round, self.ledger.known_clients())
+        batch = made.batch
+        self.ledger.serve(batch, made.samples, made.arms)
+        if self.config.t2i.generate_ahead:
+            self.ahead.begin(server_round + 1)
         instructions = partial(self._instructions, server_round)
         node_ids = self.choose_nodes(server_round, list(grid.get_node_ids()))
         return make_requests(node_ids, self.ledger, instructions, MessageType.TRAIN, batch)
@@ -531,6 +531,18 @@ class FedMMKT(Strategy):
             return loop.run()
 
     # ------------------------------------------------------------------ parts of the steps
+
+    def _make(self, server_round: int, clients: Sequence[ClientReport]) -> Made:
+        """Make the batch of a round, from whose prompts these clients must be able to learn."""
+        start, prompts = time.perf_counter(), self.make_prompts(server_round)
+        check_prompts(prompts, clients)
+        seed = sample_seeds(self.config.seed, server_round, 1)[0]
+        samples, arms = self.guard.generate(
+            prompts, seed, lambda part: self.generate(server_round, part, self.ledger.pool)
+        )
+        seconds = time.perf_counter() - start
+        self.recorder.log_generation(server_round, len(samples), self.guidance(server_round), seconds)
+        return Made(prompts, samples, arms, self.make_batch(server_round, samples))
 
     def _overrides(self) -> str:
         """Name the methods that a subclass overrides, so that a misspelt one shows in the log."""

@@ -15,6 +15,7 @@ from fedmmkt.server_app.exchange import Answer
 from fedmmkt.server_app.guard import (
     CLEAR,
     PATIENCE,
+    Arms,
     Opinion,
     Trial,
     after_round,
@@ -91,11 +92,16 @@ class Guard:
     def __init__(self, share: float, generator: Generator, ledger: Ledger, explore: float = 0.0) -> None:
         self.share, self.generator, self.ledger, self.explore = share, generator, ledger, explore
 
-    def generate(self, prompts: Sequence[Prompt], seed: int, generate: Callable[[list[Prompt]], Samples]) -> Samples:
-        """Generate a batch with ``generate``; if a challenger is on trial, it makes a part of the samples."""
+    def generate(
+        self, prompts: Sequence[Prompt], seed: int, generate: Callable[[list[Prompt]], Samples]
+    ) -> tuple[Samples, Arms | None]:
+        """Generate a batch with ``generate``; if a challenger is on trial, it makes a part of the samples.
+
+        Returns the samples and who made them; None if the champion made all, since no challenger is on trial.
+        """
         state, trial = self.ledger.guard, self.ledger.guard.trial
         if trial is None:
-            return generate(list(prompts))
+            return generate(list(prompts)), None
         share = self.share if state.trusted else 1 - self.share
         by_champion = champion_part([prompt.class_index for prompt in prompts], share, seed).tolist()
         made_N = torch.ones(len(prompts), dtype=torch.bool)
@@ -109,35 +115,45 @@ class Guard:
                     made = generate([prompts[index] for index in by_challenger])
                 yield by_challenger, made
 
-        self.ledger.guard = replace(state, trial=trial.with_batch(made_N))
-        return Samples.gather(parts(), len(prompts))
+        return Samples.gather(parts(), len(prompts)), Arms(made_N, trial.challenger, state.number)
 
     def judge(
         self, answers: Sequence[Answer], prompted_N: Tensor, text_consensus_NC: Tensor | None
     ) -> dict[str, Any] | None:
         """Decide on the challenger by the answers to a batch.
 
-        An accepted one becomes the champion. What one that is taken back has made leaves the pool, in which the batch
-        already is.
+        An accepted one becomes the champion, as it was when it made the batch; what it has learned since is the next
+        challenger. What one that is taken back has made leaves the pool, in which the batch already is.
+
+        A batch that was made ahead may come after the end of its trial. It then decides nothing, for it does not
+        compare the present two.
 
         Returns
         -------
         dict or None
             For ``metrics.jsonl``: the verdict, the preference for the challenger by measure in standard deviations, the
-            rounds of the trial, and the factor of the next update's learning rate. None without a challenger.
+            rounds of the trial, and the factor of the next update's learning rate. None if no challenger of the
+            present trial made a part of the batch.
         """
-        trial = self.ledger.guard.trial
-        if trial is None:
+        arms, state = self.ledger.arms, self.ledger.guard
+        if arms is None:
             return None
+        if state.trial is None or arms.number != state.number:
+            if not state.trusted:  # Its trial was the last one.
+                self.ledger.pool = _without(self.ledger.pool, (arms.made_N,))
+            return None
+        trial = state.trial.with_batch(arms.made_N)
         said = opinions(answers, prompted_N, text_consensus_NC)
-        group_N = 2 * prompted_N + varied(trial.made[-1], self.explore)
-        found = {name: compare(opinion, trial.made[-1], group_N) for name, opinion in said.items()}
-        state, verdict, evidence = after_round(self.ledger.guard, found)
-        self.ledger.guard = state
+        group_N = 2 * prompted_N + varied(arms.made_N, self.explore)
+        found = {name: compare(opinion, arms.made_N, group_N) for name, opinion in said.items()}
+        state, verdict, evidence = after_round(replace(state, trial=trial), found)
         if verdict == "accepted":
-            self.generator.adapter.load_state(trial.challenger, "an adapter on trial")
+            self.generator.adapter.load_state(arms.challenger, "an adapter on trial")
+            if _differ(trial.challenger, arms.challenger):
+                state = replace(state, trial=Trial(trial.challenger))
         elif verdict == "taken back":
             self.ledger.pool = _without(self.ledger.pool, trial.made)
+        self.ledger.guard = state
         preference = {name: round(evidence[name].z, 3) for name in evidence}
         return {"verdict": verdict, "preference": preference, "rounds": len(trial.made), "step": state.step}
 
@@ -154,12 +170,16 @@ class Guard:
             updated = self._snapshot()
         if trial is not None:
             self.ledger.guard = replace(self.ledger.guard, trial=replace(trial, challenger=updated))
-        elif any(not torch.equal(updated[name], champion[name]) for name in champion):
+        elif _differ(updated, champion):
             self.ledger.guard = replace(self.ledger.guard, trial=Trial(updated))
         return loss
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.generator.adapter.state().items()}
+
+
+def _differ(some: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return any(not torch.equal(some[name], other[name]) for name in other)
 
 
 def varied(made_N: Tensor, explore: float) -> Tensor:

@@ -26,6 +26,7 @@ class Background:
         self._undone = 0
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+        self.is_failing = False  # Whether the block has failed, so that only what was there before is still wanted.
         self._thread: threading.Thread | None = None
 
     def add(self, job: Job) -> None:
@@ -66,6 +67,7 @@ class Background:
             if kind is None:
                 self.wait()
             elif issubclass(kind, Exception):
+                self.is_failing = True
                 self._finish_after(error)
         finally:
             self._jobs.put(None)

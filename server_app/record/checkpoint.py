@@ -24,7 +24,7 @@ from torch import Tensor
 from fedmmkt.common.files import replaced_folder, write_atomically
 from fedmmkt.common.payloads import MAX_ANCESTORS, SoftTargets, SyntheticBatch
 from fedmmkt.server_app.guard import NO_TRIAL, GuardState
-from fedmmkt.server_app.ledger import Ancestor, Identity, TargetsByClient
+from fedmmkt.server_app.ledger import Ancestor, Identity, Source, TargetsByClient
 from fedmmkt.server_app.record.run_folder import Mark
 from fedmmkt.server_app.rules.reliability import Standing
 from fedmmkt.server_app.t2i.samples import Samples
@@ -78,6 +78,8 @@ class ServerState:
         Names of the nodes that had their turn, if a round asks a part of the nodes only.
     guard : GuardState
         The trial of the T2I's last update.
+    made_from : Source or None
+        What the next round's batch is made from, if batches are made ahead.
     """
 
     round: int
@@ -95,6 +97,7 @@ class ServerState:
     standings: dict[str, Standing] = field(default_factory=dict)
     drawn: tuple[str, ...] = ()
     guard: GuardState = NO_TRIAL
+    made_from: Source | None = None
 
     def lineage(self) -> tuple[Ancestor, ...]:
         """Return the ancestors of a run that continues from this state."""
@@ -128,20 +131,23 @@ class Checkpoints:
         if not self.keep:
             return
         path = self.folder / f"round-{state.round:05d}"
+        sources = [state.made_from] if state.made_from else []
+        earlier = [samples for source in sources for samples in source.pool]
         try:
             shared = {
                 "pool": [self._share(samples, *_samples_to_parts(samples)) for samples in state.pool],
                 "history": [self._share(item, *_taught_to_parts(*item)) for item in state.history],
+                "made_from": [self._share(source, *_source_to_parts(source)) for source in sources],
+                "earlier_pool": [self._share(samples, *_samples_to_parts(samples)) for samples in earlier],
             }
-            self._names = {
-                key: kept for key, kept in self._names.items() if kept[1] in shared["pool"] + shared["history"]
-            }
+            named = list(dict.fromkeys(name for names in shared.values() for name in names))
+            self._names = {key: kept for key, kept in self._names.items() if kept[1] in named}
             with replaced_folder(path) as temporary:
-                tensors = state.adapter | {f"{GUARD}{name}": one for name, one in state.guard.tensors().items()}
+                tensors = _with_guard(state.adapter, state.guard)
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
                 (temporary / STATE).write_text(json.dumps(_described(state, shared), allow_nan=False), encoding="utf-8")
                 sums = {name: _sha256(temporary / name) for name in (STATE, TENSORS)}
-                manifest = {"sha256": sums, SHARED: [*shared["pool"], *shared["history"]]}
+                manifest = {"sha256": sums, SHARED: named}
                 (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -226,6 +232,11 @@ def _described(state: ServerState, shared: Mapping[str, list[str]]) -> dict[str,
     return described | dict(shared) | {"identities": list(state.identities.items())}
 
 
+def _source_to_parts(source: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    described = {"round": source.round, "guard": source.guard.to_json()}
+    return described, _with_guard(source.adapter, source.guard)
+
+
 def _samples_to_parts(samples: Samples) -> tuple[dict[str, Any], dict[str, Tensor]]:
     own = {"latents_NCHW": samples.latents_NCHW, "prompted_N": samples.prompted_N, "scores_N": samples.scores_N}
     return {"prompts": samples.prompts}, {name: tensor for name, tensor in own.items() if tensor is not None}
@@ -253,14 +264,22 @@ def _from_parts(path: Path, described: dict[str, Any], tensors: dict[str, Tensor
         clients=tuple(described["clients"]),
         identities={node_id: Identity(*said) for node_id, said in described["identities"]},
         standings={name: Standing(**known) for name, known in described.get("standings", {}).items()},
-        adapter={name: tensor for name, tensor in tensors.items() if not name.startswith(GUARD)},
+        adapter=_without_guard(tensors),
         pool=[_read_samples(*shared) for shared in _read_shared(path, described["pool"])],
         history=[_read_taught(*shared) for shared in _read_shared(path, described["history"])],
         line=described["line"],
         earlier=Mark(*described["earlier"]),
         drawn=tuple(described.get("drawn", ())),
         guard=GuardState.from_parts(described.get("guard", NO_TRIAL.to_json()), _below(tensors, GUARD)),
+        made_from=_read_source(path, described) if described.get("made_from") else None,
     )
+
+
+def _read_source(path: Path, described: Mapping[str, Any]) -> Source:
+    ((own, tensors),) = _read_shared(path, described["made_from"])
+    pool = tuple(_read_samples(*shared) for shared in _read_shared(path, described["earlier_pool"]))
+    guard = GuardState.from_parts(own["guard"], _below(tensors, GUARD))
+    return Source(own["round"], _without_guard(tensors), pool, guard)
 
 
 def _read_shared(path: Path, names: Iterable[str]) -> Iterable[tuple[dict[str, Any], dict[str, Tensor]]]:
@@ -283,6 +302,14 @@ def _read_taught(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     batch = SyntheticBatch.model_validate(messages.pop("batch"))
     distinct = tuple(SoftTargets.model_validate(messages[f"targets-{number}"]) for number in range(len(messages)))
     return batch, TargetsByClient(distinct, described["of_client"], described["of_modality"])
+
+
+def _with_guard(adapter: Mapping[str, Tensor], guard: GuardState) -> dict[str, Tensor]:
+    return dict(adapter) | {f"{GUARD}{name}": tensor for name, tensor in guard.tensors().items()}
+
+
+def _without_guard(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(GUARD)}
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

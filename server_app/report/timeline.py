@@ -14,7 +14,7 @@ from fedmmkt.server_app.report.measures import Line
 from fedmmkt.server_app.report.numbers import seconds
 
 MOST_ROWS = 12  # of more clients, one row shows how many of them were at work
-BESIDE = {"measure": "yellow", "checkpoint": "grey", "report": "ink"}
+BESIDE = {"measure": "yellow", "checkpoint": "grey", "report": "ink", "generate": STAGES["generate"]}
 STEPS = 200  # points of the curve of how many clients were at work
 Span = Sequence[Any]  # name, begin and end in seconds since the start of the run
 

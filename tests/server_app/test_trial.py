@@ -43,9 +43,9 @@ def test_both_make_their_part_of_a_batch_in_the_order_of_the_prompts(strategy, c
     def generate(part):
         return generator.generate([prompt.text for prompt in part], sample_seeds(0, 1, len(part)), 1.0)
 
-    batch = guard.generate(prompts, 0, generate)
+    batch, arms = guard.generate(prompts, 0, generate)
 
-    (made_N,) = strategy.ledger.guard.trial.made
+    made_N = arms.made_N
     assert int(made_N.sum()) == 22  # Of 30; a quarter is the champion's.
     assert batch.prompts == tuple(prompt.text for prompt in prompts)
     assert states_equal(generator.adapter.state(), before)
@@ -61,19 +61,19 @@ def test_after_an_update_was_taken_back_the_next_makes_the_smaller_part(strategy
     guard = Guard(0.2, strategy.generator, strategy.ledger)
     prompts = strategy.make_prompts(1)
 
-    guard.generate(prompts, 0, lambda part: strategy.generate(1, part, []))
+    _, arms = guard.generate(prompts, 0, lambda part: strategy.generate(1, part, []))
 
-    assert int(strategy.ledger.guard.trial.made[0].sum()) == 6
+    assert int(arms.made_N.sum()) == 6
 
 
 def test_a_batch_of_one_sample_is_the_champions(strategy, challenger):
     strategy.ledger.guard = GuardState(Trial(challenger))
     guard, prompts = Guard(0.25, strategy.generator, strategy.ledger), strategy.make_prompts(1)[:1]
 
-    batch = guard.generate(prompts, 0, lambda part: strategy.generate(1, part, []))
+    batch, arms = guard.generate(prompts, 0, lambda part: strategy.generate(1, part, []))
 
     assert batch.prompts == (prompts[0].text,)
-    assert [made_N.tolist() for made_N in strategy.ledger.guard.trial.made] == [[False]]
+    assert arms.made_N.tolist() == [False]
 
 
 def test_each_adapter_varies_the_first_part_of_what_it_makes():

@@ -1,11 +1,14 @@
 """A checkpoint writes what is new; what it shares with others is checked, and removed with the last of them."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from fedmmkt.server_app.guard import GuardState, Trial
+from fedmmkt.server_app.ledger import Source
 from fedmmkt.server_app.record.checkpoint import (
     Checkpoints,
     DamagedCheckpointError,
@@ -112,3 +115,24 @@ def test_metrics_that_are_not_those_of_the_checkpoint_are_named(run):
     run.metrics.write_bytes(b" " + lines)
     with pytest.raises(DamagedCheckpointError, match=r"metrics\.jsonl is not what was written until round 1"):
         kept_metrics(run, last)
+
+
+def test_what_the_next_batch_is_made_from_is_kept_and_shares_samples(run):
+    pool = [scored(0), scored(1)]
+    guard = GuardState(Trial({"lora": torch.zeros(2, 2)}, made=(torch.tensor([True, False]),)), 0.5, number=3)
+    source = Source(3, {"lora": torch.full((2, 2), 7.0)}, tuple(pool), guard)
+    present = replace(state(run, 2, [*pool[1:], scored(2)]), guard=guard, made_from=source)
+
+    Checkpoints(run.checkpoints, 2).write(present)
+
+    read = read_checkpoint(checkpoints(run.checkpoints)[-1])
+    assert read.made_from.round == 3
+    assert read.made_from.adapter["lora"].tolist() == [[7.0, 7.0]] * 2
+    assert set(read.adapter) == set(read.made_from.adapter) == {"lora"}
+    assert [samples.latents_NCHW[0, 0, 0, 0] for samples in read.made_from.pool] == [0.0, 1.0]
+    assert read.made_from.guard.to_json() == guard.to_json()
+    assert read.made_from.guard.trial.made[0].tolist() == [True, False]
+    # Samples 0 to 2, and what the batch is made from.
+    assert len(list((run.checkpoints / "shared").iterdir())) == 4
+    Checkpoints(run.checkpoints, 1).write(state(run, 3, [scored(2)]))
+    assert len(list((run.checkpoints / "shared").iterdir())) == 1

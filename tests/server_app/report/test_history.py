@@ -72,6 +72,16 @@ def test_the_timeline_shows_each_client_if_they_are_few():
     assert [entry.text for entry in chart.legend] == ["generate", "measure, beside the clients", "clients at work"]
 
 
+def test_the_timeline_shows_what_is_generated_ahead():
+    times = timeline(0, ["a"])
+    ahead = times | {"beside": [*times["beside"], ["generate", 5, 6.5]]}
+
+    usual, chart = (timeline_of(History.of([line(0, {"a": 0.5}, timeline=one)]).lines) for one in (times, ahead))
+
+    assert "generate 2.0 s, beside the clients measure 3.0 s, beside the clients generate 1.5 s" in chart.svg
+    assert chart.svg.count("var(--blue)") == usual.svg.count("var(--blue)") + 1
+
+
 def test_the_timeline_shows_how_many_of_many_clients_work():
     names = [f"cnn-{index}" for index in range(30)]
     chart = timeline_of(History.of([line(0, {"cnn-0": 0.5}, timeline=timeline(0, names))]).lines)
