@@ -1,9 +1,9 @@
 """What generation ahead saves: ``python -m benchmarks.ahead``.
 
-The T2I is the starter. Clients stand for other machines: they wait in their handler, as long as the T2I works in a
-round, and learn next to nothing. The same run is made with and without ``t2i.generate-ahead``. A round's wall clock is
-given as a fraction of the sum of both, the work of the T2I (generation, update, measuring) and the clients' wait, as
-measured in the same round; so it says little of how busy the machine is.
+The T2I is the starter. Clients stand for other machines: they wait in their handler, as long as the T2I worked in the
+last round that was recorded, and learn next to nothing. The same run is made with and without ``t2i.generate-ahead``. A
+round's wall clock is given as a fraction of the sum of both, the work of the T2I (generation, update, measuring) and
+the clients' wait, as measured in the same round; so it says little of how busy the machine is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
@@ -23,8 +24,9 @@ from fedmmkt.client_app.app import app
 from fedmmkt.common.config import RunConfig, Setting, to_flower
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.app import build_strategy
+from fedmmkt.server_app.record.run_folder import RunFolder
 
-NODES = 2
+NODES, WAITS = 2, "waits.txt"
 TINY: dict[str, Setting] = {
     "client.models": "mlp",
     "client.warmup-epochs": 0,
@@ -38,10 +40,23 @@ TINY: dict[str, Setting] = {
 
 
 def waiting_app(message: Message, context: Context) -> Message:
-    """Answer as the app's clients do, after ``extra.wait`` seconds."""
+    """Answer as the app's clients do, after as many seconds as the T2I worked in the last recorded round."""
     if message.metadata.message_type == "train":
-        time.sleep(float(context.run_config["extra.wait"]))
+        folder = RunFolder(Path(str(context.run_config["output-dir"])))
+        recorded = folder.read_metrics()
+        wait = t2i_seconds(recorded[-1]) if recorded else 0.0
+        time.sleep(wait)
+        if context.node_config["partition-id"] == 0:
+            with (folder.path / WAITS).open("a", encoding="utf-8") as file:
+                file.write(f"{wait}\n")
     return app(message, context)
+
+
+def t2i_seconds(line: dict[str, Any]) -> float:
+    """Return how long the T2I worked, in a round and beside the exchange that followed it or was part of it."""
+    return sum(line["seconds"][stage] for stage in ("generate", "adapt")) + sum(
+        end - start for name, start, end in line["seconds"]["timeline"]["beside"] if name in ("generate", "measure")
+    )
 
 
 @dataclass(frozen=True)
@@ -59,26 +74,31 @@ class Round:
         return self.wall / (self.t2i + self.clients)
 
 
-def measure(settings: dict[str, Setting], wait: float, ahead: bool) -> list[Round]:
-    """Run once; return the rounds but for the first, which has nothing made ahead, and the last."""
-    with tempfile.TemporaryDirectory() as folder:
-        own: dict[str, Setting] = {"extra.wait": wait, "t2i.generate-ahead": ahead, "min-available-nodes": NODES}
-        own |= {"output-dir": f"{folder}/run", "client.state-dir": f"{folder}/clients"}
+def measure(settings: dict[str, Setting], ahead: bool) -> list[Round]:
+    """Run once; return the rounds from the third on, but for the last."""
+    with tempfile.TemporaryDirectory() as name:
+        own: dict[str, Setting] = {"t2i.generate-ahead": ahead, "min-available-nodes": NODES}
+        own |= {"output-dir": f"{name}/run", "client.state-dir": f"{name}/clients"}
         run_config = to_flower(RunConfig()) | TINY | settings | own
         node_configs: list[Any] = [{"partition-id": node, "num-partitions": NODES} for node in range(NODES)]
         grid = InProcessGrid("benchmarks.ahead:waiting_app", run_config, node_configs, workers=NODES)
         strategy = build_strategy(RunConfig.from_flower(run_config), time.time_ns() % 2**31)
         strategy.start(grid)
         grid.close()
-        return rounds_of(strategy.recorder.run_folder.read_metrics(), wait)
+        folder = strategy.recorder.run_folder
+        waits = [float(wait) for wait in (folder.path / WAITS).read_text(encoding="utf-8").split()]
+        return rounds_of(folder.read_metrics(), waits)
 
 
-def rounds_of(lines: list[dict[str, Any]], wait: float) -> list[Round]:
-    """Return the seconds of all rounds but the first, that before it and the last, from their timelines."""
+def rounds_of(lines: list[dict[str, Any]], waits: list[float]) -> list[Round]:
+    """Return the seconds of the rounds from the third on, but for the last.
+
+    Before, clients waited for what the T2I did in round 0 and 1, which have no update or nothing made ahead.
+    """
     beside = [span for line in lines for span in line["seconds"]["timeline"]["beside"]]
     starts = [span[1] for line in lines for span in line["seconds"]["timeline"]["server"] if span[0] == "total"]
     rounds = []
-    for line, (start, end) in zip(lines[2:], pairwise(starts[2:]), strict=False):
+    for line, wait, (start, end) in list(zip(lines[1:], waits, pairwise(starts[1:]), strict=False))[2:]:
         own = sum(line["seconds"][stage] for stage in ("generate", "adapt"))
         others = sum(
             span[2] - span[1] for span in beside if span[0] in ("generate", "measure") and start <= span[1] < end
@@ -100,10 +120,11 @@ def row(name: str, rounds: list[Round]) -> str:
 def main() -> None:
     """Parse the command line, measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=6, help="rounds of each run; first and last are not counted")
-    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="rounds of each run; the first two and the last do not count"
+    )
+    parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--adaptation-steps", type=int, nargs="+", default=[4, 40], help="one row each")
-    parser.add_argument("--wait", type=float, help="the clients' seconds; by default those that the T2I works")
     options = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.WARNING)
     print("| update of | clients s | T2I s | of it beside them | round s | round / (clients + T2I) |")
@@ -111,11 +132,9 @@ def main() -> None:
     for steps in options.adaptation_steps:
         settings: dict[str, Setting] = {"rounds": options.rounds, "t2i.samples-per-round": options.samples}
         settings |= {"t2i.adaptation-steps": steps}
-
-        wait = options.wait or statistics.median(one.t2i for one in measure(settings | {"rounds": 4}, 0.0, False))
         for ahead in (False, True):
             name = f"{steps} steps, {'ahead' if ahead else 'when the round begins'}"
-            print(row(name, measure(settings, wait, ahead)), flush=True)
+            print(row(name, measure(settings, ahead)), flush=True)
 
 
 if __name__ == "__main__":

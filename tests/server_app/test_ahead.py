@@ -233,6 +233,18 @@ def test_a_batch_made_ahead_is_for_its_round_alone(tiny_run):
     assert strategy.made == [2, 3]
 
 
+def test_a_late_answer_does_not_change_what_a_batch_is_made_from(tiny_run):
+    strategy = build(tiny_run(rounds=3, **AHEAD))
+    samples = strategy.generate(1, strategy.make_prompts(1), [])
+    before, after = (samples.scored(torch.full((20,), score)) for score in (1.0, 2.0))
+    strategy.ledger.pool = [before]
+    strategy.ahead.begin(2)
+
+    strategy.ledger.pool[-1] = after  # As `teach_again` does.
+
+    assert strategy.ledger.made_from.pool == (before,)
+
+
 # ---------------------------------------------------------------------- the guard
 
 
