@@ -51,6 +51,7 @@ ROWS: dict[str, Overrides] = {
     "the whole, logits only": {"feedback": "logits"},
     "the whole, no alignment loss": {"client.alignment-weight": 0.0},
     "the whole, generated ahead": {"t2i.generate-ahead": True},
+    "the whole, every update kept": {"t2i.guard": 0.0},
     "the whole": {},
 }
 COLUMNS = (

@@ -36,13 +36,13 @@ VENDORS: Overrides = {
     "t2i.guidance": "2.0",
     "t2i.evaluation-guidance": 2.0,
 }
-FROZEN, KEPT = "frozen T2I", "every update is kept"
+FROZEN = "frozen T2I"
 ROWS: dict[str, Overrides] = {
     FROZEN: {"t2i.scores": "none"},
-    KEPT: {"t2i.guard": 0.0},
-    "the clients decide, 1/8": {"t2i.guard": 0.125},
-    "the clients decide, 1/4": {"t2i.guard": 0.25},
-    "the clients decide, 1/2": {"t2i.guard": 0.5},
+    "every update is kept": {"t2i.guard": 0.0},
+    "the clients decide, guard .125": {"t2i.guard": 0.125},
+    "the clients decide, guard .25": {"t2i.guard": 0.25},
+    "the clients decide, guard .5": {"t2i.guard": 0.5},
 }
 
 
@@ -126,7 +126,7 @@ def harms(runs: Runs, other: str = FROZEN) -> str:
     """Compare each row with another one, seed by seed: mean difference, and the one-sided p of harm."""
     lines = [f"| minus {other} | {' | '.join(column.title for column in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, seeds in runs.items():
-        if name == other or len(seeds) < 2:
+        if name == other or other not in runs or len(seeds) < 2:
             continue
         cells = []
         for column in COLUMNS:

@@ -345,11 +345,11 @@ class T2IConfig(_Section):
     caption_dropout: Fraction = Field(0.1, description="fraction of captions replaced by the empty text in an update")
     pool_rounds: int = Field(3, ge=1, le=100, description="number of last rounds whose samples an update uses")
     guard: float = Field(
-        0,
+        0.25,
         ge=0,
         le=0.5,
-        description="fraction of a round's samples with which clients decide whether the last update is kept, such as "
-        "0.125; 0: every update is kept",
+        description="fraction of a round's samples with which clients decide whether the last update is kept; 0: every "
+        "update is kept",
     )
 
     def guidance_of(self, server_round: int) -> float:
