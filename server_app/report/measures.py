@@ -179,7 +179,8 @@ def headlines_of(
     alignment_samples : int, optional
         Number of images of which the alignment is a share.
     frechet_floor : float, optional
-        The Frechet distance of real images to real ones. At a distance up to this, no change is judged.
+        The Frechet distance of real images to real ones. A change to a distance up to this is not judged, nor is one
+        from there by no more than this.
     """
     modalities = sorted({client["modality"] for line in lines for client in line["clients"]["per_client"].values()})
     title = "{} clients, mean accuracy".format
@@ -249,7 +250,7 @@ def _t2i_headline(
 
 def _frechet_change(before: float, after: float, floor: float | None) -> tuple[str, Verdict]:
     change = f"{100 * (after / before - 1):+.0f} %" if before else f"{after - before:+.3g}"
-    if floor is not None and after <= floor:
+    if floor is not None and (after <= floor or before <= floor and after - before <= floor):
         where = f"real images among themselves have {number(floor)}"
     else:
         where = "nearer to real images" if after < before else "further from real images" if after > before else ""

@@ -12,6 +12,7 @@ from fedmmkt.common.files import write_text
 from fedmmkt.server_app.record.checkpoint import checkpoints
 from fedmmkt.server_app.record.run_folder import STOPPED, RunFolder
 from fedmmkt.server_app.report.charts import charts_of
+from fedmmkt.server_app.report.control import few_steps_of, forgotten_of, personal_of
 from fedmmkt.server_app.report.heat import heat_maps_of
 from fedmmkt.server_app.report.history import MOST_TROUBLES, History
 from fedmmkt.server_app.report.images import measure_rows, verdict_rows
@@ -114,7 +115,13 @@ def _render(
         frozen=config["t2i"]["scores"] == FROZEN,
         changed=f"{changed:%Y-%m-%d %H:%M:%S}",
         headlines=headlines_of(lines, _judged_samples(config), floors.get("frechet")),
-        summary=[*summary_of(clients), *fading_of(lines, min(images.values(), default=None), floors.get("frechet"))],
+        summary=[
+            *summary_of(clients),
+            *personal_of(lines),
+            *forgotten_of(lines, classes),
+            *fading_of(lines, min(images.values(), default=None), floors.get("frechet")),
+        ],
+        few_steps=few_steps_of(clients, config),
         alone=alone_of(lines).source,
         warmup_epochs=config["client"]["warmup-epochs"],
         private_epochs=config["client"]["warmup-epochs"] + planned * config["client"]["local-epochs"],

@@ -1,7 +1,8 @@
 import pytest
 
 from fedmmkt.server_app.report.images import MeasureRow, VerdictRow, measure_rows, verdict_rows
-from fedmmkt.server_app.report.measures import fading_of
+from fedmmkt.server_app.report.history import History
+from fedmmkt.server_app.report.measures import fading_of, headlines_of
 from fedmmkt.server_app.report.page import write_report
 from tests.server_app.report.test_page import make_line, make_run, text_of
 
@@ -91,6 +92,18 @@ def test_a_distance_up_to_that_of_real_images_is_not_judged(floor, said, tmp_pat
 
     assert f"T2I Fréchet distance before 200 after 50 −75 %, {said} lower is better" in page
     assert ("are nearer to real ones on the whole" in page) == (floor < 50)
+
+
+@pytest.mark.parametrize(("after", "judged"), [(121.0, False), (216.0, False), (217.0, True)])
+def test_a_rise_from_within_the_floor_is_judged_if_it_exceeds_it(after, judged):
+    generator = {"alignment": None, "frechet": 97.0, "loss": None}
+    lines = [make_line(number, {"cnn-0": 0.5}, generator=generator) for number in range(2)]
+    lines[1]["generator"] = {**generator, "frechet": after}
+
+    (headline,) = [one for one in headlines_of(History.of(lines).lines, None, 119.0) if "Fréchet" in one.title]
+
+    assert ("further from real images" in headline.change) == judged
+    assert ("real images among themselves have 119" in headline.change) != judged
 
 
 def test_runs_of_earlier_versions_say_nothing_of_recall():
