@@ -75,11 +75,15 @@ class Examples:
 
 @dataclass(frozen=True)
 class Splits:
-    """The training and test part of a dataset; in both, the label column holds indices into ``classes``."""
+    """The training and test part of a dataset; in both, the label column holds indices into ``classes``.
+
+    ``is_held_out`` tells that the dataset has no test part of its own, so that one was drawn.
+    """
 
     train: datasets.Dataset
     test: datasets.Dataset
     classes: tuple[str, ...]
+    is_held_out: bool = False
 
 
 @lru_cache(maxsize=8)
@@ -112,8 +116,9 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
             "allowed: two or more"
         )
     indexed = {split: _indexed(parts[split], found, classes, config) for split, found in labels.items()}
-    train, test = indexed.values() if len(indexed) > 1 else _split(indexed["train"], config, seed)
-    return Splits(train, test, classes)
+    is_held_out = len(indexed) == 1
+    train, test = _split(indexed["train"], config, seed) if is_held_out else indexed.values()
+    return Splits(train, test, classes, is_held_out)
 
 
 def check_header(config: DataConfig) -> list[str]:

@@ -47,6 +47,12 @@ def origins_of(rows: datasets.Dataset) -> Sequence[str]:
     return rows[ORIGIN][:] if ORIGIN in rows.column_names else [f"row {row}" for row in range(len(rows))]
 
 
+def files_of(rows: datasets.Dataset) -> list[str]:
+    """Return the tables, or the splits of the hub, that rows were read from; none for folders of images."""
+    places = (origin.partition(" of ") for origin in origins_of(rows))
+    return sorted({file for row, _, file in places if row.startswith("row ") and file})
+
+
 def write_parquet(rows: datasets.Dataset, path: Path) -> None:
     """Write the columns of files as parquet; images that are files are written with their content, not their names.
 

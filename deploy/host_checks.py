@@ -18,11 +18,11 @@ import numpy as np
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
+from fedmmkt.common.config import ConfigError, DataConfig, NodeConfig, RunConfig
 
 if TYPE_CHECKING:
     from fedmmkt.client_app.models.task_model import TaskModel
-    from fedmmkt.common.datasets import Examples
+    from fedmmkt.common.datasets import Examples, Splits
 
 PACKAGE = "fedmmkt"
 SHOWN = ("flwr", "torch", "diffusers", "transformers", "datasets")
@@ -78,10 +78,15 @@ def check_data(config: RunConfig, node: NodeConfig) -> str:
     whose data have none of them tells the server nothing of it: so it is told here.
     """
     from fedmmkt.client_app.data.private_data import load_private_data
+    from fedmmkt.common.dataset_hints import shared_images
     from fedmmkt.common.datasets import load_splits
     from fedmmkt.common.tables import some
 
-    classes = _named_classes(config) or load_splits(node.own_data(config.data), config.seed).classes
+    own = node.own_data(config.data)
+    splits = load_splits(own, config.seed)
+    if shared := shared_images(splits, own):
+        raise ConfigError(shared)
+    classes = _named_classes(config) or splits.classes
     modality = _build_model(config, node, classes).modality
     data = load_private_data(config, node, classes, "image" in modality, "text" in modality)
     counted = _counted(node.data_path, data.train, data.test, classes)
@@ -112,11 +117,13 @@ def check_ledger(ledger: Path, state: Path) -> str:
 
 def check_dataset(config: RunConfig) -> str:
     """Check that a simulation's dataset can be read, with its images and texts, and count the examples per class."""
-    from fedmmkt.common.dataset_hints import check_classes, unused_splits
+    from fedmmkt.common.dataset_hints import check_classes, shared_images, unused_splits
     from fedmmkt.common.datasets import load_splits, to_examples
 
     data, splits = config.data, load_splits(config.data, config.seed)
     check_classes(splits, data, config.judge)
+    if shared := shared_images(splits, data):
+        raise ConfigError(shared)
     counted, hints = {}, [unused_splits(splits.train, data)]
     for kind, column in (("images", data.image_column), ("texts", data.text_column)):
         if column in splits.train.column_names:  # Apart, since a model that reads one needs not the other.
@@ -130,7 +137,7 @@ def check_dataset(config: RunConfig) -> str:
     said = [f"for models that read {kind}: {text}" for kind, text in counted.items()]
     if len(set(counted.values())) == 1:
         said = [next(iter(counted.values()))]
-    return "; ".join([*said, *filter(None, hints)])
+    return "; ".join([*said, *filter(None, [_read(splits, data), *hints])])
 
 
 def check_t2i(config: RunConfig) -> str:
@@ -185,6 +192,16 @@ def _counted(place: str, train: Examples, test: Examples, classes: tuple[str, ..
     lines = (*train.left_out, *test.left_out)
     left_out = f"; left out: {some(lines)}" if lines else ""
     return f"{place} has {len(train)} examples to learn ({held}) and {len(test)} to test{left_out}"
+
+
+def _read(splits: Splits, data: DataConfig) -> str:
+    """Say which tables of a folder are read, and what for; empty for other datasets."""
+    from fedmmkt.common.tables import files_of, some
+
+    train, test = files_of(splits.train), files_of(splits.test)
+    if not train or not Path(data.dataset).expanduser().is_dir():
+        return ""
+    return f"read are {some(train)}" + ("" if splits.is_held_out else f" to learn, and {some(test)} to test")
 
 
 def _repeated(train: Examples, test: Examples) -> str:

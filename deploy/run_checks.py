@@ -151,9 +151,9 @@ def _checks_of_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> tupl
 
 
 def _tell_hints(config: RunConfig) -> None:
-    """Tell what is likely not what was meant: a T2I model of digits for other classes, splits in a column."""
+    """Tell what is likely not what was meant: a T2I model of digits for other classes, splits that are none."""
     from fedmmkt.common.dataset_files import DIGIT_NAMES
-    from fedmmkt.common.dataset_hints import unused_splits
+    from fedmmkt.common.dataset_hints import shared_images, unused_splits
     from fedmmkt.common.datasets import FROM_CLIENTS, load_splits, read_class_names
     from fedmmkt.server_app.prompts import warn_of_other_classes
 
@@ -162,6 +162,8 @@ def _tell_hints(config: RunConfig) -> None:
         splits = load_splits(config.data, config.seed)
         if hint := unused_splits(splits.train, config.data):
             logger.warning("%s: %s", config.data.dataset, hint)
+        if shared := shared_images(splits, config.data):
+            logger.warning("%s", shared)
     if config.t2i.model == RunConfig().t2i.model and config.data.classes != FROM_CLIENTS:
         warn_of_other_classes(read_class_names(config.data) or (splits.classes if splits else DIGIT_NAMES))
 

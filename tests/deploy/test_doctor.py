@@ -21,6 +21,7 @@ from PIL import Image
 
 from fedmmkt.client_app.privacy.ledger import PrivacyLedger, create_ledger
 from fedmmkt.common.config import DataConfig
+from fedmmkt.common.datasets import load_splits
 from fedmmkt.common.privacy import Budget
 from fedmmkt.deploy.certificates import make_ca, make_node_key, make_server_certificate, make_superexec_secret
 from fedmmkt.deploy.connection_checks import read_connection, split_address
@@ -293,6 +294,31 @@ def test_wrong_classes_repeated_photos_and_a_column_of_splits(doctor, tmp_path):
     assert "; the column 'split' (train) is not used: splits are files" in line
     assert re.search(r"; 10 images are the same as another, \d of them to learn and to test$", line)
     assert "holds 'a, b': the column has no c; the key does not name b; allowed: " in refused
+
+
+def test_test_images_that_are_also_learned_from_are_wrong(doctor, tmp_path):
+    for index in range(20):
+        Image.new("RGB", (8, 8), (10 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    rows = [f"{index}.png,{'ab'[index % 2]}" for index in range(20)]
+    for name, lines in (("train", rows[:12]), ("test", rows[12:]), ("photos", rows)):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["image,label", *lines]))
+    settings = f'data.dataset="{tmp_path}"'
+    node = ("--node-config", f'data-path="{tmp_path}" model="cnn"', "--run-config", 'data.classes="a,b"')
+
+    code, (line,) = doctor("--data", "--run-config", settings)
+    own = doctor(*node)[1][1]
+    (tmp_path / "photos.csv").rename(tmp_path / "photos.csv.old")
+    load_splits.cache_clear()
+    right, (read,) = doctor("--data", "--run-config", settings)
+
+    assert (code, right) == (1, 0)
+    for told in (line, own):
+        assert "of whose 8 test images 8 are also among those to learn" in told
+        assert "row 0 of test.csv is row 12 of photos.csv, row 1 of test.csv is row 13 of photos.csv and 6 more" in told
+        assert "read are photos.csv, train.csv to learn and test.csv to test" in told
+    assert (
+        "has 12 examples to learn (a 6, b 6) and 8 to test; read are train.csv to learn, and test.csv to test" in read
+    )
 
 
 def test_only_what_a_client_learns_from_is_counted(doctor, tmp_path):

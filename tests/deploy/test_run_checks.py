@@ -223,4 +223,16 @@ def test_what_is_likely_not_meant_is_told_before_the_start(birds, caplog):
     check_run(ROOT, 2, given | {"client.models": "cnn"})
 
     assert "the column 'part' (Train, test) is not used: splits are files" in caplog.text
+    assert f"move {birds.name} out of the folder" in caplog.text
     assert "'starter', which draws nothing but the digits zero to nine: its images of 2 of 2 classes" in caplog.text
+
+
+def test_test_images_that_are_also_learned_from_are_told_before_the_start(birds, caplog):
+    rows = birds.read_text().splitlines()
+    for name, lines in (("train", rows[1::2]), ("test", rows[2::2])):  # Beside the table that they are from.
+        (birds.parent / f"{name}.csv").write_text("\n".join([rows[0], *lines]))
+    given = {"data.dataset": str(birds.parent), "data.image-column": "photo", "data.label-column": "species"}
+
+    check_run(ROOT, 2, given | {"client.models": "cnn"})
+
+    assert f"test images {len(rows[2::2])} are also among those to learn" in caplog.text
