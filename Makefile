@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 NODES ?=
-OUT ?= runs/demo
+OUT ?=
 RUN_CONFIG ?=
 
 # For tools that read code without running it: the package as an installation has it, the rooms in `fedmmkt`.
@@ -17,11 +17,10 @@ export NODES OUT RUN_CONFIG
 .PHONY: install demo federation test lint docs layout starter
 
 demo: $(VENV)/usable
-	@$(VENV)/bin/fedmmkt demo $${NODES:+--nodes "$$NODES"} --out "$$OUT" --run-config "$$RUN_CONFIG"
+	@$(VENV)/bin/fedmmkt demo $${NODES:+--nodes "$$NODES"} $${OUT:+--out "$$OUT"} --run-config "$$RUN_CONFIG"
 
-federation: OUT = runs/federation
 federation: $(VENV)/usable
-	@$(VENV)/bin/fedmmkt federation $${NODES:+--nodes "$$NODES"} --out "$$OUT" --run-config "$$RUN_CONFIG"
+	@$(VENV)/bin/fedmmkt federation $${NODES:+--nodes "$$NODES"} $${OUT:+--out "$$OUT"} --run-config "$$RUN_CONFIG"
 
 # Only the command, `.venv/bin/fedmmkt`.
 install: $(VENV)/usable

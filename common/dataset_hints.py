@@ -95,8 +95,8 @@ def shared_images(splits: Splits, config: DataConfig) -> str:
     read += f" and {some(files)} to test" if read and (files := files_of(splits.test)) else ""
     return (
         f"{config.key('dataset')} is {config.dataset!r}, of whose {len(splits.test)} test images {len(pairs)} are also "
-        f"among those to learn, so that accuracy would be that of images already seen: {some(named, 2)}{read}; allowed: "
-        "each image in one of the two; a table that is not to be read lies in another folder"
+        f"among those to learn, so that accuracy would be that of images already seen: {some(named, 2)}{read}; "
+        "allowed: each image in one of the two; a table that is not to be read lies in another folder"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 import time
@@ -65,9 +66,10 @@ def run_command(
     try:
         # `make` passes an empty string if no run-config was given.
         run_config = parse_run_config([text for text in options.run_config if text.strip()])
+        resumed = Path(str(run_config["resume-from"])) if run_config.get("resume-from") else None
         if options.nodes is None:
-            resumed = run_config.get("resume-from")
-            options.nodes = (earlier_nodes(Path(str(resumed))) if resumed else None) or nodes
+            options.nodes = (earlier_nodes(resumed) if resumed else None) or nodes
+        options.out = options.out or resumed or out
         with app_folder(options.app) as app:
             config = effective_config(app, options.nodes, options.out, run_config)
             check_run(app, options.nodes, config)
@@ -84,7 +86,7 @@ def run_command(
             tell_stop(Path(folder), began)
         if isinstance(stop, SystemExit):
             raise
-        print(f"stopped{_way_on(name, str(config.get('output-dir', '')))}", file=sys.stderr)
+        print(f"stopped{_way_on(name, options.app, str(config.get('output-dir', '')))}", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -100,7 +102,9 @@ def _parse(
     parser.add_argument(
         "--nodes", type=int, help=f"number of nodes (default: {nodes}, or those of the run that resume-from names)"
     )
-    parser.add_argument("--out", type=Path, default=out, help="folder of the run (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the run (default: {out}, or that of the run that resume-from names)"
+    )
     parser.add_argument(
         "--app", type=Path, help="folder of the app (default: this folder; if it has no app, fedmmkt's own app)"
     )
@@ -114,12 +118,15 @@ def _parse(
     return parser.parse_args(arguments)
 
 
-def _way_on(name: str, folder: str) -> str:
-    """Say how to go on with a run that was stopped; nothing if it has no checkpoint."""
+def _way_on(name: str, app: Path | None, folder: str) -> str:
+    """Say how to go on in the folder of a run that was stopped; nothing if it has no checkpoint."""
     if not folder or not any((Path(folder) / "checkpoints").glob("round-*")):
         return ""
-    changed = f'resume-from="{folder}"'
-    return f"; to go on after its last whole round: fedmmkt {name} --run-config '{changed}'"
+    from fedmmkt.server_app.report.settings import run_config_option
+
+    own = f" --app {shlex.quote(str(app))}" if app else ""
+    resumed = run_config_option({"resume-from": str(Path(folder).resolve())})
+    return f"; to go on after its last whole round: fedmmkt {name}{own}{resumed}"
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:

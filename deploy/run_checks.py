@@ -121,6 +121,7 @@ def checks_of_data(config: RunConfig, nodes: int | None = None, whole: bool = Tr
         yield partial(_check_reads, model, columns, config)
     if columns and whole and _is_read_whole(config):
         yield partial(check_named_classes, config)
+        yield partial(_check_starter, config)
         if nodes:
             yield partial(partition_rows, config.data, nodes, config.seed)
 
@@ -152,20 +153,18 @@ def _checks_of_run(app: Path, nodes: int, config: Mapping[str, Setting]) -> tupl
 
 def _tell_hints(config: RunConfig) -> None:
     """Tell what is likely not what was meant: a T2I model of digits for other classes, splits that are none."""
-    from fedmmkt.common.dataset_files import DIGIT_NAMES
     from fedmmkt.common.dataset_hints import shared_images, unused_splits
-    from fedmmkt.common.datasets import FROM_CLIENTS, load_splits, read_class_names
+    from fedmmkt.common.datasets import load_splits
     from fedmmkt.server_app.prompts import warn_of_other_classes
 
-    splits = None
     if config.data.dataset != RunConfig().data.dataset and _is_read_whole(config):
         splits = load_splits(config.data, config.seed)
         if hint := unused_splits(splits.train, config.data):
             logger.warning("%s: %s", config.data.dataset, hint)
         if shared := shared_images(splits, config.data):
             logger.warning("%s", shared)
-    if config.t2i.model == RunConfig().t2i.model and config.data.classes != FROM_CLIENTS:
-        warn_of_other_classes(read_class_names(config.data) or (splits.classes if splits else DIGIT_NAMES))
+    if config.t2i.model == RunConfig().t2i.model:
+        warn_of_other_classes(_classes(config))
 
 
 def _is_read_whole(config: RunConfig) -> bool:
@@ -252,6 +251,23 @@ def _cheap_classes(config: RunConfig) -> tuple[str, ...]:
     return read_class_names(config.data) or (DIGIT_NAMES if config.data.dataset == "digits" else ())
 
 
+def _classes(config: RunConfig) -> tuple[str, ...]:
+    """Return the class space, from the data if need be; none if it is the clients', or the data are large."""
+    from fedmmkt.common.datasets import FROM_CLIENTS, load_splits
+
+    if (classes := _cheap_classes(config)) or config.data.classes == FROM_CLIENTS or not _is_read_whole(config):
+        return classes
+    return load_splits(config.data, config.seed).classes
+
+
+def _check_starter(config: RunConfig) -> None:
+    """Refuse the starter for classes of which it draws none."""
+    from fedmmkt.server_app.prompts import check_starter_draws
+
+    if config.t2i.model == RunConfig().t2i.model:
+        check_starter_draws(_classes(config))
+
+
 def _check_sizes(config: RunConfig) -> None:
     from fedmmkt.server_app.sizes import check_sizes
 
@@ -281,9 +297,9 @@ def _check_unused(folder: Path) -> None:
 
 
 def _check_resumed(folder: Path, config: RunConfig) -> None:
-    """Check that there is a checkpoint, and that it is one of these settings."""
+    """Check that there is a checkpoint, that it is one of these settings, and that rounds are left."""
     from fedmmkt.server_app.record.checkpoint import checkpoints
-    from fedmmkt.server_app.record.resuming import check_same_settings, nothing_to_resume
+    from fedmmkt.server_app.record.resuming import check_same_settings, check_unfinished, nothing_to_resume
     from fedmmkt.server_app.record.run_folder import RunFolder
 
     if not checkpoints(RunFolder(folder).checkpoints):
@@ -293,6 +309,7 @@ def _check_resumed(folder: Path, config: RunConfig) -> None:
     except (OSError, ValueError, KeyError):
         return  # The checkpoint has the settings too, but to read it takes long.
     check_same_settings(earlier, config)
+    check_unfinished(RunFolder(folder), config)
 
 
 def _columns(config: RunConfig, whole: bool) -> Sequence[str]:

@@ -14,6 +14,8 @@ from flwr.supercore import log
 
 from fedmmkt.common.config import ConfigError, T2IConfig
 from fedmmkt.common.dataset_files import DIGIT_NAMES
+from fedmmkt.common.installed import installed
+from fedmmkt.common.tables import some
 
 STARTER_TEMPLATES = ("the digit {}", "the number {}", "a picture of the digit {}", "an image of a {}")
 OTHER_TEMPLATES = ("a picture of a {}",)
@@ -64,9 +66,30 @@ def templates_of(config: T2IConfig) -> tuple[str, ...]:
     return config.prompt_templates or (STARTER_TEMPLATES if config.model == "starter" else OTHER_TEMPLATES)
 
 
+def check_starter_draws(classes: tuple[str, ...]) -> None:
+    """Check that the starter can draw some of the classes.
+
+    Raises
+    ------
+    ConfigError
+        If it can draw none of them; no class at all is no error.
+    """
+    if not classes or any(_is_drawn(name) for name in classes):
+        return
+    raise ConfigError(
+        "run-config key 't2i.model' is 'starter', which draws nothing but the digits zero to nine, and the classes are "
+        f"{some(classes, NAMED_CLASSES)}; allowed: another model, such as a small one from `fedmmkt pretrain`, or, if "
+        f"images of digits are meant for these classes, the starter's folder, {str(installed('starter/model'))!r}"
+    )
+
+
+def _is_drawn(name: str) -> bool:
+    return name.strip().lower() in STARTER_DRAWS
+
+
 def warn_of_other_classes(classes: tuple[str, ...]) -> None:
     """Warn of classes that the starter cannot draw."""
-    others = [name for name in classes if name.strip().lower() not in STARTER_DRAWS]
+    others = [name for name in classes if not _is_drawn(name)]
     if others:
         named = ", ".join(map(repr, others[:NAMED_CLASSES])) + (", ..." if len(others) > NAMED_CLASSES else "")
         log(

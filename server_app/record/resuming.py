@@ -80,6 +80,25 @@ def nothing_to_resume(folder: Path, damage: str = "") -> ConfigError:
     )
 
 
+def check_unfinished(run: RunFolder, config: RunConfig) -> None:
+    """Check that a run has not done and measured all its rounds.
+
+    Raises
+    ------
+    ConfigError
+        If it has; nothing would be left to do.
+    """
+    try:
+        done = run.read_metrics()[-1]["round"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if done >= config.rounds:
+        raise ConfigError(
+            f"run-config key 'rounds' is {config.rounds}, and the run that resume-from names has done {done} rounds; "
+            f"allowed: more than {done} (its page is written anew by `fedmmkt report {run.path}`)"
+        )
+
+
 def check_resumable(state: ServerState, config: RunConfig, classes: tuple[str, ...]) -> None:
     """Check that a configuration can resume a run.
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from fedmmkt.common.config import ConfigError
+from fedmmkt.common.datasets import load_splits
 from fedmmkt.common.installed import installed
 from fedmmkt.deploy import run_checks
 from fedmmkt.deploy.run_checks import check_run
@@ -23,6 +24,10 @@ def birds(tmp_path):
     rows = [f"{picture},{species},a bird\n" for picture, species in (("a.png", "robin"), ("b.png", "owl"))] * 20
     (tmp_path / "birds.csv").write_text("photo,species,note\n" + "".join(rows))
     return tmp_path / "birds.csv"
+
+
+# A T2I model that has another name than `starter`, which is refused where no class is a digit.
+OTHER_T2I = {"t2i.model": str(installed("starter/model"))}
 
 
 def problems(**config):
@@ -111,7 +116,8 @@ def test_a_pipeline_of_no_family_is_told(tmp_path):
 
 def test_data_are_read_as_the_run_reads_them(birds):
     columns = {"data__image_column": "photo", "data__label_column": "species", "data__text_column": "note"}
-    right = {"data.dataset": str(birds), "data.label-column": "species", "client.models": "cnn"}
+    columns["t2i__model"] = OTHER_T2I["t2i.model"]
+    right = OTHER_T2I | {"data.dataset": str(birds), "data.label-column": "species", "client.models": "cnn"}
 
     check_run(ROOT, 2, right | {"data.image-column": "photo"})
     (no_path,) = problems(data__dataset="/nowhere/birds.csv", **columns)
@@ -126,7 +132,7 @@ def test_data_are_read_as_the_run_reads_them(birds):
 def test_models_that_no_node_gets_need_no_column(birds):
     columns = {"data.image-column": "photo", "data.label-column": "species", "data.text-column": "t"}
 
-    check_run(ROOT, 2, columns | {"data.dataset": str(birds), "client.models": "cnn,mlp,text"})
+    check_run(ROOT, 2, OTHER_T2I | columns | {"data.dataset": str(birds), "client.models": "cnn,mlp,text"})
 
 
 def test_an_image_file_that_is_not_there_is_told(birds):
@@ -178,6 +184,7 @@ def test_paths_are_those_of_the_folder_of_the_command(birds, monkeypatch):
 
 def test_classes_that_the_data_lacks_or_the_list_does_not_name_are_told(birds):
     given = {"data__dataset": str(birds), "data__image_column": "photo", "data__label_column": "species"}
+    given["t2i__model"] = OTHER_T2I["t2i.model"]
 
     (other,) = problems(**given, client__models="cnn", data__classes="robin,howl")
     (unnamed,) = problems(**given, client__models="cnn", data__classes="robin,wren", judge=False)
@@ -188,14 +195,16 @@ def test_classes_that_the_data_lacks_or_the_list_does_not_name_are_told(birds):
     assert "the key does not name owl" in unnamed
     assert "the column has no cat, dog; the key does not name zero, one" in digits
     settings = {key.replace("__", ".").replace("_", "-"): value for key, value in given.items()}
-    check_run(ROOT, 2, settings | {"client.models": "cnn", "data.classes": "owl,robin,wren", "judge": False})
+    check_run(
+        ROOT, 2, OTHER_T2I | settings | {"client.models": "cnn", "data.classes": "owl,robin,wren", "judge": False}
+    )
 
 
 def test_integers_take_the_names_of_classes_in_order(birds):
     birds.write_text(birds.read_text().replace(",owl,", ",0,").replace(",robin,", ",1,"))
     given = {"data.dataset": str(birds), "data.image-column": "photo", "data.label-column": "species"}
 
-    check_run(ROOT, 2, given | {"client.models": "cnn", "data.classes": "robin,owl"})
+    check_run(ROOT, 2, OTHER_T2I | given | {"client.models": "cnn", "data.classes": "robin,owl"})
 
 
 def test_settings_are_told_before_photos_are_read(birds, caplog):
@@ -220,11 +229,24 @@ def test_what_is_likely_not_meant_is_told_before_the_start(birds, caplog):
     )
     given = {"data.dataset": str(birds), "data.image-column": "photo", "data.label-column": "species"}
 
-    check_run(ROOT, 2, given | {"client.models": "cnn"})
+    check_run(ROOT, 2, OTHER_T2I | given | {"client.models": "cnn"})
 
     assert "the column 'part' (Train, test) is not used: splits are files" in caplog.text
     assert f"move {birds.name} out of the folder" in caplog.text
-    assert "'starter', which draws nothing but the digits zero to nine: its images of 2 of 2 classes" in caplog.text
+
+
+def test_the_starter_is_refused_where_it_draws_no_class_and_warned_of_where_it_draws_some(birds, caplog):
+    given = {"data__dataset": str(birds), "data__image_column": "photo", "data__label_column": "species"}
+
+    (told,) = problems(**given, client__models="cnn")
+    birds.write_text(birds.read_text().replace("owl", "seven"))
+    load_splits.cache_clear()
+    settings = {key.replace("__", ".").replace("_", "-"): value for key, value in given.items()}
+    check_run(ROOT, 2, settings | {"client.models": "cnn"})
+
+    assert "'t2i.model' is 'starter', which draws nothing but the digits zero to nine" in told
+    assert "the classes are owl, robin; allowed: another model" in told
+    assert "zero to nine: its images of 1 of 2 classes ('robin') will show digits" in caplog.text
 
 
 def test_test_images_that_are_also_learned_from_are_told_before_the_start(birds, caplog):
@@ -233,6 +255,6 @@ def test_test_images_that_are_also_learned_from_are_told_before_the_start(birds,
         (birds.parent / f"{name}.csv").write_text("\n".join([rows[0], *lines]))
     given = {"data.dataset": str(birds.parent), "data.image-column": "photo", "data.label-column": "species"}
 
-    check_run(ROOT, 2, given | {"client.models": "cnn"})
+    check_run(ROOT, 2, OTHER_T2I | given | {"client.models": "cnn"})
 
     assert f"test images {len(rows[2::2])} are also among those to learn" in caplog.text

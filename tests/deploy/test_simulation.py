@@ -104,7 +104,7 @@ def start(toy, tmp_path, short_tmp):
     def start(run_config):
         command = [sys.executable, "-m", "fedmmkt", "demo", "--nodes", "2", "--app", str(toy)]
         process = subprocess.Popen(
-            [*command, "--out", str(tmp_path / "out"), "--run-config", run_config],
+            [*command, "--out", str(tmp_path / "x" / ".." / "out"), "--run-config", run_config],
             cwd=ROOT,
             env={**os.environ, "TMPDIR": str(short_tmp)},
             stdout=subprocess.PIPE,
@@ -159,7 +159,9 @@ def test_an_exception_of_the_server_app_fails_the_command(start, tmp_path, short
     assert left_behind(short_tmp) == []
 
 
-def test_ctrl_c_stops_the_run_and_leaves_nothing(start, short_tmp):
+def test_ctrl_c_stops_the_run_and_leaves_nothing(start, toy, tmp_path, short_tmp):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "out" / "checkpoints" / "round-00001").mkdir(parents=True)
     process = start('mode="hang"')
     assert process.stdout is not None
     for line in process.stdout:
@@ -169,6 +171,8 @@ def test_ctrl_c_stops_the_run_and_leaves_nothing(start, short_tmp):
     log, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, log
     assert "Traceback" not in log
+    resumed = f"fedmmkt demo --app {toy} --run-config 'resume-from=\"{tmp_path / 'out'}\"'"
+    assert log.splitlines()[-1] == f"stopped; to go on after its last whole round: {resumed}"
     assert left_behind(short_tmp) == []
 
 

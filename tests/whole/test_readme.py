@@ -127,7 +127,7 @@ def test_own_photos_go_from_a_file_to_predictions(tiny_run, make_grid, tmp_path,
     assert install[:2] == ["make", "install"]
     assert main(doctor[1:]) == 0
     assert "birds.csv has 240 examples to learn (owl 80, robin 80, wren 80) and 60 to test" in capsys.readouterr().out
-    assert main([*pretrain[1:], "--autoencoder-steps", "2", "--diffusion-steps", "2"]) == 0
+    assert main([*pretrain[1:], "--autoencoder-steps", "3", "--diffusion-steps", "3"]) == 0
     told = parse_run_config(re.findall(r"demo --run-config '(.*)'", capsys.readouterr().out))
     settings = dict(word.split("=", 1) for word in demo[2:])
     changed = parse_run_config([settings["RUN_CONFIG"]])

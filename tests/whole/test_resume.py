@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from fedmmkt.common.config import ConfigError, RunConfig, to_flower
+from fedmmkt.deploy.command import run_command
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.deploy.run_checks import check_run
 from fedmmkt.deploy.run_config_text import parse_run_config
 from fedmmkt.deploy.settings import earlier_nodes, effective_config
+from fedmmkt.deploy.submission import COMPLETED
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.record.checkpoint import checkpoints, read_checkpoint
 from fedmmkt.server_app.record.resuming import kept_metrics
@@ -233,6 +235,31 @@ def test_a_resumed_run_takes_the_settings_of_the_earlier_one(tiny_run, make_grid
         check_run(ROOT, 3, effective_config(ROOT, 3, folder.parent / "new", typed))
     (option,) = [shlex.split(text)[1] for text in str(caught.value).split("its values: ")[1:]]
     assert {**to_flower(RunConfig()), **parse_run_config([option])} == complete
+
+
+def test_a_resumed_run_goes_on_in_its_folder_and_one_that_is_done_is_refused(tiny_run, make_grid, capsys):
+    run_config = tiny_run(rounds=1, client__models="mlp")
+    folder = start(run_config, make_grid(run_config, nodes=2), 1).recorder.run_folder
+    described = json.loads(folder.config.read_text())
+    folder.config.write_text(json.dumps({"config": described["config"] | {"strategy": "fedmmkt"}}))
+    given, resumed = [], f'resume-from="{folder.path}"'
+
+    def run(*arguments):
+        def runner(*those):
+            given.append(those)
+            return COMPLETED
+
+        options = [text for argument in arguments for text in ("--run-config", argument)]
+        return run_command("demo", "", 6, Path("runs/demo"), runner, ["--app", str(ROOT), *options])
+
+    done, more = run(resumed), run(resumed, "rounds=2")
+
+    assert (done, more) == (2, 0)
+    assert "'rounds' is 1, and the run that resume-from names has done 1 rounds; allowed: more than 1" in (
+        capsys.readouterr().err
+    )
+    ((_, nodes, out, _),) = given
+    assert (nodes, out) == (2, folder.path)
 
 
 def test_what_cannot_be_resumed_is_named(tiny_run, make_grid, tmp_path):
