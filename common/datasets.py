@@ -156,12 +156,11 @@ def to_examples(
         If a column is missing, an image holds no grey values, more than `MOST_UNREADABLE` of the images are missing or
         broken, or no row is left.
     """
-    for wanted, field in ((images, "image_column"), (texts, "text_column")):
-        if wanted and getattr(config, field) not in dataset.column_names:
-            raise _no_column(field, dataset, config)
+    if images and config.image_column not in dataset.column_names:
+        raise _no_column("image_column", dataset, config)
     labels_N, alone = labels_of(dataset, config), config.one_by_one
     squares, broken = _read_images(dataset, config) if images else ([], {})
-    words = [text or "" for text in _read_texts(dataset, config)] if texts else []
+    words = [text or "" for text in read_texts(dataset, config)] if texts else []
     complete = [
         row for row in range(len(labels_N)) if (not images or squares[row] is not None) and (not texts or words[row])
     ]
@@ -418,7 +417,16 @@ def _share_of(row: Mapping[str, Any], config: DataConfig, seed: int) -> float:
     return int.from_bytes(digest.digest()[:8], "big") / 2**64
 
 
-def _read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[str | None]:
+def read_texts(dataset: datasets.Dataset, config: DataConfig) -> list[str | None]:
+    """Return the column of texts; None stands for an empty cell.
+
+    Raises
+    ------
+    ConfigError
+        If the column is missing, or holds something else.
+    """
+    if config.text_column not in dataset.column_names:
+        raise _no_column("text_column", dataset, config)
     feature = dataset.features[config.text_column]
     if not is_text(feature):
         raise ConfigError(

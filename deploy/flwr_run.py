@@ -1,8 +1,8 @@
 """The run-config of Flower's own command ``flwr run``, checked before Flower submits the run.
 
 Flower's SuperLink answers a key that the app does not have with "Invalid run configuration", and says no more. A wrong
-value is found by the ServerApp, after its start. Both are told here instead. Files are not looked at: they are those of
-the SuperLink's machine.
+value or name is found by the ServerApp, after its start. They are told here instead. Files are not looked at: they are
+those of the SuperLink's machine.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from pathlib import Path
 
 import click
 
-from fedmmkt.common.config import ConfigError, RunConfig, Setting
+from fedmmkt.common.config import ConfigError, RunConfig, Setting, to_flower
 from fedmmkt.deploy.bundle import PROJECT, default_config, own_config, read_app, runs_fedmmkt
 from fedmmkt.deploy.run_config_text import parse_run_config
+
+NAMES = ("strategy", "t2i.aggregation", "t2i.scores", "t2i.update", "t2i.family", "client.models")
 
 
 def check_command(command: click.Context) -> None:
@@ -41,10 +43,34 @@ def check_command(command: click.Context) -> None:
         return
     try:
         changes = parse_run_config([str(text) for text in texts])
-        RunConfig.from_flower({**default_config(project), **changes})
+        config = RunConfig.from_flower({**default_config(project), **changes})
+        _check_names(config)
         _check_overridable(folder, own_config(project), changes)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
+
+
+def _check_names(config: RunConfig) -> None:
+    """Check the names of rules, models, families and strategies, but for those of modules and of the hub.
+
+    These are found on other machines. Where all names are the defaults, nothing is imported, which takes seconds.
+    """
+    settings, defaults = to_flower(config), to_flower(RunConfig())
+    changed = {key: settings[key] for key in NAMES if settings[key] != defaults[key]}
+    if not changed:
+        return
+    from fedmmkt.deploy.rules import registries
+
+    problems = []
+    for registry in registries():
+        for name in map(str.strip, str(changed.get(registry.key, "")).split(",")):
+            try:
+                if name and ":" not in name and name != defaults[registry.key]:
+                    registry.get(name, config.extra.as_dict())
+            except ConfigError as error:
+                problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _check_overridable(app: Path, own: Mapping[str, Setting], changes: Mapping[str, Setting]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib import import_module
 
@@ -51,7 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fedmmkt: there is no command {command!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module, _ = COMMANDS[command]
-    return int(import_module(f"fedmmkt.{module}").main(rest) or 0)
+    # Threads that wait in a loop for each other make small models many times slower where others use the cores too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # It is read when torch is imported.
+    try:
+        return int(import_module(f"fedmmkt.{module}").main(rest) or 0)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,14 @@ import numpy as np
 import torch
 
 from fedmmkt.common.config import ConfigError, DataConfig
-from fedmmkt.common.datasets import Examples, labels_of, load_splits, to_examples, with_readable_images
+from fedmmkt.common.datasets import (
+    Examples,
+    labels_of,
+    load_splits,
+    read_texts,
+    to_examples,
+    with_readable_images,
+)
 from fedmmkt.common.devices import pick_device
 from fedmmkt.common.files import replaced_folder
 from fedmmkt.common.tables import ORIGIN, some, write_parquet
@@ -53,12 +61,18 @@ class PublicPart:
         Disjoint rows. ``test`` is the dataset's own test part, or held out.
     classes : tuple of str
         The class names.
+    from_test : int
+        How many of the public rows were in the test part.
+    without_image : int
+        How many more rows would be public, but have no image.
     """
 
     public: datasets.Dataset
     private: datasets.Dataset
     test: datasets.Dataset
     classes: tuple[str, ...]
+    from_test: int = 0
+    without_image: int = 0
 
 
 def divide(config: DataConfig, public: int | str, seed: int, private: int = 0, test: int = 0) -> PublicPart:
@@ -81,10 +95,12 @@ def divide(config: DataConfig, public: int | str, seed: int, private: int = 0, t
     ConfigError
         If the dataset cannot be read, or does not have as many examples, or not the column, the value or others.
     """
-    splits = load_splits(config, seed)
+    splits, from_test = load_splits(config, seed), 0
     train, held = (with_readable_images(part, config) for part in (splits.train, splits.test))
     if isinstance(public, str):
+        all_held = len(held)
         chosen, rest, held = _marked(train, held, config, public)
+        from_test = all_held - len(held)
     else:
         labels_N = labels_of(train, config)
         if not len(splits.classes) <= public <= len(labels_N) - len(splits.classes):
@@ -95,7 +111,18 @@ def divide(config: DataConfig, public: int | str, seed: int, private: int = 0, t
         chosen, rest = _drawn(train, config, public, seed)
     kept = _drawn(rest, config, private, seed)[0] if private else rest
     tested = _drawn(held, config, test, seed)[0] if test else held
-    return PublicPart(chosen, kept, tested, splits.classes)
+    shown = _with_images(chosen, config)
+    return PublicPart(shown, kept, tested, splits.classes, from_test, len(chosen) - len(shown))
+
+
+def _with_images(rows: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
+    """Leave out rows without an image, from which the T2I could not learn."""
+    import datasets
+
+    if not isinstance(rows.features.get(config.image_column), datasets.Image):
+        return rows  # Whatever reads the images says what is wrong.
+    encoded = rows.select_columns(config.image_column).cast_column(config.image_column, datasets.Image(decode=False))
+    return rows.select([row for row, item in enumerate(encoded[config.image_column]) if item is not None])
 
 
 def _marked(
@@ -151,12 +178,21 @@ def _drawn(
     return rows.select(np.sort(drawn)), rows.select(np.sort(others))
 
 
-def captions_of(examples: Examples, classes: tuple[str, ...], seed: int) -> list[str]:
-    """Return captions of the public examples: their texts, or from templates with the class name."""
-    if examples.texts is not None:
-        return examples.texts
+def captions_of(texts: Sequence[str | None], examples: Examples, classes: tuple[str, ...], seed: int) -> list[str]:
+    """Return captions of the public examples: their texts, or where one has none, from templates with the class name.
+
+    Parameters
+    ----------
+    texts : sequence of (str or None)
+        A text for each example.
+    examples : Examples
+        The examples, of which the labels are used.
+    """
     rng = np.random.default_rng(seed)
-    return [TEMPLATES[rng.integers(len(TEMPLATES))].format(classes[label]) for label in examples.labels_N]
+    return [
+        text if text and text.strip() else TEMPLATES[rng.integers(len(TEMPLATES))].format(classes[label])
+        for text, label in zip(texts, examples.labels_N, strict=True)
+    ]
 
 
 def write_prompts(path: Path, examples: Examples, classes: tuple[str, ...], captions: list[str]) -> None:
@@ -193,12 +229,15 @@ def main(command: list[str] | None = None) -> int:
         "--size",
         choices=tuple(SIZES),
         default="medium",
-        help="defaults of the next four options; small takes minutes on two cores, medium half an hour",
+        help="defaults of the next four options (default: %(default)s); small takes minutes on two cores, medium half "
+        "an hour",
     )
-    parser.add_argument("--autoencoder", type=int, nargs="+", help="channels of its levels")
-    parser.add_argument("--unet", type=int, nargs=2, help="channels of its two levels")
-    parser.add_argument("--autoencoder-steps", type=int)
-    parser.add_argument("--diffusion-steps", type=int)
+    parser.add_argument(
+        "--autoencoder", type=int, nargs="+", help=f"channels of its levels ({_of_sizes('autoencoder')})"
+    )
+    parser.add_argument("--unet", type=int, nargs=2, help=f"channels of its two levels ({_of_sizes('unet')})")
+    parser.add_argument("--autoencoder-steps", type=int, help=_of_sizes("autoencoder_steps"))
+    parser.add_argument("--diffusion-steps", type=int, help=_of_sizes("diffusion_steps"))
     parser.add_argument("--latent-channels", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=24, help="tokens per caption; longer captions are cut")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, or auto (default: %(default)s)")
@@ -219,12 +258,32 @@ def main(command: list[str] | None = None) -> int:
     return 0
 
 
+def _of_sizes(option: str) -> str:
+    """Return the default of an option for each size, as it is typed."""
+    values = {size: defaults[option] for size, defaults in SIZES.items()}
+    return ", ".join(f"{size}: {str(value).strip('()').replace(',', '')}" for size, value in values.items())
+
+
 def _number_or_condition(text: str) -> int | str:
     if text.isdecimal():
         return int(text)
     if text.partition("=")[0] and "=" in text:
         return text
     raise argparse.ArgumentTypeError(f"is {text!r}; allowed: a number, or COLUMN=VALUE such as split=public")
+
+
+def _told_parts(part: PublicPart, without_caption: int) -> str:
+    """Say how many examples each part has, and what the public ones are."""
+    notes = {
+        f"{part.without_image} more have no image and are left out": part.without_image,
+        f"{part.from_test} of them were in the test part": part.from_test,
+        f"{without_caption} have no caption, and get one with the name of their class": without_caption,
+    }
+    told = "; ".join(note for note, count in notes.items() if count)
+    return (
+        f"{len(part.public)} public examples for the T2I{f' ({told})' if told else ''}; for clients "
+        f"{len(part.private)} to learn and {len(part.test)} to test; classes: {some(part.classes)}"
+    )
 
 
 def _told_counts(examples: Examples, classes: tuple[str, ...]) -> str:
@@ -297,14 +356,12 @@ def make(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     device = pick_device(arguments.device)
     part = divide(config, arguments.public, arguments.seed, arguments.private, arguments.test)
-    print(
-        f"{len(part.public)} public examples for the T2I; for clients {len(part.private)} to learn and "
-        f"{len(part.test)} to test; classes: {some(part.classes)}",
-        flush=True,
-    )
-    examples = to_examples(part.public, config, images=True, texts=bool(arguments.caption_column))
+    rows = len(part.public)
+    texts = read_texts(part.public, config) if arguments.caption_column else [None] * rows
+    print(_told_parts(part, rows - sum(bool(text and text.strip()) for text in texts)), flush=True)
+    examples = to_examples(part.public, config, images=True, texts=False)
     print(f"public examples of each class: {_told_counts(examples, part.classes)}", flush=True)
-    captions = captions_of(examples, part.classes, arguments.seed)
+    captions = captions_of(texts, examples, part.classes, arguments.seed)
     for name, rows in (("public/train", part.public), ("data/train", part.private), ("data/test", part.test)):
         (folder / name).parent.mkdir(exist_ok=True)
         write_parquet(rows, folder / f"{name}.parquet")

@@ -58,6 +58,10 @@ def write_app(folder, server):
         (["--run-config", "rouns=3"], ["'rouns' is unknown (did you mean 'rounds'?)"]),
         (["-c", 'rounds=-1 t2i.guidance="abc"'], ["'rounds' is -1; allowed: from 1", "'t2i.guidance' is 'abc'"]),
         (["-c", "seed=1", "-c", "rounds=-1"], ["'rounds' is -1; allowed: from 1"]),
+        (
+            ["-c", 'client.models="cnn,transformers:a/b,own:f,cnnn" t2i.scores="voted"'],
+            ["'client.models' is 'cnnn', but no", "'t2i.scores' is 'voted', but no score rule"],
+        ),
         (["--run-config", "rounds = 3"], ["'rounds = 3' is not of the form key=value"]),
         (["--run-config", "wrong.toml"], ["'clent' is unknown (did you mean 'client'?)"]),
     ],

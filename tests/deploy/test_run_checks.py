@@ -188,7 +188,7 @@ def test_classes_that_the_data_lacks_or_the_list_does_not_name_are_told(birds):
 
     (other,) = problems(**given, client__models="cnn", data__classes="robin,howl")
     (unnamed,) = problems(**given, client__models="cnn", data__classes="robin,wren", judge=False)
-    (digits,) = problems(data__classes="cat,dog")
+    (digits,) = problems(data__classes="cat,dog", t2i__model=OTHER_T2I["t2i.model"])
 
     assert "'data.classes' is 'robin, howl', and the column 'species' of " in other
     assert "holds 'owl, robin': the column has no howl; the key does not name owl; allowed: " in other

@@ -16,6 +16,7 @@ from PIL import Image
 from benchmarks import cifar10, curves
 from benchmarks.emoji import ACROSS, WHOLE, WITHIN, PairJudge, measures, paired_tests, run_row, table
 from benchmarks.rows import keep
+from fedmmkt.__main__ import main as fedmmkt
 from fedmmkt.common.config import ConfigError, DataConfig, RunConfig, T2IConfig, to_flower
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.starter import public
@@ -270,6 +271,57 @@ def test_the_public_examples_of_each_class_are_counted_and_a_class_without_is_to
     assert "public examples of each class: a 0, b 20" in told.out
     assert "WARNING: no public example is of the class a: the T2I cannot draw it" in told.err
     assert json.loads((tmp_path / "start" / "cost.json").read_text())["threads"] == 1
+
+
+TINY = ["--image-size", "16", "--autoencoder", "8", "16", "--unet", "16", "16", "--tokens", "8", "--threads", "1"]
+
+
+def test_rows_without_a_caption_get_one_with_their_class_and_numbers_are_told_once(tmp_path, capsys, caplog):
+    for index in range(40):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    parts = {"train": range(30), "test": range(30, 40)}
+    for name, rows in parts.items():  # Every second has consent, every fourth a caption; number 1 no image.
+        lines = [
+            f"{f'{row}.png' * (row != 1)},{'ab'[row // 2 % 2]},{('no', 'yes')[row % 2]},{'seen' * (row % 4 == 1)}"
+            for row in rows
+        ]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["image,label,consent,caption", *lines]))
+    steps = ["--autoencoder-steps", "3", "--diffusion-steps", "3", "--caption-column", "caption"]
+    command = ["--dataset", str(tmp_path), "--public", "consent=yes", "--out", str(tmp_path / "start"), *TINY, *steps]
+
+    assert public.main(command) == 0
+
+    assert (
+        "19 public examples for the T2I (1 more have no image and are left out; 5 of them were in the test part; 10 "
+        "have no caption, and get one with the name of their class); for clients 15 to learn and 5 to test"
+    ) in capsys.readouterr().out
+    assert "left out" not in caplog.text
+    prompts = [json.loads(line) for line in (tmp_path / "start" / "prompts.jsonl").read_text().splitlines()]
+    assert {"prompt": "seen", "class": "a"} in prompts
+    assert all(
+        prompt["prompt"].split()[-1] == prompt["class"] == "b" for prompt in prompts if prompt["prompt"] != "seen"
+    )
+
+
+def test_ctrl_c_ends_the_command_in_a_line(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(public, "make", interrupted)
+
+    code = fedmmkt(["pretrain", "--dataset", "digits", "--public", "20", "--out", str(tmp_path / "start")])
+
+    assert (code, capsys.readouterr().err) == (130, "stopped\n")
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_help_tells_the_defaults_of_each_size(capsys):
+    with pytest.raises(SystemExit):
+        public.main(["--help"])
+
+    told = " ".join(capsys.readouterr().out.split())
+    assert "channels of its levels (small: 16 32 48, medium: 32 64 96)" in told
+    assert "--diffusion-steps DIFFUSION_STEPS small: 1500, medium: 6000" in told
 
 
 def test_pretraining_says_nothing_of_packages_that_it_does_not_need(tmp_path):
