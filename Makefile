@@ -24,6 +24,7 @@ federation: $(VENV)/usable
 
 # Only the command, `.venv/bin/fedmmkt`.
 install: $(VENV)/usable
+	@echo "Installed. Next: . $(VENV)/bin/activate, then fedmmkt demo, or fedmmkt --help"
 
 test: $(VENV)/developed
 	$(VENV)/bin/python -m pytest

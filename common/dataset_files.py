@@ -116,7 +116,10 @@ def _local(path: Path, config: DataConfig, options: dict[str, Any]) -> Parts:
             parts.setdefault(_split_of_table(file.relative_to(path)), []).append(table)
     named = (file for part in parts.values() for table in part for file in table.files if file)
     used = {*chosen, *(Path(os.path.normpath(file)) for file in named)}
-    _name_unread([file for file in files if not {file, file.parent} & used], path, config)
+    unread = [file for file in files if not {file, file.parent} & used]
+    if tables and not any(config.image_column in table.rows.column_names for table in tables):
+        unread = [file for file in unread if file not in images]  # The column is told, where a model needs it.
+    _name_unread(unread, path, config)
     return parts
 
 

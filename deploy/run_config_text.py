@@ -27,7 +27,11 @@ def parse_run_config(texts: list[str]) -> dict[str, Setting]:
     for text in texts:
         if text.endswith(".toml"):
             continue
-        problems = [mistake for key, value in _PAIR.findall(text) if (mistake := _mistake_of(key, value))]
+        pairs = list(_PAIR.finditer(text))
+        ends = [*(pair.start() for pair in pairs), len(text)][1:]
+        between = [text[pair.end() : end].strip() for pair, end in zip(pairs, ends, strict=True)]
+        mistakes = [_mistake_of(pair[1], pair[2], rest) for pair, rest in zip(pairs, between, strict=True)]
+        problems = list(filter(None, mistakes))
         if problems:
             raise ConfigError("\n".join(problems))
         for pair in _PAIR.finditer(text):
@@ -50,18 +54,21 @@ def parse_run_config(texts: list[str]) -> dict[str, Setting]:
         raise ConfigError(f"run-config: {error}") from error
 
 
-def _mistake_of(key: str, value: str) -> str:
-    """Say what is likely wrong with the value of a setting as it is typed, with its quotes; empty if it can be read."""
+def _mistake_of(key: str, value: str, rest: str) -> str:
+    """Say what is likely wrong with the value of a setting as it is typed, with its quotes; empty if it can be read.
+
+    ``rest`` is the text between it and the next setting.
+    """
     try:
         read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return f"run-config key {key!r} is {value}, which cannot be read; {_hint(key, value)}"
+        return f"run-config key {key!r} is {value}, which cannot be read; {_hint(key, value, rest)}"
     if isinstance(read, str) and value[0] == '"' and (escape := ESCAPE.search(value)):
         return f"run-config key {key!r} is {value}, in which {escape[1]} would be a control character; {TWICE}"
     return ""
 
 
-def _hint(key: str, value: str) -> str:
+def _hint(key: str, value: str, rest: str) -> str:
     plain = value.strip("\"'").rstrip(",")
     if value[0] in "\"'" and (len(value) == 1 or value[-1] != value[0]) and not value.endswith(","):
         return f"the quote {value[0]} that begins it is not closed"
@@ -75,4 +82,6 @@ def _hint(key: str, value: str) -> str:
         return f"a number has a decimal point: {key}={value.replace(',', '.')}"
     if re.search(r"\w+=", value):
         return "a space between two settings"
+    if rest:
+        return f'it ends at the space; a string with spaces needs quotes: {key}="{plain} {rest}"'
     return f'strings need quotes: {key}="{plain}"'

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,7 +128,21 @@ def load_generator(
     ConfigError
         If the folder, the model or the round's adapter cannot be had.
     """
-    return _load(FinishedRun.read(run, changes), round, with_adapter)
+    with _quietly():
+        return _load(FinishedRun.read(run, changes), round, with_adapter)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers from warning that torchvision is missing, which nothing here needs."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _load(run: FinishedRun, round: int | None, with_adapter: bool) -> Generator:

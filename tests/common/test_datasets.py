@@ -547,6 +547,16 @@ def test_images_outside_class_folders_are_left_out_and_named(tree, caplog):
         load_splits(DataConfig(dataset=str(loose)), 0)
 
 
+def test_images_that_a_wrong_column_does_not_name_are_not_called_unread(tree, caplog):
+    rows = [f"{index}.png,{'ab'[index % 2]}" for index in range(4)]
+    config = tree({f"{index}.png": 10 for index in range(4)} | {"t.csv": table(rows, "photo,label"), "notes.pdf": "x"})
+
+    with pytest.raises(ConfigError, match=r"'data\.image-column' is 'image', and the dataset has no such column"):
+        load_splits(config, 0)
+
+    assert "1 files are not read: notes.pdf" in caplog.text
+
+
 def test_links_to_folders_are_followed_but_not_in_a_circle(tree, tmp_path):
     config = tree({f"cat/{index}.png": 10 for index in range(5)} | {"../far/0.png": 20, "../far/1.png": 30})
     (tmp_path / "tree" / "dog").symlink_to(tmp_path / "far")

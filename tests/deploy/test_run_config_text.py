@@ -41,6 +41,10 @@ def test_dotted_keys_stay_flat():
         (["rounds=1 rounds=2"], "key 'rounds' is given twice"),
         (['data.dataset="C:\\data"'], "a backslash in a string is written twice"),
         (["data.dataset=digits rounds=2"], "'data.dataset' is digits, .* need quotes: data.dataset=.digits.$"),
+        (
+            ["data.dataset=/a/my data rounds=2"],
+            "'data.dataset' is /a/my, .* ends at the space; .* needs quotes: data.dataset=./a/my data.$",
+        ),
         (["judge=False rounds=2"], "key 'judge' is False, .* truth values are lower case: judge=false$"),
         (["rounds=2 data.alpha=0,5"], "key 'data.alpha' is 0,5, .* decimal point: data.alpha=0.5$"),
         (['data.dataset="a b rounds=2'], 'is "a, which cannot be read; the quote " that begins it is not closed$'),

@@ -1,7 +1,10 @@
 """The T2I model of a finished run: which adapters are there, and the labelled folder that it draws."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -50,6 +53,16 @@ def test_it_draws_as_many_of_each_class_as_are_asked_for(run, tmp_path, capsys):
     )
     assert read["label"][:] == [row["label"] for row in rows]
     assert read[0]["image"].size == (32, 32)
+
+
+def test_loading_says_nothing_of_packages_that_it_does_not_need(run):
+    program = f"from fedmmkt import load_generator; load_generator({str(run)!r})"
+    environment = {key: value for key, value in os.environ.items() if key != "TRANSFORMERS_VERBOSITY"}
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+
+    assert done.returncode == 0, done.stderr
+    assert "torchvision" not in done.stderr + done.stdout
 
 
 def test_images_are_those_of_the_runs_generator_whatever_is_held_at_once(run, tmp_path):
