@@ -261,7 +261,7 @@ def replayed(
         if robust:
             names = [str(index) for index in range(recorded.seen_NC.shape[1])]
             answers, most, known = weigh_answers(answers, prompted_N, known, names, CLIENT_CAP)
-        payloads = [answer.required_payload for answer in bound_answers(answers, most, new=())]
+        payloads = [answer.required_payload for answer in bound_answers(answers, most, (), CLIENT_CAP)]
         found_NC = aggregate_payloads(aggregations.get(rule), rule, payloads, torch.from_numpy(prompted_N), robust)
         targets_NC = found_NC.numpy()
         if lies or not attack:

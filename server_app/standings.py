@@ -53,8 +53,8 @@ def weigh_answers(
     return counted, most, {name: judgement.standing for name, judgement in judged.items()}
 
 
-def bound_answers(answers: Sequence[Answer], most: Sequence[float], new: Collection[str]) -> list[Answer]:
-    """Bound what each client can contribute, and show whose new answer is bounded.
+def bound_answers(answers: Sequence[Answer], most: Sequence[float], new: Collection[str], cap: float) -> list[Answer]:
+    """Bound what each client can contribute, and show whose new answer is bounded, and why.
 
     Parameters
     ----------
@@ -64,13 +64,30 @@ def bound_answers(answers: Sequence[Answer], most: Sequence[float], new: Collect
         For each of them, how many times the examples of the median client its client may count for.
     new : collection of str
         The clients whose answers were not bounded before.
+    cap : float
+        How many times the examples of the median client any client may count for at most.
     """
     payloads = bounded([answer.required_payload for answer in answers], most)
-    for answer, payload in zip(answers, payloads, strict=True):
+    for answer, payload, times in zip(answers, payloads, most, strict=True):
         if payload is not answer.payload and answer.report.client in new:
+            about = "about " if answer.required_payload.counts_noise is not None else ""
             said, counted = answer.report.examples, int(payload.class_counts_C.sum())
-            log(WARNING, "  clients   %s says %s examples, and counts as %s", answer.report.client, said, counted)
+            level, why = _why_bounded(answer, times, cap)
+            client = answer.report.client
+            log(level, "  clients   %s says %s%s examples, and counts as %s: %s", client, about, said, counted, why)
     return [replace(answer, payload=payload) for answer, payload in zip(answers, payloads, strict=True)]
+
+
+def _why_bounded(answer: Answer, times: float, cap: float) -> tuple[int, str]:
+    """Return why a client counts for at most ``times`` the median client's examples, and how grave this is."""
+    if times >= cap:
+        return WARNING, f"nobody counts for more than {cap:g} times the median client (client-cap)"
+    most = "the median client" if times == 1 else f"{times:.3g} times the median client"
+    if answer.required_payload.logits_NC is None:
+        shown = "with a privacy budget it sends no logits, and its votes are not clearly like the others'"
+    else:
+        shown = "its answers do not show clearly enough that it knows more"
+    return INFO, f"{shown}, so it counts for at most {most} (robust); this is no reproach"
 
 
 def log_changes(before: Mapping[str, Standing], after: Mapping[str, Standing]) -> None:

@@ -582,7 +582,7 @@ class FedMMKT(Strategy):
         """Return the answers to a batch as far as they count, and judge the clients whose answers are new, by name."""
         config, known = self.config, self.ledger.standings
         if not config.robust:
-            return bound_answers(answers, [config.client_cap] * len(answers), new)
+            return bound_answers(answers, [config.client_cap] * len(answers), new, config.client_cap)
         learns = config.client.distillation_weight or config.client.prompt_weight
         weighed, most, standings = weigh_answers(
             answers, batch.prompted_N, known if learns else {}, self.classes, config.client_cap
@@ -590,7 +590,7 @@ class FedMMKT(Strategy):
         changed = {name: standing for name, standing in standings.items() if name in new}
         self.recorder.record_standings(known, changed)
         self.ledger.standings = known | changed
-        return bound_answers(weighed, most, new)
+        return bound_answers(weighed, most, new, config.client_cap)
 
     def _anchor_size(self) -> int:
         return self.generator.encoder.embedding_size if self.config.client.alignment_weight else 0

@@ -250,7 +250,7 @@ def _t2i_headline(
 
 def _frechet_change(before: float, after: float, floor: float | None) -> tuple[str, Verdict]:
     change = f"{100 * (after / before - 1):+.0f} %" if before else f"{after - before:+.3g}"
-    if floor is not None and (after <= floor or before <= floor and after - before <= floor):
+    if floor is not None and (after <= floor or (before <= floor and after - before <= floor)):
         where = f"real images among themselves have {number(floor)}"
     else:
         where = "nearer to real images" if after < before else "further from real images" if after > before else ""

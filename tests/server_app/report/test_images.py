@@ -1,7 +1,7 @@
 import pytest
 
-from fedmmkt.server_app.report.images import MeasureRow, VerdictRow, measure_rows, verdict_rows
 from fedmmkt.server_app.report.history import History
+from fedmmkt.server_app.report.images import MeasureRow, VerdictRow, measure_rows, verdict_rows
 from fedmmkt.server_app.report.measures import fading_of, headlines_of
 from fedmmkt.server_app.report.page import write_report
 from tests.server_app.report.test_page import make_line, make_run, text_of
