@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from fedmmkt.server_app.report.measures import ClientRow, Line, evaluations_of
+from fedmmkt.server_app.report.measures import FROZEN, ClientRow, Line, evaluations_of
 from fedmmkt.server_app.report.noise import Share, share, verdict
 from fedmmkt.server_app.report.numbers import counted, percent, points
+from fedmmkt.server_app.report.settings import run_config_option
 
 LEAST_TESTED = 3  # test examples of a class below which no fall is told
 MOST_NAMED = 4  # of more falls, the largest are named
@@ -93,6 +94,26 @@ def forgotten_of(lines: Sequence[Line], classes: Sequence[str]) -> list[str]:
     more = f"; and {len(falls) - MOST_NAMED} more" if len(falls) > MOST_NAMED else ""
     named = "; ".join(text for _, text in falls[:MOST_NAMED])
     return [f"Known worse than alone, of classes that a client holds: {named}{more}."]
+
+
+def prompts_alone(config: Mapping[str, Any], named: int) -> str:
+    """Return the run-config of the control without any client's word; empty where clients' word is all there is.
+
+    Generated images and the classes of their prompts are then all that clients get, so that what remains of the gain is
+    the T2I's own knowledge.
+
+    Parameters
+    ----------
+    config : mapping
+        The run's configuration.
+    named : int
+        How many clients the run compares with themselves alone.
+    """
+    client, t2i = config["client"], config["t2i"]
+    taught = client["distillation-weight"] or t2i["scores"] != FROZEN
+    if not named or not taught or not client["prompt-weight"]:
+        return ""
+    return run_config_option({"client.distillation-weight": 0.0, "client.alignment-weight": 0.0, "t2i.scores": FROZEN})
 
 
 def few_steps_of(rows: Sequence[ClientRow], config: Mapping[str, Any]) -> str:

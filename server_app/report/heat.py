@@ -36,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Accuracy by class: rows of clients after a row of all of them."""
+    """Accuracy by class: rows of clients after a row of the test examples of all of them together."""
 
     title: str
     classes: tuple[str, ...]
@@ -62,7 +62,7 @@ def heat_maps_of(lines: Sequence[Line], classes: Sequence[str]) -> list[HeatMap]
             title,
             tuple(classes[index] for index in shown),
             (
-                ("all clients", tuple(_pooled_cell(evaluations, index, key, bool(noisy)) for index in shown)),
+                ("all tests", tuple(_pooled_cell(evaluations, index, key, bool(noisy)) for index in shown)),
                 *(
                     (name, tuple(_cell(evaluations[name], index, key, name in noisy) for index in shown))
                     for name in clients

@@ -12,7 +12,7 @@ from fedmmkt.common.files import write_text
 from fedmmkt.server_app.record.checkpoint import checkpoints
 from fedmmkt.server_app.record.run_folder import STOPPED, RunFolder
 from fedmmkt.server_app.report.charts import charts_of
-from fedmmkt.server_app.report.control import few_steps_of, forgotten_of, personal_of
+from fedmmkt.server_app.report.control import few_steps_of, forgotten_of, personal_of, prompts_alone
 from fedmmkt.server_app.report.heat import heat_maps_of
 from fedmmkt.server_app.report.history import MOST_TROUBLES, History
 from fedmmkt.server_app.report.images import measure_rows, verdict_rows
@@ -122,6 +122,7 @@ def _render(
             *fading_of(lines, min(images.values(), default=None), floors.get("frechet")),
         ],
         few_steps=few_steps_of(clients, config),
+        prompts_alone=prompts_alone(config, len(alone_of(lines).accuracies)).strip(),
         alone=alone_of(lines).source,
         warmup_epochs=config["client"]["warmup-epochs"],
         private_epochs=config["client"]["warmup-epochs"] + planned * config["client"]["local-epochs"],

@@ -72,7 +72,7 @@ def test_runs_of_other_rounds_and_clients_are_compared(runs, tmp_path):
     assert f"cnn-0 alone 40.0 % → 70.0 % +30.0 {client} 0 to 2 before 10.0 % → 30.0 % +20.0 {client} 0 to 1" in page
     assert f"cnn-1 alone 30.0 % → 20.0 % -10.0 {client} 0 to 2 – mlp-2 – before 20.0 %" in page
     assert "To clients 3.0 MiB 2.0 MiB From clients 3.0 KiB 2.0 KiB Time, generate 3.0 s 2.0 s" in page
-    assert "Time, total 24.0 s 16.0 s" in page
+    assert "Time, total 24.0 s 16.0 s Measuring is done beside the clients' work" in page
 
 
 def test_numbers_of_examples_with_noise_are_shown_as_such(runs, tmp_path):

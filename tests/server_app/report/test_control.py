@@ -3,7 +3,13 @@
 import pytest
 
 from fedmmkt.common.config import RunConfig
-from fedmmkt.server_app.report.control import few_steps_of, forgotten_of, personal_of, personal_share
+from fedmmkt.server_app.report.control import (
+    few_steps_of,
+    forgotten_of,
+    personal_of,
+    personal_share,
+    prompts_alone,
+)
 from fedmmkt.server_app.report.measures import client_rows
 from fedmmkt.server_app.report.page import write_report
 from tests.server_app.report.test_page import make_finished, make_line, make_run, text_of
@@ -96,3 +102,23 @@ def test_the_page_says_all_three(tmp_path):
     assert "By personal accuracy (each client's own mixture of classes), 0 are better, 1 worse, 1 within noise" in page
     assert "Known worse than alone, of classes that a client holds: cnn-0 zero, 100.0 % to 40.0 %" in page
     assert "For 2 of 2 clients it may have learned too little" in page
+
+
+@pytest.mark.parametrize(("settings", "is_told"), [
+    ({}, True),
+    ({"t2i.scores": "none"}, True),
+    ({"t2i.scores": "none", "client.distillation-weight": 0.0}, False),  # It is that control.
+    ({"client.prompt-weight": 0.0}, False),  # Nobody learns from the prompts' classes.
+])  # fmt: skip
+def test_the_control_without_any_clients_word_is_named(settings, is_told):
+    config = RunConfig.from_flower(settings).model_dump(mode="json", by_alias=True)
+
+    option = "--run-config 'client.distillation-weight=0.0 client.alignment-weight=0.0 t2i.scores=\"none\"'"
+    assert prompts_alone(config, 4).strip() == (option if is_told else "")
+    assert prompts_alone(config, 0) == ""
+
+
+def test_the_page_names_the_control_without_any_clients_word(tmp_path):
+    page = text_of(write_report(make_finished(tmp_path / "run").path).read_text())
+
+    assert "a run without any client's word tells, --run-config" in page

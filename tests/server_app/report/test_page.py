@@ -140,8 +140,8 @@ def test_accuracy_by_class_is_shown_alone_and_federated(tmp_path):
     html = write_report(make_finished(tmp_path / "run").path).read_text()
 
     alone, federated = (text_of(table) for table in re.findall(r'<table class="heat">.*?</table>', html, flags=re.S))
-    assert alone == "Alone Client zero one all clients 76 24 cnn-0 100 0 text-1 52 48"
-    assert federated == "Federated Client zero one all clients 65 75 cnn-0 80 100 text-1 50 50"
+    assert alone == "Alone Client zero one all tests 76 24 cnn-0 100 0 text-1 52 48"
+    assert federated == "Federated Client zero one all tests 65 75 cnn-0 80 100 text-1 50 50"
     assert 'title="50 of 50 test examples, 40 private examples"' in html
 
 
