@@ -48,8 +48,10 @@ def personal_of(lines: Sequence[Line]) -> list[str]:
         return []
     verdicts = {name: verdict(alone, federated) for name, (alone, federated) in both.items()}
     found = list(verdicts.values())
+    better = found.count("better")
+    are = "is" if better == 1 else "are"
     text = (
-        f"By personal accuracy (each client's own mixture of classes), {found.count('better')} are better, "
+        f"By personal accuracy (each client's own mixture of classes), {better} {are} better, "
         f"{found.count('worse')} worse, {found.count('within noise')} within noise"
     )
     name, (alone, federated) = min(both.items(), key=lambda item: item[1][1].value - item[1][0].value)
