@@ -57,7 +57,8 @@ def test_a_straggler_is_counted_in_every_second_round_and_its_work_does_not_pile
     # Asked in rounds 1, 3, 5, 7; it answers when the next round is over. The last answer comes after the run's end.
     assert [line["late_counted"] for line in replies] == [[], [], [], ["mlp-2"], [], ["mlp-2"], [], ["mlp-2"]]
     assert [line["busy"] for line in replies] == [[], [], ["mlp-2"], [], ["mlp-2"], [], ["mlp-2"], []]
-    assert all({"mlp-0", "mlp-1"} <= set(line["answered"]) for line in replies[1:])
+    # In the last round it need not wait for another, and may answer before one of them.
+    assert all({"mlp-0", "mlp-1"} <= set(line["answered"]) for line in replies[1:-1])
     assert max(waiting) <= 1  # Never more than one message at the straggler.
     assert sorted(round_ for round_, node_id in sent if node_id == 3) == [1, 3, 5, 7]
     # What it said of batch 1 came in round 3, and with it batch 1 was taught again, in round 4, to the others too.

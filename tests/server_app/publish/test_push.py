@@ -209,7 +209,7 @@ def test_a_card_says_whether_the_adapter_was_trained(tmp_path):
         run = RunFolder(make_run(tmp_path / name))
         described = run.read_config()
         described["config"]["rounds"] = rounds
-        described["config"]["t2i"]["scores"] = scores
+        described["config"]["t2i"] |= {"scores": scores, "guard": 0.0}
         run.write_config(described)
         run.append_metrics(make_line(last, {"cnn-0": 0.5}))
         run.write_failure(failure)
