@@ -110,7 +110,7 @@ def _ddpm(config: Any) -> Any:
     try:
         # Also what is a default of the sampler's class, since that of DDPMScheduler may be another.
         return DDPMScheduler.from_config({key: value for key, value in config.items() if key != "_use_default_values"})
-    except NotImplementedError:
+    except NotImplementedError:  # diffusers raises it for a `beta_schedule` that DDPMScheduler does not have.
         return None
 
 

@@ -1,6 +1,7 @@
 """Each public method of the strategy can be overridden, and what a subclass does in it has its effect on the run."""
 
 import logging
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -115,8 +116,9 @@ class Changed(FedMMKT):
     settings: ClassVar = {}  # Of its run, where they are not those of the plain run.
 
     @staticmethod
+    @abstractmethod
     def check(run, plain):
-        raise NotImplementedError
+        """Assert what must be seen; each strategy says it, or cannot be built."""
 
 
 # ---------------------------------------------------------------------- the steps of a round
