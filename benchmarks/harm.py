@@ -142,26 +142,18 @@ def harms(runs: Runs, other: str = FROZEN) -> str:
     return "\n".join(lines)
 
 
-def verdicts(runs: Runs) -> str:
-    """Say for each guarded run what became of its updates, round by round."""
+def by_round(runs: Runs) -> str:
+    """Say for each run how Frechet distance and recall went, and what became of the updates, round by round."""
     told = []
     for name, seeds in runs.items():
         for seed, lines in enumerate(seeds):
-            said = [f"{line['guard']['verdict']} {line['guard']['preference']}" for line in lines if line.get("guard")]
-            if said:
-                told.append(f"- {name}, seed {seed}: {'; '.join(said)}")
-    return "\n".join(told)
-
-
-def curves(runs: Runs) -> str:
-    """Return the T2I's Frechet distance and recall after each round."""
-    told = []
-    for name, seeds in runs.items():
-        for seed, lines in enumerate(seeds):
-            for measure in ("frechet", "recall"):
-                values = [line["generator"].get(measure) for line in lines]
-                shown = ", ".join(f"{value:.3g}" for value in values if value is not None)
-                told.append(f"- {name}, seed {seed}, {measure}: {shown}")
+            values = {measure: [line["generator"].get(measure) for line in lines] for measure in ("frechet", "recall")}
+            said = {
+                measure: [f"{value:.3g}" for value in found if value is not None] for measure, found in values.items()
+            }
+            guards = [line["guard"] for line in lines if line.get("guard")]
+            said["guard"] = [f"{guard['verdict']} {guard['preference']}" for guard in guards]
+            told += [f"- {name}, seed {seed}, {what}: {', '.join(texts)}" for what, texts in said.items() if texts]
     return "\n".join(told)
 
 
@@ -188,7 +180,7 @@ def main() -> None:
         common |= {"rounds": arguments.rounds, "data.alpha": arguments.alpha}
         runs = run_all(arguments.rows, common, range(arguments.seeds), out, arguments.at_once, arguments.client_device)
         print(f"\n### {name}, alpha {arguments.alpha:g}, {arguments.seeds} seeds, {arguments.rounds} rounds\n")
-        print("\n\n".join((table(runs), harms(runs), verdicts(runs), curves(runs))), flush=True)
+        print("\n\n".join((table(runs), harms(runs), by_round(runs))), flush=True)
 
 
 if __name__ == "__main__":
