@@ -40,6 +40,7 @@ _DEFAULTS = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # 1 s would delay each start; 0.1 s costs 4% of a core
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about this variable
     "RAY_DEDUP_LOGS": "0",  # show equal messages of several clients
+    "RAY_enable_metrics_collection": "0",  # nobody reads them, and their thread was seen to crash ending workers
 }
 
 
