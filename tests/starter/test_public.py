@@ -312,7 +312,7 @@ def test_ctrl_c_ends_the_command_in_a_line(monkeypatch, capsys, tmp_path):
     code = fedmmkt(["pretrain", "--dataset", "digits", "--public", "20", "--out", str(tmp_path / "start")])
 
     assert (code, capsys.readouterr().err) == (130, "stopped\n")
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("passive", "1000")
 
 
 def test_help_tells_the_defaults_of_each_size(capsys):
