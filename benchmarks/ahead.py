@@ -1,7 +1,8 @@
-"""What generation ahead saves: ``python -m benchmarks.ahead``.
+"""What it saves that server and clients work at the same time: ``python -m benchmarks.ahead``.
 
-The T2I is the starter. Clients stand for other machines: they wait in their handler, as long as the T2I worked in the
-last round that was recorded, and learn next to nothing. The same run is made with and without ``t2i.generate-ahead``. A
+The T2I is the starter. Clients stand for other machines: where they learn they wait, as long as the T2I worked in the
+last round that was recorded, and learn next to nothing. The same run is made one after the other, with
+``t2i.generate-ahead``, with ``learn-early``, which changes no result, and with both. A
 round's wall clock is given as a fraction of the sum of both, the work of the T2I (generation, update, measuring) and
 the clients' wait, as measured in the same round; so it says little of how busy the machine is.
 """
@@ -22,11 +23,18 @@ from flwr.app import Context, Message
 
 from fedmmkt.client_app.app import app
 from fedmmkt.common.config import RunConfig, Setting, to_flower
+from fedmmkt.common.payloads import Request
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.record.run_folder import RunFolder
 
 NODES, WAITS = 2, "waits.txt"
+WAYS = {
+    "one after the other": (),
+    "learn-early": ("learn-early",),
+    "t2i.generate-ahead": ("t2i.generate-ahead",),
+    "both": ("learn-early", "t2i.generate-ahead"),
+}
 TINY: dict[str, Setting] = {
     "client.models": "mlp",
     "client.warmup-epochs": 0,
@@ -41,7 +49,8 @@ TINY: dict[str, Setting] = {
 
 def waiting_app(message: Message, context: Context) -> Message:
     """Answer as the app's clients do, after as many seconds as the T2I worked in the last recorded round."""
-    if message.metadata.message_type == "train":
+    is_early, kind = bool(context.run_config["learn-early"]), message.metadata.message_type
+    if kind == "train.early" or (kind == "train" and (not is_early or _round_of(message) == 1)):
         folder = RunFolder(Path(str(context.run_config["output-dir"])))
         recorded = folder.read_metrics()
         wait = t2i_seconds(recorded[-1]) if recorded else 0.0
@@ -50,6 +59,10 @@ def waiting_app(message: Message, context: Context) -> Message:
             with (folder.path / WAITS).open("a", encoding="utf-8") as file:
                 file.write(f"{wait}\n")
     return app(message, context)
+
+
+def _round_of(message: Message) -> int:
+    return Request.from_content(message.content).instructions.round
 
 
 def t2i_seconds(line: dict[str, Any]) -> float:
@@ -74,11 +87,11 @@ class Round:
         return self.wall / (self.t2i + self.clients)
 
 
-def measure(settings: dict[str, Setting], ahead: bool) -> list[Round]:
+def measure(settings: dict[str, Setting]) -> list[Round]:
     """Run once; return the rounds from the third on, but for the last."""
     with tempfile.TemporaryDirectory() as name:
-        own: dict[str, Setting] = {"t2i.generate-ahead": ahead, "min-available-nodes": NODES}
-        own |= {"output-dir": f"{name}/run", "client.state-dir": f"{name}/clients"}
+        own: dict[str, Setting] = {"output-dir": f"{name}/run", "client.state-dir": f"{name}/clients"}
+        own |= {"min-available-nodes": NODES}
         run_config = to_flower(RunConfig()) | TINY | settings | own
         node_configs: list[Any] = [{"partition-id": node, "num-partitions": NODES} for node in range(NODES)]
         grid = InProcessGrid("benchmarks.ahead:waiting_app", run_config, node_configs, workers=NODES)
@@ -132,9 +145,8 @@ def main() -> None:
     for steps in options.adaptation_steps:
         settings: dict[str, Setting] = {"rounds": options.rounds, "t2i.samples-per-round": options.samples}
         settings |= {"t2i.adaptation-steps": steps}
-        for ahead in (False, True):
-            name = f"{steps} steps, {'ahead' if ahead else 'when the round begins'}"
-            print(row(name, measure(settings, ahead)), flush=True)
+        for name, keys in WAYS.items():
+            print(row(f"{steps} steps, {name}", measure(settings | dict.fromkeys(keys, True))), flush=True)
 
 
 if __name__ == "__main__":

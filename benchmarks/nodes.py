@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -288,6 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
         address, authority, count, work, poll = options.serve
         serve(address, Path(authority), int(count), float(work), float(poll))
         return 0
+    root = str(Path(__file__).parent.parent)  # Where Flower's processes find this module.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     print(f"one exchange with nodes that work {options.work:g} s and poll every {options.poll:g} s\n")
     print("| nodes | waiting | seconds beyond the work | SuperLink CPU s | ServerApp CPU s | calls for replies |")
     print("|---|---|---|---|---|---|", flush=True)

@@ -1,6 +1,7 @@
 """The ClientApp: it gets one message per round and answers with logits.
 
-``train`` learns and answers the new batch. ``train.distill`` learns a last time. ``evaluate`` changes nothing.
+``train`` learns and answers the new batch. ``train.early`` learns before that batch is there; ``train`` then only
+answers. ``train.distill`` learns a last time. ``evaluate`` changes nothing.
 ``evaluate.final`` measures by class, at the end of a run. ``query.classes`` returns the client's classes, if a node
 with data of its own shares them.
 """
@@ -67,15 +68,33 @@ def train_round(message: Message, context: Context) -> Message:
     if not request.batches:
         raise PayloadError("a round needs a synthetic batch, and the message holds none")
     client = Client(context, request.instructions)
-    client.receive(request)
-    batch = request.batches[-1]
-    # In private mode no answer depends on the model; so a spent budget refuses before anything is learned and kept.
-    private = client.answer(batch) if client.private else None
-    client.learn()
-    payload = private or client.answer(batch)
-    return Message(
-        RecordDict({**client.report().to_records("report"), **payload.to_records("payload")}), reply_to=message
-    )
+    with client.alone():
+        client.receive(request)
+        batch = request.batches[-1]
+        # In private mode no answer depends on the model; so a spent budget refuses before anything is learned and kept.
+        private = client.answer(batch) if client.private else None
+        client.learn()
+        payload = private or client.answer(batch)
+        report = client.report()
+    return Message(RecordDict({**report.to_records("report"), **payload.to_records("payload")}), reply_to=message)
+
+
+@app.train("early")
+@discreet
+def learn_early(message: Message, context: Context) -> Message:
+    """Train on the last soft targets and on private data, before the new batch is there.
+
+    A client with a privacy budget waits for the batch, since a spent budget refuses a round before anything is learned.
+    """
+    request = Request.from_content(message.content)
+    client = Client(context, request.instructions)
+    if client.private:
+        return Message(RecordDict(), reply_to=message)
+    with client.alone():
+        client.receive(request)
+        client.learn()
+        report = client.report(measured=False)
+    return Message(RecordDict(report.to_records("report")), reply_to=message)
 
 
 @app.train("distill")
@@ -84,10 +103,11 @@ def distill(message: Message, context: Context) -> Message:
     """Train on the last soft targets and on private data, write the model card, and report; there is no new batch."""
     request = Request.from_content(message.content)
     client = Client(context, request.instructions)
-    client.receive(request)
-    client.learn()
-    report = client.report()
-    client.write_card(report)
+    with client.alone():
+        client.receive(request)
+        client.learn()
+        report = client.report()
+        client.write_card(report)
     return Message(RecordDict(report.to_records("report")), reply_to=message)
 
 

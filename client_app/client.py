@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from logging import getLogger
 from pathlib import Path
@@ -84,7 +86,7 @@ class Client:
             state_folder, *other_folders = state_folders(self.config, self.node)
             ancestors = zip(instructions.ancestors, instructions.ancestor_rounds, strict=True)
             self.memory = ClientMemory(state_folder, instructions.run_key, self.name, ancestors, other_folders)
-            self.is_new = not self.memory.load_model(self.model, self.optimizer)
+            self._load_model()
             if self.node.has_own_data:
                 runs = (instructions.run_key, *instructions.ancestors)
                 remove_old_runs(state_folder, runs, self.name, self.node.keep_runs, self.node.keep_days)
@@ -103,6 +105,17 @@ class Client:
                 ledger = ledger_of(self.config, self.node, folders, self.name, instructions)
                 self.private = PrivateMode(ledger, instructions, self.data.train)
 
+    def _load_model(self) -> None:
+        self.is_new = not self.memory.load_model(self.model, self.optimizer)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Handle one message at a time inside the block: wait for another one that this client still works on."""
+        with self.memory.alone() as has_changed:
+            if has_changed:
+                self._load_model()
+            yield
+
     def receive(self, request: Request) -> None:
         """Store the batches and soft targets of a request."""
         for batch in request.batches:
@@ -111,22 +124,30 @@ class Client:
             self.memory.add_targets(targets)
 
     def learn(self) -> None:
-        """Train on private samples and kept synthetic samples, then save the model and the batches."""
-        settings = self.config.client
+        """Train on private samples and kept synthetic samples, then save the model and the batches.
+
+        A client that has learned in this round already, from an early message, only saves the batches.
+        """
+        settings, round = self.config.client, self.instructions.round
+        # Keep one batch more than training uses, because the newest batch has no soft targets yet.
+        keep_batches = settings.pool_rounds + 1
+        if self.memory.has_learned_in(round):
+            self.memory.save_batches(round, keep_batches)
+            return
         if self.is_new:
             self._warn_of_cut("training texts", self.data.train)
             self._warn_of_cut("test texts", self.data.test)
         epochs = settings.warmup_epochs if self.is_new else settings.local_epochs
         train(self.model, self.optimizer, self._private_set, self._synthetic_set(), settings, epochs, self.generator)
-        # Keep one batch more than training uses, because the newest batch has no soft targets yet. Keep one round more
-        # than the server, because during a round the server's last checkpoint is from the round before.
+        # Keep more rounds than the server, because its last checkpoint is from the round before, and when clients learn
+        # early from the one before that.
         self.memory.save(
-            self.instructions.round,
+            round,
             self.model,
             self.optimizer,
             self._description().model_dump(mode="json"),
-            keep_batches=settings.pool_rounds + 1,
-            keep_rounds=self.config.checkpoints_kept + 1,
+            keep_batches=keep_batches,
+            keep_rounds=self.config.checkpoints_kept + (2 if self.config.learn_early else 1),
         )
 
     def answer(self, batch: SyntheticBatch) -> DistillationPayload:
@@ -160,11 +181,13 @@ class Client:
             votes_N=votes_N,
         )
 
-    def report(self) -> ClientReport:
-        """Return the report, with measures of the current model unless they are private."""
+    def report(self, measured: bool = True) -> ClientReport:
+        """Return the report, with measures of the current model unless they are private or not asked for."""
         kept = self.memory.batches()
         told = self.private.spent() if self.private else {}
-        if not (self.private and self.node.has_own_data):  # The test set of a simulation is no client's own.
+        if measured and not (
+            self.private and self.node.has_own_data
+        ):  # The test set of a simulation is no client's own.
             told |= self._measures
         return ClientReport(
             client=self.name,

@@ -19,7 +19,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from logging import getLogger
@@ -36,6 +37,7 @@ from fedmmkt.client_app.learning.training import AlignedModel
 from fedmmkt.common.files import (
     MANIFEST,
     damaged_files,
+    locked_folder,
     private_folder,
     remove_leftovers,
     replaced_folder,
@@ -127,6 +129,24 @@ class ClientMemory:
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
         return True
 
+    def has_learned_in(self, round: int) -> bool:
+        """Return whether the newest round that is kept is this one."""
+        return self.newest is not None and self.newest.name == _round_name(round)
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Wait for another process that works on this memory, and keep others out inside the block.
+
+        Yield whether the other one has saved a round meanwhile; the memory is then read again.
+        """
+        before = self.newest
+        with locked_folder(self.folder):
+            if not _rounds(self.folder) or _rounds(self.folder)[-1] == before:
+                yield False
+            else:
+                self._read()
+                yield self.newest != before
+
     def batches(self) -> list[KeptBatch]:
         """Return the kept batches, oldest first."""
         return sorted(self._kept.values(), key=lambda item: item.batch.round)
@@ -177,8 +197,15 @@ class ClientMemory:
             False if it could not be saved, as on a full disk. The log then says why. Earlier rounds are still there,
             and the memory is again what they hold.
         """
+        return self._saved(round, lambda: self._save(round, model, optimizer, described, keep_batches, keep_rounds))
+
+    def save_batches(self, round: int, keep_batches: int) -> bool:
+        """Save batches that came after the round was saved; see `save`."""
+        return self._saved(round, lambda: self._save_batches(keep_batches))
+
+    def _saved(self, round: int, save: Callable[[], None]) -> bool:
         try:
-            self._save(round, model, optimizer, described, keep_batches, keep_rounds)
+            save()
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own.
             logger.error("Round %s could not be saved in %s: %s", round, self.folder, error)
             self._read()
@@ -198,7 +225,7 @@ class ClientMemory:
         # Clone, because models with tied weights have two names for one tensor, which safetensors refuses.
         weights = {names[name]: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         kept = self.batches()[-keep_batches:]
-        with replaced_folder(private_folder(self.folder) / f"round-{round:05d}", mode=0o700) as folder:
+        with replaced_folder(private_folder(self.folder) / _round_name(round), mode=0o700) as folder:
             model.task_model.save_description(folder)
             own = {key: described[key] for key in OWN_KEYS if key in described}
             shared = {key: value for key, value in described.items() if key not in own}
@@ -206,17 +233,9 @@ class ClientMemory:
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             save_file(weights, folder / WEIGHTS, {"format": "pt"})
             torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-            for item in kept:
-                for kind, message in (("batch", item.batch), ("targets", item.targets)):
-                    if message is None:
-                        continue
-                    name = _file(kind, item.batch)
-                    if earlier is None or name in self._unsaved:
-                        _write(folder / name, message)
-                    else:
-                        _link(earlier / name, folder / name)
+            self._save_kept(kept, earlier, folder)
             write_manifest(folder)
-        self.newest = self.folder / f"round-{round:05d}"
+        self.newest = self.folder / _round_name(round)
         self._kept = {item.batch.batch_id: item for item in kept}
         self._unsaved.clear()
         self.publish()
@@ -224,6 +243,30 @@ class ClientMemory:
         sound = [path for path in _rounds(self.folder) if path == self.newest or (earlier and path <= earlier)]
         for old in set(_rounds(self.folder)).difference(sound[-keep_rounds:]):
             shutil.rmtree(old, ignore_errors=True)
+
+    def _save_batches(self, keep_batches: int) -> None:
+        if (newest := self.newest) is None or not self._unsaved:
+            return
+        kept = self.batches()[-keep_batches:]
+        with replaced_folder(newest, mode=0o700) as folder:
+            others = shutil.ignore_patterns(MANIFEST, "batch-*.npz", "targets-*.npz")
+            shutil.copytree(newest, folder, ignore=others, copy_function=_link, dirs_exist_ok=True)
+            self._save_kept(kept, newest, folder)
+            write_manifest(folder)
+        self._kept = {item.batch.batch_id: item for item in kept}
+        self._unsaved.clear()
+
+    def _save_kept(self, kept: list[KeptBatch], earlier: Path | None, folder: Path) -> None:
+        """Write batches and soft targets into a round's folder; link those that an earlier round has on disk."""
+        for item in kept:
+            for kind, message in (("batch", item.batch), ("targets", item.targets)):
+                if message is None:
+                    continue
+                name = _file(kind, item.batch)
+                if earlier is None or name in self._unsaved:
+                    _write(folder / name, message)
+                else:
+                    _link(earlier / name, folder / name)
 
     def publish(self) -> None:
         """Replace the folder `final` by the model of the newest round, without optimiser state and batches."""
@@ -301,6 +344,10 @@ def remove_old_runs(root: Path, run_keys: Iterable[str], client: str, keep_runs:
 
 def _folder(root: Path, run_key: str, client: str) -> Path:
     return root.expanduser() / run_key / plain_name(client)
+
+
+def _round_name(round: int) -> str:
+    return f"round-{round:05d}"
 
 
 def _rounds(folder: Path) -> list[Path]:

@@ -409,6 +409,11 @@ class RunConfig(_Section):
     min_available_nodes: int = Field(2, ge=1, description="connected nodes needed to start")
     node_timeout: float = Field(120, gt=0, description="seconds to wait for these nodes")
     round_deadline: float = Field(3600, gt=0, description="seconds after which a round closes, if the quorum is met")
+    learn_early: bool = Field(
+        False,
+        description="clients learn from a round's soft targets while the T2I learns and makes the next batch: the same "
+        "results, sooner, by a second message a round",
+    )
     quorum: Fraction = Field(0.5, description="fraction of the asked nodes that must have answered by then")
     reply_limit: float = Field(
         256, gt=0, le=100_000, description="largest reply of a node, in MB; a larger one is refused"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -103,6 +104,21 @@ def private_folder(path: Path) -> Path:
     for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)
     return path
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Wait until no other process has this folder locked, and lock it inside the block; nothing if there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # Ends the lock.
 
 
 def remove_leftovers(folder: Path) -> None:

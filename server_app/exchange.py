@@ -138,7 +138,7 @@ def exchange(
     outgoing = list(messages)
     busy = set(overdue.values()) if read_late else set()
     held = {message.metadata.dst_node_id: message for message in outgoing if message.metadata.dst_node_id in busy}
-    pending, refused = _push(grid, [message for message in outgoing if message.metadata.dst_node_id not in held])
+    pending, refused = push(grid, [message for message in outgoing if message.metadata.dst_node_id not in held])
     yield from refused
     awaited = dict(overdue)
     began = time.monotonic()
@@ -146,14 +146,14 @@ def exchange(
     while pending or (held and valid < least_valid):
         swept, any_arrived = time.monotonic(), False
         for message_id, node_id in [*pending.items(), *awaited.items()]:
-            reply = _pull(grid, message_id, node_id, most_bytes)
+            reply = pull(grid, message_id, node_id, most_bytes)
             if reply is None:
                 continue
             any_arrived = True
             if awaited.pop(message_id, None) is not None:
                 yield _late(reply, read_late, admit)
                 if node_id in held and node_id not in awaited.values():
-                    sent, refused = _push(grid, [held.pop(node_id)])
+                    sent, refused = push(grid, [held.pop(node_id)])
                     pending, asked = pending | sent, asked + 1
                     yield from refused
                 continue
@@ -199,7 +199,7 @@ def listed_names(clients: Sequence[str]) -> str:
     return ", ".join([*names[:NAMED], *(["..."] if len(names) > NAMED else [])])
 
 
-def _push(grid: Grid, messages: list[Message]) -> tuple[dict[str, int], list[Reply]]:
+def push(grid: Grid, messages: list[Message]) -> tuple[dict[str, int], list[Reply]]:
     """Send messages; return the node of each message that Flower accepted, and what became of the others.
 
     For other messages, Flower returns an empty id or no id.
@@ -213,7 +213,7 @@ def _push(grid: Grid, messages: list[Message]) -> tuple[dict[str, int], list[Rep
     return accepted, [Reply("rejected", node_id, "", reason=NOT_TAKEN) for node_id in nodes if node_id not in taken]
 
 
-def _pull(grid: Grid, message_id: str, node_id: int, most_bytes: int) -> Reply | None:
+def pull(grid: Grid, message_id: str, node_id: int, most_bytes: int) -> Reply | None:
     """Pull the reply to a message; None if there is none yet. A valid one is not parsed yet."""
     try:
         message = pull_reply(grid, message_id, most_bytes)

@@ -28,16 +28,19 @@ def draw_parents(scored: Samples, prompts: Sequence[Prompt], seed: int) -> dict[
     parents: dict[int, Tensor] = {}
     if scored.scores_N is None:
         return parents
-    number = {text: index for index, text in enumerate(dict.fromkeys(scored.prompts))}
-    texts_N = torch.tensor([number[text] for text in scored.prompts])
+    scores_N = scored.scores_N.double()
+    rows_of_text: dict[str, list[int]] = {}
+    for row, text in enumerate(scored.prompts):
+        rows_of_text.setdefault(text, []).append(row)
     for index, prompt in enumerate(prompts):
         if prompt.class_index >= 0:
-            alike_N = scored.prompted_N == prompt.class_index
+            rows = torch.arange(len(scores_N))
+            chances_N = scores_N * (scored.prompted_N == prompt.class_index)
         else:
-            alike_N = texts_N == number.get(prompt.text, -1)
-        chances_N = scored.scores_N.double() * alike_N
+            rows = torch.tensor(rows_of_text.get(prompt.text, []), dtype=torch.long)
+            chances_N = scores_N[rows]
         if bool(chances_N.any()):
-            parents[index] = scored.latents_NCHW[int(torch.multinomial(chances_N, 1, generator=generator))]
+            parents[index] = scored.latents_NCHW[rows[int(torch.multinomial(chances_N, 1, generator=generator))]]
     return parents
 
 

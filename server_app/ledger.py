@@ -305,6 +305,12 @@ class Ledger:
             self._overdue[reply.message_id] = (reply.node_id, server_round)
         return sent_in
 
+    def record_early(self, node_id: int, report: ClientReport, server_round: int) -> None:
+        """Record which batches a node holds after it learned in a round whose batch it has not got yet."""
+        held = {"kept": report.kept, "awaiting": report.awaiting}
+        self.reports[node_id] = self.reports[node_id].model_copy(update=held)
+        self._heard[node_id] = server_round
+
     def round_of(self, message_id: str) -> int:
         """Return the round in which an overdue message was sent."""
         return self._overdue[message_id][1]

@@ -7,6 +7,7 @@ strategy to change a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Protocol
@@ -17,9 +18,16 @@ from flwr.serverapp.strategy import Result
 from flwr.supercore import log
 
 from fedmmkt.common.failures import RunError
-from fedmmkt.common.payloads import EVALUATION_RECORDS, PAYLOAD_RECORDS, REPORT_RECORDS, check_keys
+from fedmmkt.common.payloads import (
+    EVALUATION_RECORDS,
+    PAYLOAD_RECORDS,
+    REPORT_RECORDS,
+    ClientReport,
+    PayloadError,
+    check_keys,
+)
 from fedmmkt.server_app.class_space import wait_for_nodes
-from fedmmkt.server_app.exchange import Answer, Reply, causes_of, exchange
+from fedmmkt.server_app.exchange import Answer, Reply, causes_of, exchange, pull, push
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.recorder import Recorder
 
@@ -52,6 +60,9 @@ class RoundSteps(Protocol):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the requests of a round."""
+
+    def configure_early(self, server_round: int, grid: Grid) -> Iterable[Message]:
+        """Return the requests to learn in a round whose batch is not there yet."""
 
     def read_train_reply(self, reply: Message) -> Answer:
         """Parse the reply to such a request."""
@@ -117,6 +128,7 @@ class Loop:
     evaluate_config: ConfigRecord = field(default_factory=ConfigRecord)
     evaluate_fn: EvaluateFn | None = None
     _connected: set[int] = field(default_factory=set, init=False)  # When the last exchange began.
+    _early: dict[str, int] = field(default_factory=dict, init=False)  # Messages to learn early, with their nodes.
 
     def run(self) -> Result:
         """Run the remaining rounds.
@@ -174,6 +186,7 @@ class Loop:
         strategy = self.strategy
         with self.recorder.round(server_round, self.ledger):
             messages = strategy.configure_train(server_round, strategy.arrays(), self.train_config, self.grid)
+            self._hear_early(server_round)  # Before the requests are made, one by one.
             records, late = REPORT_RECORDS | PAYLOAD_RECORDS, Late()
             replies = self._ask(server_round, messages, strategy.read_train_reply, records, late)
             for sent_in, by_client in sorted(late.items()):
@@ -186,10 +199,42 @@ class Loop:
                 result.train_metrics_clientapp[server_round] = metrics
             if server_round == self.rounds:
                 messages = strategy.configure_distill(server_round, self.grid)
+                self._hear_early(server_round + 1)
                 self._collect(server_round, messages, result)
                 self._evaluate_finally(server_round)
             self.ledger.add_participants(self.recorder.answered_clients())
         self._evaluate_on_server(server_round, result)
+
+    def let_learn(self, server_round: int) -> None:
+        """Let clients learn in the next round, or after the last one, from the soft targets of this one.
+
+        Nothing depends on whether they did: a client that did not learns when the next request comes.
+        """
+        if not self.recorder.config.learn_early:
+            return
+        messages = list(self.strategy.configure_early(server_round + 1, self.grid))
+        for message in messages:
+            message.metadata.ttl = self._ttl
+        sent, refused = push(self.grid, messages)
+        unsent = {reply.node_id for reply in refused}
+        self.recorder.record_early([m for m in messages if m.metadata.dst_node_id not in unsent])
+        self._early |= sent
+
+    def _hear_early(self, server_round: int) -> None:
+        """Learn from who has learned early which batches it holds; the request of the round so need not bring them."""
+        for message_id, node_id in list(self._early.items()):
+            reply = pull(self.grid, message_id, node_id, round(self.recorder.config.reply_limit * 1e6))
+            if reply is None:
+                continue
+            del self._early[message_id]
+            if reply.message is None or reply.message.has_error() or not reply.message.content:
+                continue  # The request of the round asks for the same, and what is wrong is told then.
+            with suppress(PayloadError):
+                check_keys(reply.message.content, REPORT_RECORDS)
+                report = ClientReport.from_records(reply.message.content, "report")
+                self.ledger.admit(node_id, report, self._connected)
+                self.ledger.record_early(node_id, report, server_round)
+                self.recorder.record_early_reply(reply, report.client)
 
     def _evaluate(self, server_round: int, result: Result) -> None:
         arrays = self.strategy.arrays()

@@ -126,6 +126,8 @@ class FedMMKT(Strategy):
         )
         self.guard = Guard(config.t2i.guard, generator, ledger, config.t2i.explore)
         self.ahead = Ahead(generator, ledger, recorder, self._make)
+        # Called with the round once its soft targets are made; a run lets clients learn from them early.
+        self.let_learn: Callable[[int], object] = lambda server_round: None
 
     # ------------------------------------------------------------------ the steps of a round
 
@@ -299,6 +301,21 @@ class FedMMKT(Strategy):
         node_ids = self.choose_nodes(server_round, list(grid.get_node_ids()))
         return make_requests(node_ids, self.ledger, instructions, MessageType.TRAIN, batch)
 
+    def configure_early(self, server_round: int, grid: Grid) -> Iterable[Message]:
+        """Return requests to learn in a round whose batch is not there yet, to the nodes that the round will ask.
+
+        After the last round there is no batch, and they go to the nodes of `configure_distill`.
+        """
+        if server_round > self.recorder.config.rounds:
+            chosen = self._measured(grid)
+        else:
+            drawn = self.ledger.drawn
+            chosen = self.choose_nodes(server_round, list(grid.get_node_ids()))
+            self.ledger.drawn = drawn  # The round itself draws them again.
+        node_ids = (self.ledger.reports.keys() & set(chosen)).difference(self.ledger.overdue.values())
+        instructions = partial(self._instructions, server_round)
+        return make_requests(node_ids, self.ledger, instructions, f"{MessageType.TRAIN}.early")
+
     def read_train_reply(self, reply: Message) -> Answer:
         """Parse a client's answer to the current batch.
 
@@ -350,6 +367,7 @@ class FedMMKT(Strategy):
             self.ledger.keep_answers(server_round, answers)
             text_consensus_NC = self.consensus.read_in_prompts(counted, samples.prompted_N)
             self.recorder.record_verdict(self.guard.judge(counted, samples.prompted_N, text_consensus_NC))
+        self.let_learn(server_round)
         with self.recorder.timed("adapt"):
             loss = self.guard.update(lambda: self.adapt_generator(server_round, self.ledger.pool))
         self.recorder.record_update(loss)
@@ -527,6 +545,7 @@ class FedMMKT(Strategy):
             evaluate_config=evaluate_config or ConfigRecord(),
             evaluate_fn=evaluate_fn,
         )
+        self.let_learn = loop.let_learn
         with self.recorder.run(config):
             return loop.run()
 

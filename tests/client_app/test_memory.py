@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -203,6 +204,53 @@ def test_a_disk_that_is_full_costs_the_round_on_disk_and_no_answer(three_rounds,
     assert f"Round 4 could not be saved in {three_rounds}" in caplog.text
     assert content(memory) == [("run-1", True), ("run-2", True), ("run-3", True)]
     assert sorted(path.name for path in three_rounds.iterdir()) == ["round-00001", "round-00002", "round-00003"]
+
+
+def test_batches_that_come_after_a_round_was_saved_are_added_to_it(three_rounds):
+    memory = ClientMemory(three_rounds.parent.parent, "run", "mlp-0")
+    assert [memory.has_learned_in(number) for number in (2, 3, 4)] == [False, True, False]
+    weights = memory.newest / "model.safetensors"
+    inode = weights.stat().st_ino
+    memory.add_batch(batch(4))
+
+    assert memory.save_batches(3, keep_batches=3)
+
+    again = ClientMemory(three_rounds.parent.parent, "run", "mlp-0")
+    assert again.newest.name == "round-00003"
+    assert content(memory) == content(again) == [("run-2", True), ("run-3", True), ("run-4", False)]
+    assert weights.stat().st_ino == inode  # Linked, not written again.
+    assert again.load_model(*learner())
+
+
+def test_a_full_disk_costs_the_batches_that_came_and_not_the_round(three_rounds, monkeypatch, caplog):
+    memory = ClientMemory(three_rounds.parent.parent, "run", "mlp-0")
+    memory.add_batch(batch(4))
+    monkeypatch.setattr(memory_module, "_write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+
+    assert not memory.save_batches(3, keep_batches=3)
+
+    assert f"Round 3 could not be saved in {three_rounds}" in caplog.text
+    assert content(memory) == [("run-1", True), ("run-2", True), ("run-3", True)]
+    assert ClientMemory(three_rounds.parent.parent, "run", "mlp-0").newest.name == "round-00003"
+
+
+def test_a_process_waits_for_another_that_works_on_the_memory_and_reads_what_it_saved(three_rounds):
+    memory, other = (ClientMemory(three_rounds.parent.parent, "run", "mlp-0") for _ in range(2))
+    order = []
+
+    def wait():
+        with memory.alone() as has_changed:
+            order.append(("second", has_changed, memory.newest.name))
+
+    thread = threading.Thread(target=wait)
+    with other.alone() as has_changed:
+        thread.start()
+        thread.join(0.3)
+        order.append(("first", has_changed))
+        save(other, 4)
+    thread.join(10)
+
+    assert order == [("first", False), ("second", True, "round-00004")]
 
 
 def test_what_a_killed_process_left_is_removed_at_the_next_start(three_rounds):

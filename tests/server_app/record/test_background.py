@@ -27,6 +27,18 @@ def test_jobs_are_done_in_order_by_another_thread_once_they_may_begin():
         assert len(threads - {threading.get_ident()}) == 1
 
 
+def test_the_thread_ends_with_the_last_job_that_may_begin_and_another_one_goes_on():
+    threads = []
+    with Background() as background:
+        for _ in range(2):
+            background.add(lambda: threads.append(threading.current_thread()))
+            background.wait()
+            threads[-1].join(10)
+            assert not threads[-1].is_alive()
+
+    assert len(threads) == 2
+
+
 def test_jobs_that_never_began_are_done_at_the_end():
     done = []
     with Background() as background:
