@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from logging import WARNING
 from typing import Literal
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore import log
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedmmkt.common.lack_of_memory import LACK_OF_MEMORY, is_lack_of_memory
 from fedmmkt.common.payloads import ClientReport, DistillationPayload, FinalEvaluation, PayloadError, record_bytes
@@ -206,11 +209,26 @@ def push(grid: Grid, messages: list[Message]) -> tuple[dict[str, int], list[Repl
     """
     if not messages:
         return {}, []
-    pushed = zip(grid.push_messages(messages), messages, strict=False)
+    pushed = zip(_push_messages(grid, messages), messages, strict=False)
     accepted = {message_id: message.metadata.dst_node_id for message_id, message in pushed if message_id}
     nodes = [message.metadata.dst_node_id for message in messages]
     taken = set(accepted.values())
     return accepted, [Reply("rejected", node_id, "", reason=NOT_TAKEN) for node_id in nodes if node_id not in taken]
+
+
+def _push_messages(grid: Grid, messages: list[Message]) -> Iterable[str]:
+    """Push messages; if the connection breaks in the middle, push them once more, as new ones."""
+    try:
+        return grid.push_messages(messages)
+    except ObjectPushError:
+        # Flower tries an object again whose confirmation was lost, and then takes it as refused, since it is there.
+        log(WARNING, "The connection to the SuperLink broke while messages were sent; they are sent again")
+        return grid.push_messages([_copy(message) for message in messages])
+
+
+def _copy(message: Message) -> Message:
+    sent = message.metadata
+    return Message(message.content, sent.dst_node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
 
 
 def pull(grid: Grid, message_id: str, node_id: int, most_bytes: int) -> Reply | None:

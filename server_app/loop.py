@@ -217,7 +217,7 @@ class Loop:
             message.metadata.ttl = self._ttl
         sent, refused = push(self.grid, messages)
         unsent = {reply.node_id for reply in refused}
-        self.recorder.record_early([m for m in messages if m.metadata.dst_node_id not in unsent])
+        self.recorder.record_early([message for message in messages if message.metadata.dst_node_id not in unsent])
         self._early |= sent
 
     def _hear_early(self, server_round: int) -> None:

@@ -127,7 +127,7 @@ class FedMMKT(Strategy):
         self.guard = Guard(config.t2i.guard, generator, ledger, config.t2i.explore)
         self.ahead = Ahead(generator, ledger, recorder, self._make)
         # Called with the round once its soft targets are made; a run lets clients learn from them early.
-        self.let_learn: Callable[[int], object] = lambda server_round: None
+        self._let_learn: Callable[[int], object] = lambda server_round: None
 
     # ------------------------------------------------------------------ the steps of a round
 
@@ -367,7 +367,7 @@ class FedMMKT(Strategy):
             self.ledger.keep_answers(server_round, answers)
             text_consensus_NC = self.consensus.read_in_prompts(counted, samples.prompted_N)
             self.recorder.record_verdict(self.guard.judge(counted, samples.prompted_N, text_consensus_NC))
-        self.let_learn(server_round)
+        self._let_learn(server_round)
         with self.recorder.timed("adapt"):
             loss = self.guard.update(lambda: self.adapt_generator(server_round, self.ledger.pool))
         self.recorder.record_update(loss)
@@ -545,7 +545,7 @@ class FedMMKT(Strategy):
             evaluate_config=evaluate_config or ConfigRecord(),
             evaluate_fn=evaluate_fn,
         )
-        self.let_learn = loop.let_learn
+        self._let_learn = loop.let_learn
         with self.recorder.run(config):
             return loop.run()
 

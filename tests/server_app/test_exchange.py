@@ -7,6 +7,7 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -311,3 +312,36 @@ def test_a_node_whose_message_ran_out_is_free_again(monkeypatch):
 )
 def test_polling_backs_off(waited, swept, expected):
     assert pause(waited, swept) == pytest.approx(expected)
+
+
+def test_messages_whose_way_to_the_superlink_broke_are_sent_again_as_new_ones(caplog):
+    grid = FatefulGrid(2)
+    messages, pushed, push = grid.send_as([Fate(0, "valid")] * 2), [], grid.push_messages
+
+    def breaking(sent):
+        pushed.append(list(sent))
+        if len(pushed) == 1:
+            raise ObjectPushError("object", 1, "session")
+        return push(pushed[-1])
+
+    grid.push_messages = breaking
+
+    replies = list(exchange(grid, messages, read, lambda node, told: None, 10, 1.0, {}, 1_000_000))
+
+    assert sorted(reply.node_id for reply in replies if reply.kind == "answered") == [1, 2]
+    assert [len(sent) for sent in pushed] == [2, 2]
+    assert not set(map(id, pushed[0])) & set(map(id, pushed[1]))
+    assert "broke while messages were sent" in caplog.text
+
+
+def test_messages_that_break_twice_end_the_run():
+    grid = FatefulGrid(1)
+    messages = grid.send_as([])
+
+    def breaking(sent):
+        raise ObjectPushError("object", 1, "session")
+
+    grid.push_messages = breaking
+
+    with pytest.raises(ObjectPushError):
+        list(exchange(grid, messages, read, lambda node, told: None, 10, 1.0, {}, 1_000_000))

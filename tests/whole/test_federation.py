@@ -143,6 +143,21 @@ def test_a_run_outlives_a_kill_of_the_superlink(federation, nodes, tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+def test_clients_learn_early_on_nodes_of_their_own(federation, nodes, tmp_path):
+    log = io.StringIO()
+
+    outcome = federation.run(ROOT, settings(tmp_path / "run", min_available_nodes=3, rounds=2, learn_early=True), log)
+
+    assert outcome.status == "finished:completed", log.getvalue()
+    lines = metrics(tmp_path / "run")
+    assert [line["replies"]["received"] for line in lines] == [3, 3, 3]
+    assert [line["replies"]["rejected"] for line in lines] == [0, 0, 0]
+    timeline = lines[-1]["seconds"]["timeline"]
+    (_, begin, _), *_ = (span for span in timeline["server"] if span[0] == "generate")
+    early = [name for name, began, _ in timeline["clients"] if began < begin]
+    assert sorted(early) == ["cnn", "dual", "text"]  # Sent before the batch was made.
+
+
 def test_a_home_that_is_not_empty_is_refused_and_left_as_it_is(tmp_path, capsys):
     (tmp_path / "mine").write_text("precious")
     mode = tmp_path.stat().st_mode
