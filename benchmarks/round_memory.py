@@ -37,7 +37,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
                           num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length)  # fmt: skip
     autoencoder = AutoencoderKL(block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
                                 up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4,
-                                sample_size=512)  # fmt: skip
+                                mid_block_add_attention=False, sample_size=512)  # fmt: skip
     unet = UNet2DConditionModel(sample_size=64, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
                                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=8,
                                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=32)  # fmt: skip
