@@ -285,6 +285,21 @@ class LastWordToNode1(Changed):
         assert awaiting == [[(), (batch_id,), (batch_id,)], [(), (), ()]]
 
 
+class OnlyNode1LearnsEarly(Changed):
+    settings: ClassVar = {"learn-early": True}
+
+    def configure_early(self, server_round, grid):
+        messages = super().configure_early(server_round, grid)
+        return [message for message in messages if message.metadata.dst_node_id == 1]
+
+    @staticmethod
+    def check(run, plain):
+        """It works on one message more, and the others learn when the last message comes."""
+        worked = [[name for name, _, _ in one.lines[-1]["seconds"]["timeline"]["clients"]] for one in (run, plain)]
+        assert sorted(worked[0]) == sorted([*worked[1], "mlp-0"])
+        assert run.lines[-1]["clients"] == plain.lines[-1]["clients"]
+
+
 class OnlyNode1MeasuredByClass(Changed):
     def configure_final_evaluation(self, server_round, grid):
         messages = super().configure_final_evaluation(server_round, grid)
