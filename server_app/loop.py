@@ -6,11 +6,12 @@ strategy to change a step.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -94,6 +95,14 @@ class RoundSteps(Protocol):
         """Load an adapter."""
 
 
+class Early(NamedTuple):
+    """A message that lets a node learn early: the round in which it learns, and when it was sent."""
+
+    node_id: int
+    round: int
+    sent: float
+
+
 @dataclass
 class Loop:
     """A run: its parts, its length and its deadline.
@@ -128,7 +137,7 @@ class Loop:
     evaluate_config: ConfigRecord = field(default_factory=ConfigRecord)
     evaluate_fn: EvaluateFn | None = None
     _connected: set[int] = field(default_factory=set, init=False)  # When the last exchange began.
-    _early: dict[str, int] = field(default_factory=dict, init=False)  # Messages to learn early, with their nodes.
+    _early: dict[str, Early] = field(default_factory=dict, init=False)  # Messages to learn early, by their ids.
 
     def run(self) -> Result:
         """Run the remaining rounds.
@@ -218,11 +227,12 @@ class Loop:
         sent, refused = push(self.grid, messages)
         unsent = {reply.node_id for reply in refused}
         self.recorder.record_early([message for message in messages if message.metadata.dst_node_id not in unsent])
-        self._early |= sent
+        now = time.perf_counter()
+        self._early |= {message_id: Early(node_id, server_round + 1, now) for message_id, node_id in sent.items()}
 
     def _hear_early(self, server_round: int) -> None:
         """Learn from who has learned early which batches it holds; the request of the round so need not bring them."""
-        for message_id, node_id in list(self._early.items()):
+        for message_id, (node_id, learned_in, sent) in list(self._early.items()):
             reply = pull(self.grid, message_id, node_id, round(self.recorder.config.reply_limit * 1e6))
             if reply is None:
                 continue
@@ -233,8 +243,9 @@ class Loop:
                 check_keys(reply.message.content, REPORT_RECORDS)
                 report = ClientReport.from_records(reply.message.content, "report")
                 self.ledger.admit(node_id, report, self._connected)
-                self.ledger.record_early(node_id, report, server_round)
-                self.recorder.record_early_reply(reply, report.client)
+                self.recorder.record_early_reply(reply, report.client, sent)
+                if learned_in == server_round:  # Else the node has answered a batch since, and so told more.
+                    self.ledger.record_early(node_id, report, server_round)
 
     def _evaluate(self, server_round: int, result: Result) -> None:
         arrays = self.strategy.arrays()

@@ -99,7 +99,7 @@ class Recorder:
         self._beside: list[tuple[str, float, float]] = []
         self._last_seconds = 0.0
         self._zero, self._page_due, self._page_is_stale = time.perf_counter(), 0.0, False
-        self._expected, self._answered, self._began, self._told, self._early_since = 0, 0, 0.0, 0.0, 0.0
+        self._expected, self._answered, self._began, self._told = 0, 0, 0.0, 0.0
 
     def restore(self, state: ServerState, is_measured: bool) -> None:
         """Continue after the round of a checkpoint.
@@ -252,14 +252,13 @@ class Recorder:
     def record_early(self, messages: Sequence[Message]) -> None:
         """Record messages that let clients learn early, which are on their way now."""
         self._record.bytes_down += sum(record_bytes(message.content) for message in messages)
-        self._early_since = time.perf_counter()
 
-    def record_early_reply(self, reply: Reply, name: str) -> None:
-        """Record that a client has learned early."""
+    def record_early_reply(self, reply: Reply, name: str, sent: float) -> None:
+        """Record that a client has learned early, from a message that was sent at a time of `time.perf_counter`."""
         self._record.bytes_up += reply.bytes
         if reply.message is not None:
             now, ago = time.perf_counter(), time.time() - reply.message.metadata.created_at  # By the client's clock.
-            self._record.messages.append((name, self._early_since, min(now, max(self._early_since, now - ago))))
+            self._record.messages.append((name, sent, min(now, max(sent, now - ago))))
 
     def record_evaluation(self, reply: Reply, name: str) -> None:
         """Record and show a client's final evaluation; one that is missing is shown only."""

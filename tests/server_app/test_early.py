@@ -207,3 +207,33 @@ def test_batches_are_added_to_a_round_and_the_rest_of_it_is_linked(both, make_gr
     assert newest == memory.folder / "round-00002"
     assert (newest / "batch-00001.npz").samefile(before / "batch-00001.npz")
     assert [(item.batch.round, item.targets is not None) for item in memory.batches()] == [(1, True)]
+
+
+def test_a_reply_that_is_heard_a_round_later_says_nothing_new(both, make_grid, monkeypatch):
+    usual, early = both(rounds=3, client__models="mlp")
+    expected = results_of(run(usual, make_grid(usual, nodes=1)))
+    grid, early_ids, requests = make_grid(early, nodes=1), [], []
+    push, pull = grid.push_messages, grid.pull_messages
+
+    def noting(messages):
+        messages = list(messages)
+        kind, keys = messages[0].metadata.message_type, messages[0].content.keys()
+        requests.append((kind, sorted(key for key in keys if key in ("batch-0", "batch-1", "targets-0", "targets-1"))))
+        ids = list(push(messages))
+        early_ids.extend(ids if kind == "train.early" else ())
+        return ids
+
+    def holding(ids):
+        """Hold back the first early reply until the round after its own, and the others for good."""
+        is_due = [kind for kind, _ in requests].count("train.early") == 2
+        held = early_ids[1:] if is_due else early_ids
+        return pull([one for one in ids if one not in held])
+
+    monkeypatch.setattr(grid, "push_messages", noting)
+    monkeypatch.setattr(grid, "pull_messages", holding)
+
+    strategy = run(early, grid)
+
+    assert results_of(strategy) == expected
+    # The last batch is not sent a second time, though the reply from before it came does not name it.
+    assert requests[5] == ("train", ["batch-0", "targets-0"])
