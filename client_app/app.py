@@ -1,4 +1,4 @@
-"""The ClientApp: it gets one message per round and answers with logits.
+"""The ClientApp: it gets one message per round, with ``learn-early`` two, and answers with logits.
 
 ``train`` learns and answers the new batch. ``train.early`` learns before that batch is there; ``train`` then only
 answers. ``train.distill`` learns a last time. ``evaluate`` changes nothing.

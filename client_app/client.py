@@ -185,9 +185,8 @@ class Client:
         """Return the report, with measures of the current model unless they are private or not asked for."""
         kept = self.memory.batches()
         told = self.private.spent() if self.private else {}
-        if measured and not (
-            self.private and self.node.has_own_data
-        ):  # The test set of a simulation is no client's own.
+        withheld = self.private and self.node.has_own_data  # The test set of a simulation is no client's own.
+        if measured and not withheld:
             told |= self._measures
         return ClientReport(
             client=self.name,

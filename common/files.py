@@ -108,14 +108,18 @@ def private_folder(path: Path) -> Path:
 
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Wait until no other process has this folder locked, and lock it inside the block; nothing if there is none."""
+    """Wait until no other process has this folder locked, and lock it inside the block.
+
+    Where there is no such folder, or its file system has no locks, nothing is waited for.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         yield
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(OSError):  # Some network file systems have none.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)  # Ends the lock.

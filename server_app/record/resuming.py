@@ -24,15 +24,8 @@ from fedmmkt.server_app.report.settings import run_config_option
 CHANGEABLE_ON_RESUME = {
     *("rounds", "output-dir", "resume-from", "checkpoints-kept", "tracker", "local-only-control", "judge-cache"),
     "show-real-images",
-    *(
-        "min-available-nodes",
-        "node-timeout",
-        "round-deadline",
-        "quorum",
-        "learn-early",
-        "reply-limit",
-        "client.threads",
-    ),
+    *("min-available-nodes", "node-timeout", "round-deadline", "quorum", "reply-limit", "client.threads"),
+    "learn-early",
     *("t2i.device", "t2i.offload", "t2i.gradient-checkpointing", "t2i.attention-slicing", "t2i.vae-tiling"),
     *("t2i.generation-batch-size", "t2i.adaptation-micro-batch-size"),
 }

@@ -1,6 +1,7 @@
 """A client's memory: what comes back from disk, and what does not mix."""
 
 import errno
+import fcntl
 import os
 import stat
 import threading
@@ -251,6 +252,20 @@ def test_a_process_waits_for_another_that_works_on_the_memory_and_reads_what_it_
     thread.join(10)
 
     assert order == [("first", False), ("second", True, "round-00004")]
+
+
+def test_a_disk_without_locks_is_worked_on_without_waiting(three_rounds, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    memory = ClientMemory(three_rounds.parent.parent, "run", "mlp-0")
+
+    with memory.alone() as has_changed:
+        save(memory, 4)
+
+    assert not has_changed
+    assert memory.newest.name == "round-00004"
 
 
 def test_what_a_killed_process_left_is_removed_at_the_next_start(three_rounds):
