@@ -32,6 +32,7 @@ NOTHING_TRAINED: dict[str, Setting] = {
     "client.warmup-epochs": 0,
     "client.local-epochs": 0,
     "client.distillation-steps": 0,
+    "learn-early": False,  # There is nothing to learn.
     "t2i.scores": "none",
     "t2i.evaluation-samples": 10,
     "t2i.inference-steps": 2,  # same number of images and bytes, in less time

@@ -58,6 +58,11 @@ def _distill(message: Message, context: Context) -> Message:
     return honest_app.distill(message, context)
 
 
+@app.train("early")
+def _learn_early(message: Message, context: Context) -> Message:
+    return honest_app.learn_early(message, context)
+
+
 @app.train()
 def _train(message: Message, context: Context) -> Message:
     """Learn and answer like the others; then a liar changes the answer."""

@@ -68,6 +68,7 @@ def run(clients: int, fraction: float) -> dict[str, float]:
         changes: dict[str, Setting] = {
             **{"output-dir": folder, "rounds": ROUNDS, "tracker": "", "judge": False},
             **{"fraction-train": fraction, "fraction-evaluate": fraction, "feedback": "logits"},
+            "learn-early": False,
             **{"t2i.inference-steps": 2, "t2i.adaptation-steps": 2},
         }
         config = to_flower(RunConfig()) | changes

@@ -1,7 +1,7 @@
-"""The ClientApp: it gets one message per round, with ``learn-early`` two, and answers with logits.
+"""The ClientApp: it gets two messages per round, and answers the second with logits.
 
-``train`` learns and answers the new batch. ``train.early`` learns before that batch is there; ``train`` then only
-answers. ``train.distill`` learns a last time. ``evaluate`` changes nothing.
+``train.early`` learns, before the new batch is there; ``train`` answers that batch, and learns first if no early
+message came (as with ``learn-early=false``). ``train.distill`` learns a last time. ``evaluate`` changes nothing.
 ``evaluate.final`` measures by class, at the end of a run. ``query.classes`` returns the client's classes, if a node
 with data of its own shares them.
 """

@@ -252,7 +252,7 @@ class Client:
         if self.config.client.trainable == "head":
             task_model.freeze_encoders()
         model = AlignedModel(task_model, self.instructions.anchor_size).to(self.device)
-        return model, AdamW(parameter_groups(model, self.config.client), weight_decay=1e-3)
+        return model, AdamW(parameter_groups(model, self.config.client), weight_decay=1e-3, fused=True)
 
     def _generator(self, round: int) -> torch.Generator:
         """Return the generator of the client's random draws in a round."""

@@ -410,7 +410,7 @@ class RunConfig(_Section):
     node_timeout: float = Field(120, gt=0, description="seconds to wait for these nodes")
     round_deadline: float = Field(3600, gt=0, description="seconds after which a round closes, if the quorum is met")
     learn_early: bool = Field(
-        False,
+        True,
         description="clients learn from a round's soft targets while the T2I learns and makes the next batch: the same "
         "results, sooner, by a second message a round",
     )

@@ -1,8 +1,9 @@
-"""Choice of the devices to compute on."""
+"""Choice of the devices, and of the number of threads, to compute on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -40,3 +41,14 @@ def pick_devices(names: Sequence[str]) -> list[torch.device]:
     if list(names) == ["auto"] and count > 1:
         return [torch.device("cuda", index) for index in range(count)]
     return [pick_device(name) for name in names]
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Have torch use this many threads of the CPU inside the block, in the thread that runs it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

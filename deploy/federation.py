@@ -304,10 +304,10 @@ def federate(
         If a part of the federation does not start.
     """
     console = Console(stream or sys.stdout)
-    ours: dict[str, Setting] = {} if run_config.get("resume-from") else {"client.models": ",".join(MODELS)}
-    changes = {**ours, **run_config}
+    defaults = default_config(read_app(app))
+    changes = {**({} if run_config.get("resume-from") else on_one_machine(defaults)), **run_config}
     effective = effective_config(app, nodes, out, changes)
-    config = RunConfig.from_flower({**default_config(read_app(app)), **effective})
+    config = RunConfig.from_flower({**defaults, **effective})
     with local_federation(home) as federation:
         console.say("SuperLink is up, with TLS and node authentication")
         folders = write_partitions(config.data, nodes, config.seed, federation.home / "data")
@@ -323,6 +323,15 @@ def federate(
         federation.wait_for_nodes()
         console.say("All SuperNodes are healthy")
         return federation.run(app, effective, console).status
+
+
+def on_one_machine(defaults: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Return what differs from the app's defaults on one machine, if the app has these keys.
+
+    Clients do not learn early: that would be one more process for each node and round on the same cores.
+    """
+    ours: dict[str, Setting] = {"client.models": ",".join(MODELS), "learn-early": False}
+    return {key: value for key, value in ours.items() if key == "client.models" or key in defaults}
 
 
 def consent(data: DataConfig) -> dict[str, Setting]:

@@ -312,7 +312,9 @@ class FedMMKT(Strategy):
             drawn = self.ledger.drawn
             chosen = self.choose_nodes(server_round, list(grid.get_node_ids()))
             self.ledger.drawn = drawn  # The round itself draws them again.
-        node_ids = (self.ledger.reports.keys() & set(chosen)).difference(self.ledger.overdue.values())
+        # A client with a privacy budget waits for the batch, so it is not asked.
+        known = {node_id for node_id, report in self.ledger.reports.items() if not report.is_private}
+        node_ids = (known & set(chosen)).difference(self.ledger.overdue.values())
         instructions = partial(self._instructions, server_round)
         return make_requests(node_ids, self.ledger, instructions, f"{MessageType.TRAIN}.early")
 

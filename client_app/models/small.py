@@ -159,8 +159,19 @@ class WordModel(TaskModel):
         return hashed_lengths(texts)
 
 
-def _cnn_encoder() -> nn.Sequential:
-    return nn.Sequential(
+class Convolutions(nn.Sequential):
+    """Layers that read images with the channels of a pixel side by side: max pooling is then much faster on CPUs."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Map images to features (B, F)."""
+        x = images_BCHW.contiguous(memory_format=torch.channels_last)
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+def _cnn_encoder() -> Convolutions:
+    return Convolutions(
         *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(4)),

@@ -80,6 +80,12 @@ class Family(ABC):
         pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # A scheduler counts the steps of its own call.
         return type(self)(pipeline, device)
 
+    def twin(self) -> Self:
+        """Return a family with the same weights and a sampler of its own, which another thread can use."""
+        pipeline = copy.copy(self.pipeline)
+        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+        return type(self)(pipeline, self.device)
+
     def _image_to_image(self) -> Any:
         from diffusers import AutoPipelineForImage2Image
 

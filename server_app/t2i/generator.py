@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fedmmkt.common.config import ConfigError, T2IConfig
-from fedmmkt.common.devices import pick_devices
+from fedmmkt.common.devices import cpu_threads, pick_devices
 from fedmmkt.common.images import resize_images
 from fedmmkt.common.progress import Progress
 from fedmmkt.server_app.rules.updates import Supervised, UpdateRule, rewards
@@ -32,6 +32,8 @@ logger = logging.getLogger("flwr")
 
 # Default batch sizes, as latent positions (samples x height x width), and the largest number of samples.
 GENERATED_AT_ONCE, MOST_GENERATED = 25_600, 100
+# On a CPU, two threads that make this many samples each, or more, are faster than two that make each sample together.
+LEAST_A_HALF = 25
 LEARNED_AT_ONCE = 8192
 LARGE_IMAGE = 512  # Side in pixels from which the autoencoder decodes images one by one.
 WEIGHTS_PART = 0.6  # Largest fraction of a GPU's free memory for weights; activations and updates need the rest.
@@ -72,15 +74,28 @@ class Generator:
                 part.requires_grad_(False).eval()
         if self.pipeline.vae.dtype == torch.float16:
             self.pipeline.vae.float()  # Some autoencoders overflow in float16.
-        self.families = [self.family, *self._to_devices(others)]
-        self.adapter = Adapter(self.family, self.families[1:], config, seed)
+        copies = self._to_devices(others)
+        # Made in halves whatever the number of threads, so that this does not change the last digits of images.
+        self._in_halves = (
+            self.device.type == "cpu"
+            and not others
+            and config.offload != "model"
+            and self._batch_size >= 2 * LEAST_A_HALF
+        )
+        twins = [self.family.twin()] if self._in_halves and torch.get_num_threads() > 1 else []
+        self.families = [self.family, *copies, *twins]  # They generate at the same time.
+        for each in self.families:
+            self._save_memory(each)
+        if config.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        self.adapter = Adapter(self.family, copies, config, seed)
         self.encoder = PromptEncoder(self.family)
         self._fitting: dict[str, int] = {}  # How many samples fit the device's memory, by stage; learned by trying.
         if config.adapter:
             self.adapter.load(Path(config.adapter).expanduser())
 
     def _to_devices(self, others: Sequence[torch.device]) -> list[Family]:
-        """Move the pipeline to its device, with the configured memory savings; return copies on other devices."""
+        """Move the pipeline to its device, or have it offloaded; return copies on other devices."""
         config = self.config
         offloads = config.offload == "model" or (config.offload == "auto" and self._would_fill(self.device))
         used = [] if offloads else [d for d in others if config.offload == "none" or not self._would_fill(d)]
@@ -92,18 +107,18 @@ class Generator:
         if len(used) < len(others):
             logger.warning("The T2I generates on %d of %d devices: its weights would fill a device, or are offloaded.",
                            1 + len(used), 1 + len(others))  # fmt: skip
-        for family in (self.family, *copies):
-            for pipeline in filter(None, (family.pipeline, family.image_to_image)):
-                pipeline.set_progress_bar_config(disable=True)
-            if config.attention_slicing:
-                family.pipeline.enable_attention_slicing()
-            if self.image_size >= LARGE_IMAGE:
-                family.pipeline.vae.enable_slicing()
-            if config.vae_tiling:
-                family.pipeline.vae.enable_tiling()
-        if config.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
         return copies
+
+    def _save_memory(self, family: Family) -> None:
+        """Set a family's pipelines as configured, and have them show no progress of their own."""
+        for pipeline in filter(None, (family.pipeline, family.image_to_image)):
+            pipeline.set_progress_bar_config(disable=True)
+        if self.config.attention_slicing:
+            family.pipeline.enable_attention_slicing()
+        if self.image_size >= LARGE_IMAGE:
+            family.pipeline.vae.enable_slicing()
+        if self.config.vae_tiling:
+            family.pipeline.vae.enable_tiling()
 
     def _would_fill(self, device: torch.device) -> bool:
         if device.type != "cuda":
@@ -197,7 +212,9 @@ class Generator:
         progress: Callable[[int], object],
         image_size: int | None,
     ) -> Samples:
-        size = min(self._batch_size, math.ceil(len(prompts) / len(self.families)))
+        parts_at_once = 2 if self._in_halves else len(self.families)
+        least = LEAST_A_HALF if self._in_halves else 1
+        size = min(self._batch_size, max(least, math.ceil(len(prompts) / parts_at_once)))
         parts = [slice(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
         conditioning = self.encoder.conditioning(prompts)
         self.adapter.merge()
@@ -276,19 +293,11 @@ class Generator:
             return 0.0
         self.denoiser.to(self.device)  # An offloaded denoiser is in main memory.
         before = [parameter.detach().clone() for parameter in self.adapter.parameters]
-        total, diverged = 0.0, ""
         self.denoiser.train()
-        progress = Progress("adapt", steps, "steps")
         parts = [samples] if isinstance(samples, Samples) else list(samples)
-        made = self._steps(parts, scores_N, steps, seed, rule, before, rate_factor)
-        for step, (losses, norm) in enumerate(made, start=1):
-            for loss in losses:  # Not `sum`, which rounds otherwise from Python 3.12 on.
-                total += loss
-            if not math.isfinite(total + norm):
-                what = f"loss {sum(losses):.4g}, gradients" if losses else f"loss {total / steps:.4g}, then predictions"
-                diverged = f"{what} of norm {norm:.4g} at step {min(step, steps)} of {steps}"
-                break
-            progress(step)
+        # Several threads are no faster with a small denoiser, and clients may learn on the same machine.
+        with cpu_threads(1 if self.adapter.is_small else torch.get_num_threads()):
+            total, diverged = _watched(self._steps(parts, scores_N, steps, seed, rule, before, rate_factor), steps)
         self.denoiser.eval()
         if not diverged and not self.adapter.is_finite():
             diverged = f"loss {total / steps:.4g}, but an adapter that is not finite at step {steps}"
@@ -315,7 +324,7 @@ class Generator:
         config, rule = self.config, rule or Supervised()
         parameters = self.adapter.parameters
         rate = config.adaptation_learning_rate * rate_factor
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, fused=True)
         # Without this decay, the noise of the last steps would stay in the final adapter.
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = torch.Generator().manual_seed(seed)
@@ -349,7 +358,7 @@ class Generator:
                     reference = None
                     if rule.needs_reference:
                         reference = self._predict_as(before, parameters, noisy[part], times_B[part], encoded)
-                    predicted = self.family.predict(noisy[part], times_B[part], encoded)
+                    predicted = self.adapter.predict(noisy[part], times_B[part], encoded)
                     loss_B = rule.loss(predicted, target[part], reference, rewards_N[index[part]].to(self.device))
                     loss = loss_B.sum() / len(index)
                     scaler.scale(loss).backward()
@@ -442,14 +451,33 @@ class Generator:
         return predicted
 
 
+def _watched(made: Iterable[tuple[list[float], float]], steps: int) -> tuple[float, str]:
+    """Make the steps of `Generator._steps` until one diverges; return the sum of losses, and what diverged."""
+    total, progress = 0.0, Progress("adapt", steps, "steps")
+    for step, (losses, norm) in enumerate(made, start=1):
+        for loss in losses:  # Not `sum`, which rounds otherwise from Python 3.12 on.
+            total += loss
+        if not math.isfinite(total + norm):
+            what = f"loss {sum(losses):.4g}, gradients" if losses else f"loss {total / steps:.4g}, then predictions"
+            return total, f"{what} of norm {norm:.4g} at step {min(step, steps)} of {steps}"
+        progress(step)
+    return total, ""
+
+
 def _on_all_devices(
     make: Callable[[Family, slice], Samples], families: Sequence[Family], parts: Sequence[slice]
 ) -> Iterator[Samples]:
-    """Make the parts on the families' devices in turn and yield them in order; each device makes one at a time."""
+    """Make the parts on the families' devices in turn and yield them in order; each device makes one at a time.
+
+    Devices share the CPU's threads. A new thread of Python gets as many as were last set, in whichever thread; so the
+    caller's number is set again at the end.
+    """
     if len(families) == 1:
         yield from (make(families[0], part) for part in parts)
         return
-    threads = [ThreadPoolExecutor(1) for _ in families]
+    cpu_threads = torch.get_num_threads()
+    share = partial(torch.set_num_threads, max(1, cpu_threads // len(families)))
+    threads = [ThreadPoolExecutor(1, initializer=share) for _ in families]
     try:
         futures = [
             threads[index % len(families)].submit(make, families[index % len(families)], part)
@@ -460,6 +488,7 @@ def _on_all_devices(
     finally:
         for thread in threads:
             thread.shutdown(cancel_futures=True)
+        torch.set_num_threads(cpu_threads)
 
 
 def empty_caches() -> None:

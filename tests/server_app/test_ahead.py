@@ -23,6 +23,7 @@ AHEAD = {
     "min_available_nodes": 1,
     "client__models": "mlp",
     "client__distillation_steps": 1,
+    "learn_early": False,  # With it, bytes depend on the clock.
     "t2i__samples_per_round": 20,
     "t2i__adaptation_learning_rate": 0.03,
 }

@@ -1,5 +1,6 @@
 """Clients that learn while the T2I learns and makes the next batch: the same results, by a second message a round."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from fedmmkt.client_app.memory import ClientMemory
 from fedmmkt.common.config import RunConfig
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.app import build_strategy
+from fedmmkt.server_app.requests import make_requests
 from fedmmkt.server_app.strategy import FedMMKT
 
 SETTINGS = {
@@ -71,6 +73,12 @@ def change_replies(grid, monkeypatch, change):
         return replies
 
     monkeypatch.setattr(grid, "pull_messages", changing)
+
+
+def ask_everybody(strategy, server_round, grid):
+    """Return requests to learn early to all clients, in place of `FedMMKT.configure_early`."""
+    instructions = partial(strategy._instructions, server_round)
+    return make_requests(strategy.ledger.reports, strategy.ledger, instructions, "train.early")
 
 
 def test_results_are_the_same_each_client_learns_once_a_round_and_targets_travel_once(both, make_grid, monkeypatch):
@@ -139,15 +147,18 @@ def test_a_reply_to_it_that_does_not_fit_changes_nothing(said, both, make_grid, 
     assert seen == [["report", "report.metrics"]] * 2
 
 
-def test_a_client_with_a_privacy_budget_waits_for_the_batch(both, make_grid, monkeypatch):
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_client_with_a_privacy_budget_is_not_asked_and_would_wait_for_the_batch(both, asked, make_grid, monkeypatch):
     _, early = both(client__epsilon=8.0, client__models="mlp")
     trained, replies = noted_trainings(monkeypatch), []
     grid = make_grid(early, nodes=1)
     change_replies(grid, monkeypatch, lambda content: replies.append(dict(content)))
+    if asked:
+        monkeypatch.setattr(FedMMKT, "configure_early", ask_everybody)
 
     run(early, grid)
 
-    assert replies == [{}] * 2
+    assert replies == [{}] * 2 * asked
     assert trained == [("mlp-0", number) for number in (1, 2, 3)]
 
 

@@ -64,7 +64,7 @@ def test_half_of_six_clients_are_asked_in_turns_and_later_get_what_they_lack(tin
     """Rounds 1 and 2 ask each client once, and so do rounds 3 and 4."""
 
     def run(name, listed):
-        run_config = tiny_run(name, rounds=4, client__models="mlp", fraction_train=0.5)
+        run_config = tiny_run(name, rounds=4, client__models="mlp", fraction_train=0.5, learn_early=False)
         grid = make_grid(run_config, nodes=6)
         sent, push = {}, grid.push_messages
         grid.get_node_ids = lambda: listed(list(grid.contexts))

@@ -17,7 +17,7 @@ from fedmmkt.common.config import DataConfig, RunConfig, to_flower
 from fedmmkt.deploy.certificates import make_ca
 from fedmmkt.deploy.connection_checks import is_healthy
 from fedmmkt.deploy.doctor import main
-from fedmmkt.deploy.federation import CONNECTION, connect, consent, local_federation
+from fedmmkt.deploy.federation import CONNECTION, connect, consent, local_federation, on_one_machine
 from fedmmkt.deploy.federation import main as federation_command
 from fedmmkt.deploy.partition import write_partitions
 from fedmmkt.server_app.t2i.families import WEIGHT_NAME
@@ -156,6 +156,12 @@ def test_clients_learn_early_on_nodes_of_their_own(federation, nodes, tmp_path):
     (_, begin, _), *_ = (span for span in timeline["server"] if span[0] == "generate")
     early = [name for name, began, _ in timeline["clients"] if began < begin]
     assert sorted(early) == ["cnn", "dual", "text"]  # Sent before the batch was made.
+
+
+def test_on_one_machine_no_node_starts_a_process_more_to_learn_early():
+    models = {"client.models": "cnn,resnet,text,dual"}
+    assert on_one_machine({"learn-early": True}) == {**models, "learn-early": False}
+    assert on_one_machine({}) == models  # Flower refuses a key that an app does not have.
 
 
 def test_a_home_that_is_not_empty_is_refused_and_left_as_it_is(tmp_path, capsys):

@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from fedmmkt.common.config import ConfigError, RunConfig, T2IConfig
+from fedmmkt.common.devices import cpu_threads
 from fedmmkt.common.images import resize_images
 from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.rules.updates import UpdateRule, squared_error_B, updates
@@ -55,6 +57,61 @@ def test_it_generates_what_plain_diffusers_generates(generator, guidance):
     theirs = plain(DiffusionPipeline.from_pretrained(STARTER), guidance)
     assert ours.shape == (3, 32, 32, 3)
     assert np.abs(ours / 255 - theirs).max() <= 0.5 / 255 + 1e-4
+
+
+def test_two_threads_of_a_cpu_make_what_one_makes(capfd):
+    prompts, seeds = ["the digit three", "the digit seven"] * 30, range(60)
+    with cpu_threads(1):
+        one = Generator(FAST, seed=0)
+        alone = one.generate(prompts, seeds, 1.0)
+    with cpu_threads(3):
+        three, done = Generator(FAST, seed=0), []
+
+        together = three.generate(prompts, seeds, 1.0, done.append)
+        varied = three.vary(together.latents_NCHW, prompts, seeds, 1.0, 0.5)
+
+        assert torch.get_num_threads() == 3
+        assert [threads_of_a_new_thread() for _ in range(2)] == [3, 3]
+    assert (len(one.families), len(three.families)) == (1, 2)
+    assert three.families[0].denoiser is three.families[1].denoiser
+    assert done == [30, 60]
+    assert torch.equal(alone.latents_NCHW, together.latents_NCHW)
+    assert varied.prompts == tuple(prompts)
+    assert "it/s" not in capfd.readouterr().err  # Nor does a pipeline show progress of its own.
+
+
+def threads_of_a_new_thread():
+    """Return how many threads torch uses in a thread that begins now."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.parametrize("update", ["supervised", "negative-aware"])
+def test_an_update_through_joined_weights_is_that_of_plain_lora(update, adapted):
+    samples, scores_N = adapted.generate(PROMPTS, SEEDS, 1.0), torch.tensor([0.0, 1.0, 2.0])
+    start = {name: tensor.clone() for name, tensor in adapted.adapter.state().items()}
+    states, losses = [], []
+    for joins in (True, False):
+        generator = Generator(FAST, seed=0)
+        generator.adapter.load_state(start, "the start")
+        assert generator.adapter._joins
+        generator.adapter._joins = joins
+        weights = {name: tensor.clone() for name, tensor in generator.denoiser.state_dict().items()}
+        losses.append(generator.adapt(samples, scores_N, 2, 0, updates.get(update)()))
+        states.append(generator.adapter.state())
+        after = generator.denoiser.state_dict()
+        assert all(torch.equal(after[name], weights[name]) for name in weights if "lora" not in name)
+        assert not any(layer.merged for layer in generator.adapter._layers().values())
+
+    moved = torch.cat([(states[1][name] - start[name]).flatten() for name in start])
+    apart = torch.cat([(states[0][name] - states[1][name]).flatten() for name in start])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert apart.norm() < 0.02 * moved.norm()  # AdamW makes whole steps of gradients that are rounding errors.
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+def test_weights_are_not_joined_where_that_would_change_the_update(changes):
+    assert not Generator(FAST.model_copy(update=changes), seed=0).adapter._joins
 
 
 def test_a_sample_depends_on_its_own_prompt_and_seed_only(generator):
@@ -194,9 +251,9 @@ def test_images_are_resized_as_they_are_made(generator):
 
 
 def test_by_default_samples_at_once_suit_their_size(tmp_path):
-    def sizes(generator):
+    def sizes(generator, images):
         counts, learned = [], []
-        generator.generate(["the digit one"] * 130, range(130), 1.0, counts.append)
+        generator.generate(["the digit one"] * images, range(images), 1.0, counts.append)
         predict = generator.family.predict
         generator.family.predict = lambda noisy, *rest: learned.append(len(noisy)) or predict(noisy, *rest)
         generator.adapt(generator.generate(PROMPTS, SEEDS, 1.0), torch.ones(3), steps=1, seed=0)
@@ -206,9 +263,9 @@ def test_by_default_samples_at_once_suit_their_size(tmp_path):
     larger = Generator(T2IConfig(model=str(tmp_path / "larger"), inference_steps=1, adaptation_batch_size=16), seed=0)
 
     # The last part is predicted once more at the end, to see whether the update diverged.
-    assert sizes(Generator(T2IConfig(inference_steps=1), seed=0)) == ([100, 130], [32, 32])
+    assert sizes(Generator(T2IConfig(inference_steps=1), seed=0), 260) == ([100, 200, 260], [32, 32])
     # 25,600 and 8,192 latent positions, of 24 x 24 a sample.
-    assert sizes(larger) == ([44, 88, 130], [14, 2, 2])
+    assert sizes(larger, 130) == ([44, 88, 130], [14, 2, 2])
 
 
 def test_samples_without_score_teach_nothing(generator):
