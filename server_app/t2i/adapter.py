@@ -69,10 +69,12 @@ class Adapter:
         """Return whether layers can compute with the sum of base and adapter, without a loss of precision.
 
         Those of a checkpointed denoiser cannot: they compute again on the way back, when they have their own weights.
+        Nor those of one that is offloaded, which is moved as a whole when it is called.
         """
         bases = [layer.get_base_layer() for layer in self._layers().values()]
         is_plain = all(base.weight.dtype == torch.float32 and getattr(base, "groups", 1) == 1 for base in bases)
-        return is_plain and not self.config.gradient_checkpointing
+        is_offloaded = hasattr(self.family.denoiser, "_hf_hook")  # From accelerate.
+        return is_plain and not is_offloaded and not self.config.gradient_checkpointing
 
     def predict(self, noisy: Tensor, times_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the family's prediction, through which gradients reach the adapter.

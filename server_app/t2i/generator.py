@@ -35,6 +35,7 @@ GENERATED_AT_ONCE, MOST_GENERATED = 25_600, 100
 # On a CPU, two threads that make this many samples each, or more, are faster than two that make each sample together.
 LEAST_A_HALF = 25
 LEARNED_AT_ONCE = 8192
+LEARNED_BY_ONE_THREAD = 4096  # Latent positions of a step, up to which a small denoiser learns on one thread.
 LARGE_IMAGE = 512  # Side in pixels from which the autoencoder decodes images one by one.
 WEIGHTS_PART = 0.6  # Largest fraction of a GPU's free memory for weights; activations and updates need the rest.
 
@@ -295,8 +296,7 @@ class Generator:
         before = [parameter.detach().clone() for parameter in self.adapter.parameters]
         self.denoiser.train()
         parts = [samples] if isinstance(samples, Samples) else list(samples)
-        # Several threads are no faster with a small denoiser, and clients may learn on the same machine.
-        with cpu_threads(1 if self.adapter.is_small else torch.get_num_threads()):
+        with cpu_threads(self._threads_of_an_update()):
             total, diverged = _watched(self._steps(parts, scores_N, steps, seed, rule, before, rate_factor), steps)
         self.denoiser.eval()
         if not diverged and not self.adapter.is_finite():
@@ -424,6 +424,11 @@ class Generator:
         logger.warning("  adapt     the update diverged (%s); the adapter stays as it was before. %s",
                        diverged, f"If it happens again, {remedy}.")  # fmt: skip
 
+    def _threads_of_an_update(self) -> int:
+        """Return 1 if more threads would be no faster, so that clients on the same machine have the others."""
+        positions = self.config.adaptation_batch_size * self.denoiser.config.sample_size**2
+        return 1 if self.adapter.is_small and positions <= LEARNED_BY_ONE_THREAD else torch.get_num_threads()
+
     @property
     def _batch_size(self) -> int:
         return self.config.generation_batch_size or min(MOST_GENERATED, self._at_once(GENERATED_AT_ONCE))
@@ -475,8 +480,8 @@ def _on_all_devices(
     if len(families) == 1:
         yield from (make(families[0], part) for part in parts)
         return
-    cpu_threads = torch.get_num_threads()
-    share = partial(torch.set_num_threads, max(1, cpu_threads // len(families)))
+    of_caller = torch.get_num_threads()
+    share = partial(torch.set_num_threads, max(1, of_caller // len(families)))
     threads = [ThreadPoolExecutor(1, initializer=share) for _ in families]
     try:
         futures = [
@@ -488,7 +493,7 @@ def _on_all_devices(
     finally:
         for thread in threads:
             thread.shutdown(cancel_futures=True)
-        torch.set_num_threads(cpu_threads)
+        torch.set_num_threads(of_caller)
 
 
 def empty_caches() -> None:

@@ -109,9 +109,25 @@ def test_an_update_through_joined_weights_is_that_of_plain_lora(update, adapted)
     assert apart.norm() < 0.02 * moved.norm()  # AdamW makes whole steps of gradients that are rounding errors.
 
 
-@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"offload": "model"}])
 def test_weights_are_not_joined_where_that_would_change_the_update(changes):
-    assert not Generator(FAST.model_copy(update=changes), seed=0).adapter._joins
+    generator = Generator(FAST.model_copy(update=changes), seed=0)
+
+    assert not generator.adapter._joins
+    assert generator.adapt(generator.generate(PROMPTS, SEEDS, 1.0), torch.ones(3), steps=1, seed=0) > 0
+
+
+def test_a_small_update_leaves_the_other_threads_to_clients(adapted):
+    samples, threads = adapted.generate(PROMPTS, SEEDS, 1.0), []
+    predict = adapted.family.predict
+    adapted.family.predict = lambda *inputs: threads.append(torch.get_num_threads()) or predict(*inputs)
+    with cpu_threads(3):
+        for batch_size in (64, 65):  # Of 8 x 8 latent positions a sample.
+            adapted.config = FAST.model_copy(update={"adaptation_batch_size": batch_size})
+            adapted.adapt(samples, torch.ones(3), steps=1, seed=0)
+
+            assert torch.get_num_threads() == 3
+    assert threads == [1, 1, 3, 3]
 
 
 def test_a_sample_depends_on_its_own_prompt_and_seed_only(generator):
