@@ -278,7 +278,10 @@ class T2IConfig(_Section):
         "update: saves time, and costs one round of adaptation",
     )
     generation_batch_size: int = Field(
-        0, ge=0, le=4096, description="images generated at once; 0: chosen by their size, at most 100"
+        0,
+        ge=0,
+        le=4096,
+        description="images that a GPU, or a thread of a CPU, generates at once; 0: chosen by their size, at most 100",
     )
     inference_steps: int = Field(12, ge=1, le=1000, description="denoising steps per image")
     guidance: Numbers = Field((1.5, 1.0), description="guidance scale of each round; later rounds use the last value")

@@ -326,12 +326,14 @@ def federate(
 
 
 def on_one_machine(defaults: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Return what differs from the app's defaults on one machine, if the app has these keys.
+    """Return what differs from the app's defaults on one machine.
 
     Clients do not learn early: that would be one more process for each node and round on the same cores.
     """
-    ours: dict[str, Setting] = {"client.models": ",".join(MODELS), "learn-early": False}
-    return {key: value for key, value in ours.items() if key == "client.models" or key in defaults}
+    ours: dict[str, Setting] = {"client.models": ",".join(MODELS)}
+    if "learn-early" in defaults:  # An app of one's own may lack it, and Flower refuses keys that an app does not have.
+        ours["learn-early"] = False
+    return ours
 
 
 def consent(data: DataConfig) -> dict[str, Setting]:

@@ -61,7 +61,7 @@ FEEDBACK_WITH_VOTES = "logits+votes"
 
 
 class FedMMKT(Strategy):
-    """Federated multi-modal knowledge transfer (arXiv 2510.12254), with one message to each client per round.
+    """Federated multi-modal knowledge transfer (arXiv 2510.12254), with one exchange with the clients per round.
 
     In each round, the T2I model generates a batch. Each client trains on the last soft targets and on its private data,
     and answers the new batch with logits. The server turns the answers into soft targets for the clients, and into
@@ -304,7 +304,8 @@ class FedMMKT(Strategy):
     def configure_early(self, server_round: int, grid: Grid) -> Iterable[Message]:
         """Return requests to learn in a round whose batch is not there yet, to the nodes that the round will ask.
 
-        After the last round there is no batch, and they go to the nodes of `configure_distill`.
+        For this, `choose_nodes` is called once more. After the last round there is no batch, and the requests go to the
+        nodes of `configure_distill`.
         """
         if server_round > self.recorder.config.rounds:
             chosen = self._measured(grid)

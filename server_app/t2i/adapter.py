@@ -66,7 +66,7 @@ class Adapter:
         return sum(layer.get_base_layer().weight.numel() for layer in self._layers().values()) <= SMALL
 
     def _can_join(self) -> bool:
-        """Return whether layers can compute with the sum of base and adapter, without a loss of precision.
+        """Return whether layers can compute with the sum of base and adapter: in full precision, and in one place.
 
         Those of a checkpointed denoiser cannot: they compute again on the way back, when they have their own weights.
         Nor those of one that is offloaded, which is moved as a whole when it is called.
@@ -80,17 +80,18 @@ class Adapter:
         """Return the family's prediction, through which gradients reach the adapter.
 
         In a small denoiser each layer computes with the sum of its weight and the adapter's update, in place of three
-        products one after the other: this takes a quarter of the time off. A large one would need too much memory for
-        the gradients of its weights.
+        products one after the other: this takes a quarter off a step of the starter. A large one would need too much
+        memory for the gradients of its weights.
         """
         if not self._joins:
             return self.family.predict(noisy, times_B, conditioning)
         layers = self._layers()
         joined = {f"denoiser.{name}.base_layer.weight": _joined_weight(layer) for name, layer in layers.items()}
         for layer in layers.values():
-            layer.merged_adapters.append("default")
+            layer.merged_adapters.append("default")  # So that peft's layer calls its base layer alone.
         try:
-            predicted: Tensor = functional_call(self._predictor, joined, (noisy, times_B, conditioning))
+            inputs = (noisy, times_B, conditioning)
+            predicted: Tensor = functional_call(self._predictor, joined, inputs, tie_weights=False)
         finally:
             for layer in layers.values():
                 layer.merged_adapters.clear()
@@ -207,7 +208,7 @@ def _joined_weight(layer: Any) -> Tensor:
 
 
 class _Predictor(nn.Module):
-    """A family's prediction as a module, which can be called with other weights."""
+    """A family's prediction as a module, since `functional_call` calls modules with other weights."""
 
     def __init__(self, family: Family) -> None:
         super().__init__()

@@ -86,10 +86,10 @@ class PromptEncoder:
                 self._kept.move_to_end(prompt)
             rows = [self._kept[prompt] for prompt in prompts]
             self._forget()
-        if len({tensor.shape for row in rows for tensor in (row["prompt_embeds"],)}) > 1:
-            # This family pads prompts to the longest of a call, so they have to be encoded in one.
-            together = self.family.encode(list(prompts))
-            return {name: tensor.cpu() for name, tensor in together.items()}
+            if len({row["prompt_embeds"].shape for row in rows}) > 1:
+                # This family pads prompts to the longest of a call, so they have to be encoded in one.
+                together = self.family.encode(list(prompts))
+                return {name: tensor.cpu() for name, tensor in together.items()}
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def _keep(self, prompts: list[str]) -> None:

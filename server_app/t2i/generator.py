@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -76,17 +77,14 @@ class Generator:
         if self.pipeline.vae.dtype == torch.float16:
             self.pipeline.vae.float()  # Some autoencoders overflow in float16.
         copies = self._to_devices(others)
-        # Made in halves whatever the number of threads, so that this does not change the last digits of images.
-        self._in_halves = (
-            self.device.type == "cpu"
-            and not others
-            and config.offload != "model"
-            and self._batch_size >= 2 * LEAST_A_HALF
-        )
+        # Two threads of a CPU make half of the images each, if these are small. One thread makes the halves in turn, so
+        # that the last digits of images do not depend on the number of threads.
+        is_small = self._batch_size >= 2 * LEAST_A_HALF
+        self._in_halves = self.device.type == "cpu" and not others and config.offload != "model" and is_small
         twins = [self.family.twin()] if self._in_halves and torch.get_num_threads() > 1 else []
         self.families = [self.family, *copies, *twins]  # They generate at the same time.
-        for each in self.families:
-            self._save_memory(each)
+        for generating in self.families:
+            self._set_up(generating)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self.adapter = Adapter(self.family, copies, config, seed)
@@ -110,8 +108,8 @@ class Generator:
                            1 + len(used), 1 + len(others))  # fmt: skip
         return copies
 
-    def _save_memory(self, family: Family) -> None:
-        """Set a family's pipelines as configured, and have them show no progress of their own."""
+    def _set_up(self, family: Family) -> None:
+        """Have a family's pipelines save memory as configured, and show no progress of their own."""
         for pipeline in filter(None, (family.pipeline, family.image_to_image)):
             pipeline.set_progress_bar_config(disable=True)
         if self.config.attention_slicing:
@@ -134,7 +132,7 @@ class Generator:
 
     @property
     def images_at_once(self) -> int:
-        """Number of images that all devices together make at once."""
+        """Number of images that all devices, or the threads of a CPU, together make at once."""
         return self._batch_size * len(self.families)
 
     @property
@@ -297,8 +295,10 @@ class Generator:
         self.denoiser.train()
         parts = [samples] if isinstance(samples, Samples) else list(samples)
         with cpu_threads(self._threads_of_an_update()):
-            total, diverged = _watched(self._steps(parts, scores_N, steps, seed, rule, before, rate_factor), steps)
-        self.denoiser.eval()
+            try:
+                total, diverged = _watched(self._steps(parts, scores_N, steps, seed, rule, before, rate_factor), steps)
+            finally:
+                self.denoiser.eval()
         if not diverged and not self.adapter.is_finite():
             diverged = f"loss {total / steps:.4g}, but an adapter that is not finite at step {steps}"
         if diverged:
@@ -481,15 +481,20 @@ def _on_all_devices(
         yield from (make(families[0], part) for part in parts)
         return
     of_caller = torch.get_num_threads()
-    share = partial(torch.set_num_threads, max(1, of_caller // len(families)))
+    share = partial(torch.set_num_threads, max(1, of_caller // min(len(families), len(parts))))
     threads = [ThreadPoolExecutor(1, initializer=share) for _ in families]
+
+    def begin(index: int) -> Future[Samples]:
+        return threads[index % len(families)].submit(make, families[index % len(families)], parts[index])
+
     try:
-        futures = [
-            threads[index % len(families)].submit(make, families[index % len(families)], part)
-            for index, part in enumerate(parts)
-        ]
-        for future in futures:
-            yield future.result()
+        # A server that is told to stop waits for what has begun, so that is one part a device.
+        begun = deque(begin(index) for index in range(min(len(families), len(parts))))
+        for following in range(len(families), len(families) + len(parts)):
+            made = begun.popleft().result()
+            if following < len(parts):
+                begun.append(begin(following))
+            yield made
     finally:
         for thread in threads:
             thread.shutdown(cancel_futures=True)

@@ -80,6 +80,20 @@ def test_two_threads_of_a_cpu_make_what_one_makes(capfd):
     assert "it/s" not in capfd.readouterr().err  # Nor does a pipeline show progress of its own.
 
 
+def test_a_thread_begins_a_part_when_it_has_made_the_one_before():
+    """A server that is told to stop would else make all parts first."""
+    with cpu_threads(2):
+        generator, begun, seen = Generator(T2IConfig(inference_steps=1, generation_batch_size=50), seed=0), [], []
+        for family in generator.families:
+            family.decode = lambda latents, decode=family.decode: begun.append(len(latents)) or decode(latents)
+
+        generator.generate(["the digit one"] * 300, range(300), 1.0, lambda done: seen.append((done, len(begun))))
+
+    assert begun == [50] * 6
+    assert [done for done, _ in seen] == [50, 100, 150, 200, 250, 300]
+    assert all(done // 50 <= parts <= done // 50 + 2 for done, parts in seen)
+
+
 def threads_of_a_new_thread():
     """Return how many threads torch uses in a thread that begins now."""
     with ThreadPoolExecutor(1) as pool:
