@@ -44,6 +44,7 @@ TINY: dict[str, Setting] = {
     "judge": False,
     "tracker": "",
     "checkpoints-kept": 1,
+    "learn-early": False,  # But for the ways that name it.
 }
 
 
@@ -146,10 +147,7 @@ def main() -> None:
         settings: dict[str, Setting] = {"rounds": options.rounds, "t2i.samples-per-round": options.samples}
         settings |= {"t2i.adaptation-steps": steps}
         for name, keys in WAYS.items():
-            print(
-                row(f"{steps} steps, {name}", measure(settings | {"learn-early": False} | dict.fromkeys(keys, True))),
-                flush=True,
-            )
+            print(row(f"{steps} steps, {name}", measure(settings | dict.fromkeys(keys, True))), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The LoRA adapter of the T2I's denoiser: creation, merging on all devices, saving and loading."""
+"""The LoRA adapter of the T2I's denoiser: creation, learning, merging on all devices, saving and loading."""
 
 from __future__ import annotations
 

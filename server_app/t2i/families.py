@@ -71,20 +71,20 @@ class Family(ABC):
 
     def copy_to(self, device: torch.device) -> Self:
         """Copy the parts that generate images from encoded prompts to another device, without text encoders."""
-        pipeline = copy.copy(self.pipeline)
-        for name, part in self.pipeline.components.items():
-            if name in (self.denoiser_name, "vae"):
-                pipeline.register_modules(**{name: copy.deepcopy(part).to(device)})
-            elif isinstance(part, torch.nn.Module):
-                pipeline.register_modules(**{name: None})
-        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # A scheduler counts the steps of its own call.
-        return type(self)(pipeline, device)
+        generating = (self.denoiser_name, "vae")
+        modules = {name: part for name, part in self.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        copied = {name: copy.deepcopy(modules[name]).to(device) if name in generating else None for name in modules}
+        return self._with(copied, device)
 
     def twin(self) -> Self:
         """Return a family with the same weights and a sampler of its own, which another thread can use."""
+        return self._with({}, self.device)
+
+    def _with(self, modules: Mapping[str, Any], device: torch.device) -> Self:
+        """Return a family with some other modules, and a scheduler of its own, since it counts the steps of a call."""
         pipeline = copy.copy(self.pipeline)
-        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
-        return type(self)(pipeline, self.device)
+        pipeline.register_modules(**modules, scheduler=copy.deepcopy(pipeline.scheduler))
+        return type(self)(pipeline, device)
 
     def _image_to_image(self) -> Any:
         from diffusers import AutoPipelineForImage2Image

@@ -481,7 +481,7 @@ def _on_all_devices(
         yield from (make(families[0], part) for part in parts)
         return
     of_caller = torch.get_num_threads()
-    share = partial(torch.set_num_threads, max(1, of_caller // min(len(families), len(parts))))
+    share = partial(torch.set_num_threads, max(1, of_caller // max(1, min(len(families), len(parts)))))
     threads = [ThreadPoolExecutor(1, initializer=share) for _ in families]
 
     def begin(index: int) -> Future[Samples]:
