@@ -6,12 +6,10 @@ strategy to change a step.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -19,16 +17,10 @@ from flwr.serverapp.strategy import Result
 from flwr.supercore import log
 
 from fedmmkt.common.failures import RunError
-from fedmmkt.common.payloads import (
-    EVALUATION_RECORDS,
-    PAYLOAD_RECORDS,
-    REPORT_RECORDS,
-    ClientReport,
-    PayloadError,
-    check_keys,
-)
+from fedmmkt.common.payloads import EVALUATION_RECORDS, PAYLOAD_RECORDS, REPORT_RECORDS, check_keys
 from fedmmkt.server_app.class_space import wait_for_nodes
-from fedmmkt.server_app.exchange import Answer, Reply, causes_of, exchange, pull, push
+from fedmmkt.server_app.early import Early
+from fedmmkt.server_app.exchange import Answer, Reply, causes_of, exchange
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.recorder import Recorder
 
@@ -95,14 +87,6 @@ class RoundSteps(Protocol):
         """Load an adapter."""
 
 
-class Early(NamedTuple):
-    """A message that lets a node learn early: the round in which it learns, and when it was sent."""
-
-    node_id: int
-    round: int
-    sent: float
-
-
 @dataclass
 class Loop:
     """A run: its parts, its length and its deadline.
@@ -137,7 +121,11 @@ class Loop:
     evaluate_config: ConfigRecord = field(default_factory=ConfigRecord)
     evaluate_fn: EvaluateFn | None = None
     _connected: set[int] = field(default_factory=set, init=False)  # When the last exchange began.
-    _early: dict[str, Early] = field(default_factory=dict, init=False)  # Messages to learn early, by their ids.
+    _early: Early = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the part that lets clients learn early."""
+        self._early = Early(self.grid, self.ledger, self.recorder)
 
     def run(self) -> Result:
         """Run the remaining rounds.
@@ -195,7 +183,7 @@ class Loop:
         strategy = self.strategy
         with self.recorder.round(server_round, self.ledger):
             messages = strategy.configure_train(server_round, strategy.arrays(), self.train_config, self.grid)
-            self._hear_early(server_round)  # Before the requests are made, one by one.
+            self._early.hear(server_round, self._connected)  # Before the requests are made, one by one.
             records, late = REPORT_RECORDS | PAYLOAD_RECORDS, Late()
             replies = self._ask(server_round, messages, strategy.read_train_reply, records, late)
             for sent_in, by_client in sorted(late.items()):
@@ -208,44 +196,19 @@ class Loop:
                 result.train_metrics_clientapp[server_round] = metrics
             if server_round == self.rounds:
                 messages = strategy.configure_distill(server_round, self.grid)
-                self._hear_early(server_round + 1)
+                self._early.hear(server_round + 1, self._connected)
                 self._collect(server_round, messages, result)
                 self._evaluate_finally(server_round)
             self.ledger.add_participants(self.recorder.answered_clients())
         self._evaluate_on_server(server_round, result)
 
     def let_learn(self, server_round: int) -> None:
-        """Let clients learn in the next round, or after the last one, from the soft targets of this one.
-
-        Nothing depends on whether they did: a client that did not learns when the next request comes.
-        """
-        if not self.recorder.config.learn_early:
-            return
-        messages = list(self.strategy.configure_early(server_round + 1, self.grid))
-        for message in messages:
-            message.metadata.ttl = self._ttl
-        sent, refused = push(self.grid, messages)
-        unsent = {reply.node_id for reply in refused}
-        self.recorder.record_early([message for message in messages if message.metadata.dst_node_id not in unsent])
-        now = time.perf_counter()
-        self._early |= {message_id: Early(node_id, server_round + 1, now) for message_id, node_id in sent.items()}
-
-    def _hear_early(self, server_round: int) -> None:
-        """Learn from who has learned early which batches it holds; the request of the round so need not bring them."""
-        for message_id, (node_id, learned_in, sent) in list(self._early.items()):
-            reply = pull(self.grid, message_id, node_id, round(self.recorder.config.reply_limit * 1e6))
-            if reply is None:
-                continue
-            del self._early[message_id]
-            if reply.message is None or reply.message.has_error() or not reply.message.content:
-                continue  # The request of the round asks for the same, and what is wrong is told then.
-            with suppress(PayloadError):
-                check_keys(reply.message.content, REPORT_RECORDS)
-                report = ClientReport.from_records(reply.message.content, "report")
-                self.ledger.admit(node_id, report, self._connected)
-                self.recorder.record_early_reply(reply, report.client, sent)
-                if learned_in == server_round:  # Else the node has answered a batch since, and so told more.
-                    self.ledger.record_early(node_id, report, server_round)
+        """Let clients learn in the next round, or after the last one, from the soft targets of this one."""
+        if self.recorder.config.learn_early:
+            messages = list(self.strategy.configure_early(server_round + 1, self.grid))
+            for message in messages:
+                message.metadata.ttl = self._ttl
+            self._early.send(messages, server_round + 1)
 
     def _evaluate(self, server_round: int, result: Result) -> None:
         arrays = self.strategy.arrays()
