@@ -76,14 +76,17 @@ def generate_or_vary(
     varied, new = list(parents), [index for index in range(len(prompts)) if index not in parents]
     texts = [prompt.text for prompt in prompts]
 
+    def of(chosen: list[int]) -> tuple[list[str], list[int], float]:
+        return [texts[index] for index in chosen], [seeds[index] for index in chosen], guidance
+
     def parts() -> Iterator[tuple[list[int], Samples]]:
         if varied:
-            latents_NCHW = torch.stack([parents[index] for index in varied])
-            own = [texts[i] for i in varied], [seeds[i] for i in varied]
-            yield varied, generator.vary(latents_NCHW, *own, guidance, strength, progress(len(varied)), image_size)
+            latents = [parents[index] for index in varied]
+            made = generator.vary_parts(latents, *of(varied), strength, progress(len(varied)), image_size)
+            yield from (([varied[place] for place in places], part) for places, part in made)
         if new:
-            own = [texts[i] for i in new], [seeds[i] for i in new]
-            yield new, generator.generate(*own, guidance, progress(len(new)), image_size)
+            made = generator.generate_parts(*of(new), progress(len(new)), image_size)
+            yield from (([new[place] for place in places], part) for places, part in made)
 
     in_order = Samples.gather(parts(), len(prompts))
     return replace(in_order, prompted_N=torch.tensor([prompt.class_index for prompt in prompts], dtype=torch.int64))

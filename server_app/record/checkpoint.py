@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmmkt.common.files import replaced_folder, write_atomically
@@ -161,13 +162,17 @@ class Checkpoints:
     def _share(self, item: object, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         """Write an object that later checkpoints will share, unless it is there; return its name."""
         if id(item) not in self._names:
-            content = save(
-                {name: tensor.contiguous() for name, tensor in tensors.items()}, {"described": json.dumps(described)}
-            )
-            name = hashlib.sha256(content).hexdigest()
-            path = _shared(self.folder, name)
-            if not path.exists() or _sha256(path) != name:
-                write_atomically(path, lambda temporary: temporary.write_bytes(content))
+            written = self.folder / SHARED / f".{uuid.uuid4().hex}"
+            written.parent.mkdir(parents=True, exist_ok=True)
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            try:
+                save_file(contiguous, written, {"described": json.dumps(described)})  # Holds no copy in memory.
+                name = _sha256(written)
+                path = _shared(self.folder, name)
+                if not path.exists() or _sha256(path) != name:
+                    write_atomically(path, written.replace)
+            finally:
+                written.unlink(missing_ok=True)
             self._names[id(item)] = item, name
         return self._names[id(item)][1]
 

@@ -161,11 +161,22 @@ class Generator:
         image_size : int, optional
             Side in pixels to which images are resized as they are made, so that larger ones need no memory.
         """
+        return Samples.gather(self.generate_parts(prompts, seeds, guidance, progress, image_size), len(prompts))
+
+    def generate_parts(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        guidance: float,
+        progress: Callable[[int], object] = lambda done: None,
+        image_size: int | None = None,
+    ) -> Iterator[tuple[range, Samples]]:
+        """Generate as `generate` does; yield samples as they are made, with their positions."""
         return self._denoise(lambda family, part: family.pipeline, prompts, seeds, guidance, progress, image_size)
 
     def vary(
         self,
-        parents_NCHW: Tensor,
+        parents: Sequence[Tensor] | Tensor,
         prompts: Sequence[str],
         seeds: Sequence[int],
         guidance: float,
@@ -179,8 +190,8 @@ class Generator:
 
         Parameters
         ----------
-        parents_NCHW : torch.Tensor
-            Latents of the samples to vary.
+        parents : sequence of torch.Tensor
+            Latents of each sample to vary.
         prompts, seeds, guidance, image_size
             As in `generate`.
         strength : float
@@ -189,18 +200,28 @@ class Generator:
         progress : callable
             As in `generate`.
         """
+        made = self.vary_parts(parents, prompts, seeds, guidance, strength, progress, image_size)
+        return Samples.gather(made, len(prompts))
+
+    def vary_parts(
+        self,
+        parents: Sequence[Tensor] | Tensor,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        guidance: float,
+        strength: float,
+        progress: Callable[[int], object] = lambda done: None,
+        image_size: int | None = None,
+    ) -> Iterator[tuple[range, Samples]]:
+        """Vary samples as `vary` does; yield variations as they are made, with their positions."""
         # Less noise than that of one denoising step would leave no step to make.
         strength = min(1.0, max(strength, 1.01 / self.config.inference_steps))
-        return self._denoise(
-            lambda family, part: partial(
-                family.image_to_image, image=parents_NCHW[part].to(family.device), strength=strength
-            ),
-            prompts,
-            seeds,
-            guidance,
-            progress,
-            image_size,
-        )
+
+        def sampler(family: Family, part: slice) -> Callable[..., Any]:
+            latents_NCHW = torch.stack(list(parents[part])).to(family.device)
+            return partial(family.image_to_image, image=latents_NCHW, strength=strength)
+
+        return self._denoise(sampler, prompts, seeds, guidance, progress, image_size)
 
     def _denoise(
         self,
@@ -210,7 +231,7 @@ class Generator:
         guidance: float,
         progress: Callable[[int], object],
         image_size: int | None,
-    ) -> Samples:
+    ) -> Iterator[tuple[range, Samples]]:
         parts_at_once = 2 if self._in_halves else len(self.families)
         least = LEAST_A_HALF if self._in_halves else 1
         size = min(self._batch_size, max(least, math.ceil(len(prompts) / parts_at_once)))
@@ -248,12 +269,9 @@ class Generator:
                 images_NHWC = resize_images(images_NHWC, image_size)
             return Samples(part_prompts, no_class_N, images_NHWC, latents_NCHW.float().cpu())
 
-        def finished() -> Iterator[tuple[range, Samples]]:
-            for part, samples in zip(parts, _on_all_devices(make, self.families, parts), strict=True):
-                yield range(part.start, part.stop), samples
-                progress(part.stop)
-
-        return Samples.gather(finished(), len(prompts))
+        for part, samples in zip(parts, _on_all_devices(make, self.families, parts), strict=True):
+            yield range(part.start, part.stop), samples
+            progress(part.stop)
 
     def adapt(
         self,

@@ -1,5 +1,7 @@
 """Exploration: which samples are varied, by scores computed by hand, and that all keep their places."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -58,20 +60,21 @@ def test_samples_without_scores_have_no_children():
 class Spy:
     """In place of a T2I model: its samples are named by how they were made, and their latents are their seeds."""
 
-    def generate(self, prompts, seeds, guidance, progress, image_size):
+    def generate_parts(self, prompts, seeds, guidance, progress, image_size):
         self.generated = (list(prompts), guidance)
         progress(len(prompts))
         return self._made("new", prompts, seeds)
 
-    def vary(self, parents_NCHW, prompts, seeds, guidance, strength, progress, image_size):
+    def vary_parts(self, parents, prompts, seeds, guidance, strength, progress, image_size):
         progress(len(prompts))
-        self.varied = (parents_NCHW[:, 0].tolist(), list(prompts), guidance, strength)
+        self.varied = ([latents.item() for latents in parents], list(prompts), guidance, strength)
         return self._made("varied", prompts, seeds)
 
     @staticmethod
     def _made(how, prompts, seeds):
-        made = samples([f"{how} {prompt}" for prompt in prompts], [-1] * len(prompts))
-        return Samples(made.prompts, made.prompted_N, made.images_NHWC, torch.tensor(seeds)[:, None])
+        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            made = samples([f"{how} {prompt}"], [-1])
+            yield range(place, place + 1), replace(made, latents_NCHW=torch.tensor([[seed]]))
 
 
 @pytest.mark.parametrize(

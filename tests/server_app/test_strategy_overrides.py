@@ -477,26 +477,26 @@ def test_an_overridden_method_has_its_effect(name, plain, tmp_path):
 
 def test_without_an_update_of_the_t2i_samples_are_varied_all_the_same(tmp_path, monkeypatch):
     """Exploration goes by the samples' scores, whatever `adapt_generator` makes of them."""
-    varied, vary = [], Generator.vary
+    varied, vary = [], Generator.vary_parts
 
-    def spy(generator, parents_NCHW, prompts, *rest):
-        varied.append((parents_NCHW, prompts))
-        return vary(generator, parents_NCHW, prompts, *rest)
+    def spy(generator, parents, prompts, *rest):
+        varied.append((parents, prompts))
+        return vary(generator, parents, prompts, *rest)
 
     class Still(FedMMKT):
         def adapt_generator(self, server_round, pool):
             return None
 
-    monkeypatch.setattr(Generator, "vary", spy)
+    monkeypatch.setattr(Generator, "vary_parts", spy)
     run = run_with(Still, tmp_path / "run", rounds=2)
 
-    ((parents_NCHW, prompts),) = varied
+    ((parents, prompts),) = varied
     first, second = run.strategy.ledger.pool
     scored = zip(first.latents_NCHW, first.scores_N, strict=True)
     score_of = {latent.numpy().tobytes(): score for latent, score in scored}
     assert [line["generator"]["loss"] for line in run.lines] == [None, None, None]
     assert 0 < len(prompts) <= 10
-    assert all(score_of[latent.numpy().tobytes()] > 0 for latent in parents_NCHW)
+    assert all(score_of[latent.numpy().tobytes()] > 0 for latent in parents)
     assert set(prompts) <= set(second.prompts)
 
 

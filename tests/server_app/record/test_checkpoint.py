@@ -19,6 +19,7 @@ from fedmmkt.server_app.record.checkpoint import (
 from fedmmkt.server_app.record.resuming import kept_metrics
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.t2i.samples import Samples
+from tests.memory import forget_peak, needs_peak, peak
 
 
 def scored(number):
@@ -63,6 +64,21 @@ def test_samples_of_earlier_rounds_are_not_written_again(run):
         1.0,
         2.0,
     ]
+
+
+@needs_peak
+def test_samples_are_written_without_a_copy_in_memory(run):
+    written, latents_NCHW = Checkpoints(run.checkpoints, 1), torch.ones(100, 4, 128, 128)  # 26 MB.
+    no_class_N, no_images = torch.full((100,), -1), np.empty((100, 0, 0, 3), np.uint8)
+    samples = Samples(("a",) * 100, no_class_N, no_images, latents_NCHW).scored(torch.ones(100))
+    written.write(state(run, 0, [scored(0)]))
+    forget_peak()
+    before = peak()
+
+    written.write(state(run, 1, [samples]))
+
+    assert peak() - before < 13e6
+    assert read_checkpoint(checkpoints(run.checkpoints)[-1]).pool[0].latents_NCHW.equal(latents_NCHW)
 
 
 def test_a_later_process_knows_what_is_there(run):

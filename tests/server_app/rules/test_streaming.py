@@ -1,8 +1,6 @@
 """Aggregation in parts: the same as in one, with memory that does not grow with the clients."""
 
-import re
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +12,9 @@ from fedmmkt.server_app.rules.aggregation import aggregations
 from fedmmkt.server_app.rules.checks import check_result
 from fedmmkt.server_app.rules.streaming import aggregate, by_sample
 from fedmmkt.server_app.rules.sureness import scale_of
+from tests.memory import forget_peak, needs_peak, peak
 
 CHECK = partial(check_result, key="t2i.aggregation", name="own")
-PEAK = Path("/proc/self/clear_refs")
 
 
 def answers(clients, samples, classes, seed=0):
@@ -83,20 +81,16 @@ def test_a_part_of_another_shape_is_refused():
         aggregate(by_sample(lambda l_KNC, c_KC, p_N: l_KNC[0, :1]), *answers(2, 5, 3), CHECK)
 
 
-@pytest.mark.skipif(not PEAK.exists(), reason="the peak memory is read from Linux")
+@needs_peak
 @pytest.mark.parametrize("name", sorted(aggregations.names()))
 def test_memory_does_not_grow_with_the_clients(name):
     """Stacked, the logits of 400 clients take 160 MB, and a rule several times that."""
     few, many = ([answers(1, 1000, 100)[0][0]] * clients for clients in (4, 400))
     counts_KC, prompted_N = torch.ones(400, 100), torch.zeros(1000, dtype=torch.int64)
     aggregate(aggregations.get(name), few, counts_KC[:4], prompted_N, CHECK)
-    PEAK.write_text("5")
+    forget_peak()
     before = peak()
 
     aggregate(aggregations.get(name), many, counts_KC, prompted_N, CHECK)
 
     assert peak() - before < 150e6
-
-
-def peak():
-    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
