@@ -137,7 +137,7 @@ class Generator:
 
     @property
     def can_vary(self) -> bool:
-        """Whether `vary` can be called; some families do not support it."""
+        """Whether `vary_parts` can be called; some families do not support it."""
         return self.family.image_to_image is not None
 
     def generate(
@@ -174,7 +174,7 @@ class Generator:
         """Generate as `generate` does; yield samples as they are made, with their positions."""
         return self._denoise(lambda family, part: family.pipeline, prompts, seeds, guidance, progress, image_size)
 
-    def vary(
+    def vary_parts(
         self,
         parents: Sequence[Tensor] | Tensor,
         prompts: Sequence[str],
@@ -183,10 +183,10 @@ class Generator:
         strength: float,
         progress: Callable[[int], object] = lambda done: None,
         image_size: int | None = None,
-    ) -> Samples:
+    ) -> Iterator[tuple[range, Samples]]:
         """Generate variations of samples: add some noise and denoise again (SDEdit, arXiv 2108.01073).
 
-        Only if `can_vary` is true.
+        Only if `can_vary` is true. Variations are yielded as they are made, with their positions.
 
         Parameters
         ----------
@@ -200,20 +200,6 @@ class Generator:
         progress : callable
             As in `generate`.
         """
-        made = self.vary_parts(parents, prompts, seeds, guidance, strength, progress, image_size)
-        return Samples.gather(made, len(prompts))
-
-    def vary_parts(
-        self,
-        parents: Sequence[Tensor] | Tensor,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        guidance: float,
-        strength: float,
-        progress: Callable[[int], object] = lambda done: None,
-        image_size: int | None = None,
-    ) -> Iterator[tuple[range, Samples]]:
-        """Vary samples as `vary` does; yield variations as they are made, with their positions."""
         # Less noise than that of one denoising step would leave no step to make.
         strength = min(1.0, max(strength, 1.01 / self.config.inference_steps))
 

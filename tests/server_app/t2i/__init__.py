@@ -1,0 +1,9 @@
+"""The T2I model. Some tests vary samples as a whole, which a run does part by part."""
+
+from fedmmkt.server_app.t2i.generator import Generator
+from fedmmkt.server_app.t2i.samples import Samples
+
+
+def variations(generator: Generator, parents: Samples, *how: object) -> Samples:
+    """Return all variations of samples; ``how`` is what `Generator.vary_parts` is told after the parents."""
+    return Samples.gather(generator.vary_parts(parents.latents_NCHW, *how), len(parents))

@@ -6,6 +6,7 @@ from fedmmkt.common.config import T2IConfig
 from fedmmkt.server_app.t2i import conditioning
 from fedmmkt.server_app.t2i.conditioning import PromptEncoder
 from fedmmkt.server_app.t2i.generator import Generator
+from tests.server_app.t2i import variations
 
 PROMPTS = ["the digit one", "the digit two", "the digit one", "the digit three"]
 
@@ -21,7 +22,7 @@ def test_a_round_encodes_each_prompt_once(monkeypatch):
     generator, encoded, encode = counting_encoder(monkeypatch)
 
     made = generator.generate(PROMPTS, range(4), 1.5)
-    generator.vary(made.latents_NCHW, PROMPTS, range(4), 1.5, 0.9)
+    variations(generator, made, PROMPTS, range(4), 1.5, 0.9)
     generator.encoder.text_embeddings(PROMPTS[:2])
     generator.adapt(made, torch.ones(4), 2, 0)
     rows, _ = generator.encoder.conditioning(PROMPTS)(torch.tensor([3, 0, 2]))

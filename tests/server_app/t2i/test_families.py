@@ -11,6 +11,7 @@ from fedmmkt.server_app.app import build_strategy
 from fedmmkt.server_app.t2i.generator import Generator, would_fill
 from fedmmkt.server_app.t2i.samples import Samples
 from tests import tiny_pipelines
+from tests.server_app.t2i import variations
 
 PROMPTS = ["the digit three", "the digit seven", "the digit three"]
 SEEDS = [1, 2, 3]
@@ -119,7 +120,7 @@ def test_some_families_vary_samples(kind, folder):
     if not generator.can_vary:
         return
     parents = generator.generate(PROMPTS, SEEDS, 1.0)
-    near, far = (generator.vary(parents.latents_NCHW, PROMPTS, [7, 8, 9], 1.0, strength) for strength in (0.4, 1.0))
+    near, far = (variations(generator, parents, PROMPTS, [7, 8, 9], 1.0, strength) for strength in (0.4, 1.0))
     distances = [(made.latents_NCHW - parents.latents_NCHW).abs().mean() for made in (near, far)]
     assert 0 < distances[0] < distances[1]
 
@@ -163,7 +164,7 @@ def test_devices_make_together_what_one_makes_alone(folder):
         generator.adapt(samples, torch.ones(3), steps=2, seed=0)
         made.append(generator.generate(PROMPTS, SEEDS, 2.0))
         if generator.can_vary:
-            made.append(generator.vary(samples.latents_NCHW, PROMPTS, SEEDS, 2.0, 0.5))
+            made.append(variations(generator, samples, PROMPTS, SEEDS, 2.0, 0.5))
 
     assert done == [3, 1, 2, 3]
     assert len({id(family.denoiser) for family in three.families}) == 3

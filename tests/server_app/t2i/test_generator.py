@@ -24,6 +24,7 @@ from fedmmkt.server_app.t2i.families import LORA_GROUPS, WEIGHT_NAME
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples
 from tests import ROOT, tiny_pipelines
+from tests.server_app.t2i import variations
 
 STARTER = ROOT / "starter" / "model"
 PROMPTS = ["the digit three", "the digit seven", "the digit three"]
@@ -68,7 +69,7 @@ def test_two_threads_of_a_cpu_make_what_one_makes(capfd):
         three, done = Generator(FAST, seed=0), []
 
         together = three.generate(prompts, seeds, 1.0, done.append)
-        varied = three.vary(together.latents_NCHW, prompts, seeds, 1.0, 0.5)
+        varied = variations(three, together, prompts, seeds, 1.0, 0.5)
 
         assert torch.get_num_threads() == 3
         assert [threads_of_a_new_thread() for _ in range(2)] == [3, 3]
@@ -153,8 +154,8 @@ def test_a_sample_depends_on_its_own_prompt_and_seed_only(generator):
 
 def test_variations_stay_near_their_parents_and_strength_one_does_not(generator):
     parents = generator.generate(PROMPTS, SEEDS, 1.5)
-    near = generator.vary(parents.latents_NCHW, PROMPTS, [7, 8, 9], 1.5, 0.4)
-    far = generator.vary(parents.latents_NCHW, PROMPTS, [7, 8, 9], 1.5, 1.0)
+    near = variations(generator, parents, PROMPTS, [7, 8, 9], 1.5, 0.4)
+    far = variations(generator, parents, PROMPTS, [7, 8, 9], 1.5, 1.0)
 
     def distance(made):
         return np.abs(made.images_NHWC.astype(float) - parents.images_NHWC).mean()
