@@ -219,9 +219,12 @@ def test_a_run_whose_server_app_was_killed_goes_on_and_equals_the_uninterrupted_
     assert cut.status != "finished:completed"
     assert len(metrics(tmp_path / "cut")) < 4
     lines = [
-        [{key: value for key, value in line.items() if key != "seconds"} for line in metrics(tmp_path / name)]
+        [
+            {key: value for key, value in line.items() if key not in ("seconds", "bytes")}
+            for line in metrics(tmp_path / name)
+        ]
         for name in ("whole", "resumed")
-    ]
+    ]  # With `learn-early`, the clock decides which batches are sent again.
     assert lines[0] == lines[1]
     adapters = [load_file(tmp_path / name / "lora" / WEIGHT_NAME) for name in ("whole", "resumed")]
     assert adapters[0].keys() == adapters[1].keys()
