@@ -8,21 +8,18 @@ a shared machine. Memory is the peak above what the process held before, so with
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import process_memory
 from fedmmkt.server_app.rules.aggregation import aggregations
 from fedmmkt.server_app.rules.checks import check_result
 from fedmmkt.server_app.rules.streaming import aggregate
-
-FORGET_PEAK = Path("/proc/self/clear_refs")
 
 
 def main() -> None:
@@ -63,15 +60,14 @@ def _stacked(logits: list[np.ndarray]) -> Tensor:
 
 def _measured(call: Callable[[], Tensor]) -> tuple[float, float, float]:
     """Return wall seconds, processor seconds, and the peak memory in MB above what was held before."""
-    FORGET_PEAK.write_text("5")
+    process_memory.forget_peak()
     before, start, used = _peak(), time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - start, time.process_time() - used, (_peak() - before) / 1e6
 
 
 def _peak() -> int:
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    return process_memory.peak() or 0
 
 
 if __name__ == "__main__":

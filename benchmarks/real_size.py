@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +43,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from benchmarks import process_memory
 from fedmmkt.common.config import T2IConfig
 from fedmmkt.common.devices import pick_device
 from fedmmkt.server_app.t2i.families import family_of
@@ -53,7 +53,6 @@ from fedmmkt.server_app.t2i.samples import Samples
 TOKENIZER = Path(__file__).parent.parent / "starter" / "model" / "tokenizer"
 # From diffusers' own configurations; the sizes of a text encoder are width, layers and heads.
 CLIP_L, OPENCLIP_G = (768, 12, 12), (1280, 32, 20)
-FORGET_PEAK = Path("/proc/self/clear_refs")  # Writing to it resets the peak memory (Linux).
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
@@ -281,16 +280,16 @@ def _measured(run: Callable[[], Any], device: torch.device) -> tuple[Any, float,
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.synchronize(device)
-    elif FORGET_PEAK.exists():
-        FORGET_PEAK.write_text("5")
+    else:
+        process_memory.forget_peak()
     start = time.perf_counter()
     result = run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return result, time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 1e9
     seconds = time.perf_counter() - start
-    peak = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return result, seconds, int(peak[1]) * 1024 / 1e9 if peak else float("nan")
+    peak = process_memory.peak()
+    return result, seconds, peak / 1e9 if peak else float("nan")
 
 
 def main() -> None:

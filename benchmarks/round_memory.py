@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks import process_memory
 from fedmmkt.common.config import RunConfig, Setting, to_flower
 from fedmmkt.deploy.in_process import InProcessGrid
 
@@ -59,17 +58,12 @@ def run(pipeline: Path, images: int, rounds: int) -> dict[str, float]:
         config = to_flower(RunConfig()) | changes
         grid = InProcessGrid("benchmarks.sampled:app", config, [{}] * CLIENTS, workers=CLIENTS)
         strategy = build_strategy(RunConfig.from_flower(config), 1)
-        before, began = _held_now(), time.monotonic()
+        before, began = process_memory.held() or 0, time.monotonic()
         strategy.start(grid)
         seconds = time.monotonic() - began
         grid.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {"peak": peak - before, "seconds": seconds / rounds}
-
-
-def _held_now() -> float:
-    found = re.search(r"^VmRSS:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) / 1e3 if found else 0.0
+    peak = process_memory.peak() or 0
+    return {"peak": (peak - before) / 1e6, "seconds": seconds / rounds}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks import process_memory
 from fedmmkt.common.config import RunConfig, Setting, to_flower
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.app import build_strategy
@@ -79,9 +79,8 @@ def _run(folder: Path, overrides: Overrides, nodes: int, app: str, device: str) 
 
 def _peak_megabytes(pid: int) -> float | None:
     """Return the peak resident memory of a process; None if the system does not report it (not Linux)."""
-    status = Path(f"/proc/{pid}/status")
-    peak = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
-    return int(peak[1]) * 1024 / 1e6 if peak else None
+    peak = process_memory.peak(pid)
+    return peak / 1e6 if peak else None
 
 
 def keep(folder: Path, lines: Lines, seconds: float) -> None:

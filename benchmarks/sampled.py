@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from benchmarks import process_memory
 from fedmmkt.common.config import RunConfig, Setting, to_flower
 from fedmmkt.common.payloads import ClientReport, DistillationPayload, FinalEvaluation, Request
 from fedmmkt.deploy.in_process import InProcessGrid
@@ -81,7 +81,7 @@ def run(clients: int, fraction: float) -> dict[str, float]:
     return {
         "asked": len(asked),
         "seconds": seconds,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "peak": (process_memory.peak() or 0) / 1e6,
     }
 
 
