@@ -35,6 +35,7 @@ from fedmmkt.server_app.standings import bound_answers, weigh_answers
 from fedmmkt.server_app.strategy import FedMMKT
 
 HIDDEN_ROUNDS = 3
+ABSENT = "absent"  # The control: the clients that elsewhere lie give no answer at all.
 CLIENT_CAP = 10.0
 RULES = ("mask", "mean", "energy", "entropy", "era", "median", "min-ce")
 
@@ -73,6 +74,8 @@ def _train(message: Message, context: Context) -> Message:
     liars = [int(liar) for liar in str(settings["extra.liars"]).split(",") if liar]
     if partition not in liars or server_round <= int(settings["extra.honest-rounds"]):
         return reply
+    if settings["extra.attack"] == ABSENT:
+        raise RuntimeError("absent")
     payload = DistillationPayload.from_records(reply.content, "payload")
     report = ClientReport.from_records(reply.content, "report")
     lie = _lie(str(settings["extra.attack"]), payload, request.batches[-1].prompted_N, server_round, partition)
@@ -116,7 +119,7 @@ class Profile:
 
 
 HIDDEN = ", hidden"
-ALL_ATTACKS = tuple(name + kind for kind in ("", HIDDEN) for name in ATTACKS)
+ALL_ATTACKS = (*(name + kind for kind in ("", HIDDEN) for name in ATTACKS), ABSENT)
 FULL = Profile(20, ALL_ATTACKS, (0.1, 0.3, 0.45), {"rounds": 6})
 QUICK = Profile(
     10,
@@ -311,7 +314,7 @@ def replay(profile: Profile, common: Overrides, seeds: Sequence[int], rules: Seq
     titles = [f"{fraction:.0%}{' off' if not robust else ''}" for fraction in fractions for robust in (True, False)]
     rows = [f"| rule | liars | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for rule in rules:
-        for attack in ("", *ALL_ATTACKS):
+        for attack in ("", *(name for name in ALL_ATTACKS if name != ABSENT)):
             cells = []
             for fraction in fractions:
                 for robust in (True, False):
