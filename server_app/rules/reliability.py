@@ -3,8 +3,8 @@
 The server knows which class a prompt names. So it can tell whether a client's probability of a class is higher on the
 samples that were prompted for it: the correlation of the two, class by class. A client is measured on the classes that
 it claims to hold, against what clients reach on these classes. So one or two classes, a weak model, or a class that
-the T2I model draws badly are no reason for suspicion. A client counts less if it is clearly worse than chance or than
-the others allow; every other client has weight 1.
+the T2I model draws badly are no reason for suspicion. A client counts less if it is clearly worse than the others
+allow, or if its first answer does not show yet that it knows its classes; every other client has weight 1.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ NONE, FULL = 0.25, 0.4  # Agreement relative to the others up to which a client 
 MODEST, LARGE = 0.6, 0.9  # The same, on its worst class, for how far it may count for more than the median client.
 CONTRARY = 3.5  # Standard errors below chance at which a first answer is a lie.
 INFORMED, FIRST = 4.0, 0.4  # Standard errors above chance from which a first answer may do so, and how far.
+UNSHOWN = 0.1  # Weight of a first answer that is at chance; it grows to 1 at `INFORMED` standard errors.
 CERTAIN = 2.0  # Standard errors by which an answer may be better than measured.
 RECOVERY = 0.25  # Part of lost trust that comes back in a round.
 UNLIKE = 3.0  # Standard errors below chance at which votes are against what the clients see.
+UNKNOWN = "its first answer does not show yet that it knows its classes"
 LEAST_SPREAD = 1e-6  # Standard deviation below which probabilities are constant.
 
 
@@ -87,8 +89,9 @@ def judge_answers(
 ) -> dict[str, Judgement]:
     """Judge the clients' answers to one batch, before it is aggregated.
 
-    A client that answers for the first time has not learned from the others yet. Its answers may be at chance; they are
-    left out only if they say other classes than the prompts, clearly below chance. From its second answer on, a client
+    A client that answers for the first time has not learned from the others yet. Its answers may be at chance; then
+    nothing tells it from a liar, and it counts little beside those that show what they know. It is left out only if it
+    says other classes than the prompts, clearly below chance. From its second answer on, a client
     is compared with the median of those that are above chance. Who sends no logits may count for more than the median
     client only if its votes are clearly like those of the others: nothing else tells who it is.
 
@@ -217,7 +220,9 @@ def _judged_first(answer: _Answer, noise: float) -> Judgement:
     nothing_C = np.zeros(len(correlation_C), bool)
     if reached < -CONTRARY * error:
         return Judgement(Standing(0.0, 0.0, True, f"its answers contradict the prompts ({_told(reached)})"), nothing_C)
-    return Judgement(Standing(), nothing_C, excess=FIRST if reached > INFORMED * error else 0.0)
+    weight = max(UNSHOWN, ramp(reached / error, 0.0, INFORMED))
+    reason = f"{UNKNOWN} ({_told(reached)}, {reached / error:.1f} standard errors above chance)" if weight < 1 else ""
+    return Judgement(Standing(weight=weight, reason=reason), nothing_C, excess=FIRST if not reason else 0.0)
 
 
 # ---------------------------------------------------------------------- votes
