@@ -45,20 +45,49 @@ KNOWN = {name: Standing() for name in ("honest-0", "honest-1", "honest-2", "one"
 # ---------------------------------------------------------------------- first answers
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        constant([SURE, 0, 0, 0], [30, 0, 0, 0]),  # It knows one class alone, and sees it everywhere.
-        constant([0, 0, 0, 0], [1, 1, 1, 1]),
-        naming(np.tile([0, 1, 2, 3], 100)),  # At chance: the correlation is 0.
-        naming(mistaken(40)),
-    ],
-)
-def test_who_knows_little_at_first_counts_whole(answer):
+def test_who_clearly_knows_its_classes_at_first_counts_whole():
+    """60 of 100 right: (0.6 / 4 - 1 / 16) / (3 / 16) is 0.47, and a standard error of the mean of four 0.025."""
+    answer = naming(mistaken(40))
+
     judged = judge(honest() | {"one": answer})
 
     assert {name: one.standing for name, one in judged.items()} == dict.fromkeys(judged, Standing())
     assert weighed(answer, judged["one"]) is answer
+
+
+def test_who_shows_little_at_first_counts_in_proportion():
+    """28 of 100 right: (0.28 / 4 - 1 / 16) / (3 / 16) is 0.04, 1.6 standard errors of the four at which it is whole."""
+    judged = judge(honest() | {"one": naming(mistaken(72))})
+
+    assert judged["one"].standing.weight == pytest.approx(1.6 / 4)
+    assert judged["one"].standing.trust == 1
+    assert judged["one"].standing.reason == (
+        "its first answer does not show yet that it knows its classes (0.04, 1.6 standard errors above chance)"
+    )
+    assert weighed(naming(mistaken(72)), judged["one"]).class_counts_C.tolist() == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        constant([SURE, 0, 0, 0], [30, 0, 0, 0]),  # It knows one class alone, and sees it everywhere.
+        constant([0, 0, 0, 0], [10, 10, 10, 10]),
+        naming(np.tile([0, 1, 2, 3], 100)),  # At chance: the correlation is 0.
+    ],
+)
+def test_who_is_at_chance_at_first_counts_for_a_tenth(answer):
+    judged = judge(honest() | {"one": answer})
+
+    assert judged["one"].standing.weight == 0.1
+    assert weighed(answer, judged["one"]).class_counts_C.tolist() == (answer.class_counts_C / 10).tolist()
+
+
+def test_who_is_below_chance_at_first_has_no_weight_but_keeps_its_trust():
+    """21 of 100 right: (0.21 / 4 - 1 / 16) / (3 / 16) is -0.053, 2.1 standard errors below chance."""
+    judged = judge(honest() | {"one": naming(mistaken(79))})
+
+    assert (judged["one"].standing.weight, judged["one"].standing.trust) == (0, 1)
+    assert weighed(naming(mistaken(79)), judged["one"]) is None
 
 
 def test_who_says_other_classes_at_first_is_left_out():
