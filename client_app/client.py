@@ -18,6 +18,7 @@ from fedmmkt.client_app.answers import nearest_neighbour_votes, to_payload_logit
 from fedmmkt.client_app.data.decoded_copy import load_own_data
 from fedmmkt.client_app.data.private_data import load_private_data
 from fedmmkt.client_app.learning.optimizer import AdamW
+from fedmmkt.client_app.learning.prompts_alone import names_prompts_alone, with_own_sight
 from fedmmkt.client_app.learning.training import (
     AlignedModel,
     PrivateSet,
@@ -306,14 +307,22 @@ class Client:
         if not kept:
             return None
         batches, targets = [item.batch for item in kept], [_targets_of(item) for item in kept]
+        alone = [
+            names_prompts_alone(soft.probabilities_NC, batch.prompted_N)
+            for batch, soft in zip(batches, targets, strict=True)
+        ]
         weights = [torch.from_numpy(soft.weights_N) * 0.5**age for age, soft in zip(_ages(kept), targets, strict=True)]
-        return SyntheticSet(
+        synthetic = SyntheticSet(
             self.synthetic_inputs(batches),
             self._to_tensor(np.concatenate([soft.probabilities_NC for soft in targets])).float(),
             self._to_tensor(np.concatenate([batch.prompted_N for batch in batches])),
             torch.cat(weights),
             self._anchors(batches),
         )
+        if len(kept) == 1 or not any(alone):  # Before it has learned from a batch, a model knows its own classes alone.
+            return synthetic
+        alone_N = self._to_tensor(np.repeat(alone, [len(batch) for batch in batches]))
+        return with_own_sight(synthetic, predict(self.model.task_model, synthetic.inputs).softmax(1), alone_N)
 
     def _anchors(self, batches: list[SyntheticBatch]) -> Tensor | None:
         """Return the text embedding of each prompt; None unless all batches have them."""
