@@ -124,6 +124,9 @@ class _Section(BaseModel):
 _AnySection = TypeVar("_AnySection", bound=_Section)
 
 
+BUILT_IN = {"digits": "handwritten digits of scikit-learn", "mnist": "handwritten digits of MNIST"}
+"""The datasets that come with an installation, and what they are."""
+
 # What a node with its own dataset reads is its own matter; a run cannot set it.
 OWN_DATA = ("dataset", "subset", "image_column", "text_column", "label_column")
 
@@ -134,7 +137,7 @@ class DataConfig(_Section):
     dataset: str = Field(
         "digits",
         min_length=1,
-        description="`digits`; a file or folder of parquet, CSV or JSON lines; a folder of images; or a hub id",
+        description="`digits` or `mnist`; a file or folder of parquet, CSV or JSON lines; a folder of images; or a hub id",
     )
     subset: str = Field("", description="configuration name, for a hub dataset that has several")
     image_column: str = Field("image", min_length=1, description="column of images")

@@ -1,4 +1,4 @@
-"""Where datasets come from, and how they are split: the built-in digits, local files, or the Hugging Face hub."""
+"""Where datasets come from, and how they are split: built-in digits, local files, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedmmkt.common.config import ConfigError, DataConfig, OwnDataConfig
+from fedmmkt.common.config import BUILT_IN, ConfigError, DataConfig, OwnDataConfig
 from fedmmkt.common.hub import unreachable_hub
 from fedmmkt.common.image_folders import SPLIT_WORDS, divide_by_folders, image_suffixes, read_class_folders, split_of
+from fedmmkt.common.installed import installed
 from fedmmkt.common.table_files import SAVED, is_lfs_pointer, kind_of, read_header, read_table, stem_of
 from fedmmkt.common.tables import ORIGIN, Table, joined, some, with_column, with_images
 
@@ -32,11 +33,12 @@ DIGIT_CAPTIONS = (
     "a scribbled {} in pencil",
     "{}, in a child's hand",
 )
+MNIST_FILE = "starter/mnist.parquet"
 KINDS_OF_FOLDERS = (SAVED, "parquet", "csv", "tsv", "jsonl")  # The first that a folder has is read.
 METADATA = "metadata"  # the stem of a table that describes the images beside it
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ALLOWED = (
-    "'digits', a parquet, CSV, TSV, JSONL or JSON file, a folder of these or of images, a folder that `save_to_disk` "
+    "'digits', 'mnist', a parquet, CSV, TSV, JSONL or JSON file, a folder of these or of images, a folder that `save_to_disk` "
     "wrote, or a hub id such as owner/name"
 )
 
@@ -54,8 +56,8 @@ def read_tables(config: DataConfig) -> Parts:
     ConfigError
         If the dataset is missing, cannot be read or is empty.
     """
-    if config.dataset == "digits":
-        return {"train": [Table("digits", _digits())]}
+    if config.dataset in BUILT_IN:
+        return {"train": [Table(config.dataset, _mnist() if config.dataset == "mnist" else _digits())]}
     path = Path(config.dataset).expanduser()
     if not path.exists() and not HUB_ID.fullmatch(config.dataset):
         raise ConfigError(f"{_key(config)}, which is not there; allowed: {ALLOWED}")
@@ -250,6 +252,22 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _mnist() -> datasets.Dataset:
+    """Return the built-in part of MNIST, 32x32 pixels with a black margin, each image with a caption."""
+    import datasets
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    return datasets.Dataset(pyarrow.parquet.read_table(installed(MNIST_FILE)))
+
+
+def captions_of(labels_N: np.ndarray) -> list[str]:
+    """Return a caption for each digit, as a person might write it."""
+    chosen_N = np.random.default_rng(0).integers(len(DIGIT_CAPTIONS), size=len(labels_N))
+    return [
+        DIGIT_CAPTIONS[caption].format(DIGIT_NAMES[digit]) for caption, digit in zip(chosen_N, labels_N, strict=True)
+    ]
+
+
 def _digits() -> datasets.Dataset:
     """Return scikit-learn's handwritten digits, enlarged from 8x8 to 32x32 pixels, each with a caption."""
     import datasets
@@ -259,15 +277,10 @@ def _digits() -> datasets.Dataset:
     digits = load_digits()
     grey = (digits.images * (255 / 16)).round().astype(np.uint8)
     pictures = [Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR).convert("RGB") for image in grey]
-    rng = np.random.default_rng(0)
-    chosen = rng.integers(len(DIGIT_CAPTIONS), size=len(grey))
-    captions = [
-        DIGIT_CAPTIONS[caption].format(DIGIT_NAMES[digit]) for caption, digit in zip(chosen, digits.target, strict=True)
-    ]
     features = datasets.Features(
         image=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=list(DIGIT_NAMES))
     )
-    columns = {"image": pictures, "text": captions, "label": digits.target.tolist()}
+    columns = {"image": pictures, "text": captions_of(digits.target), "label": digits.target.tolist()}
     return datasets.Dataset.from_dict(columns, features=features)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmmkt.common.config import DataConfig, RunConfig
+from fedmmkt.common.config import BUILT_IN, DataConfig, RunConfig
 from fedmmkt.common.files import write_text
 
 if TYPE_CHECKING:
@@ -86,14 +86,12 @@ def is_hub_id(name: str) -> bool:
 
 def hub_dataset(data: DataConfig) -> str | None:
     """Return the hub id of a run's dataset; None if it is built in or lies in files."""
-    return data.dataset if data.dataset != "digits" and is_hub_id(data.dataset) else None
+    return data.dataset if data.dataset not in BUILT_IN and is_hub_id(data.dataset) else None
 
 
 def describe_dataset(data: DataConfig) -> str:
     """Describe a run's dataset in a few words, without paths and names of files."""
-    if data.dataset == "digits":
-        return "handwritten digits of scikit-learn"
-    return hub_dataset(data) or "private data"
+    return BUILT_IN.get(data.dataset) or hub_dataset(data) or "private data"
 
 
 def describe_privacy(

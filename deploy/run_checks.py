@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from fedmmkt.client_app.models.building import check_task_model, modality_of
-from fedmmkt.common.config import ConfigError, RunConfig, Setting
+from fedmmkt.common.config import BUILT_IN, ConfigError, RunConfig, Setting
 from fedmmkt.common.files import write_test_file
 from fedmmkt.common.registry import importable
 from fedmmkt.common.tables import ORIGIN
@@ -248,7 +248,7 @@ def _cheap_classes(config: RunConfig) -> tuple[str, ...]:
 
     if config.data.classes == FROM_CLIENTS:
         return ()
-    return read_class_names(config.data) or (DIGIT_NAMES if config.data.dataset == "digits" else ())
+    return read_class_names(config.data) or (DIGIT_NAMES if config.data.dataset in BUILT_IN else ())
 
 
 def _classes(config: RunConfig) -> tuple[str, ...]:

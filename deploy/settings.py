@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedmmkt.common.config import OWN_OF_A_RUN, ConfigError, RunConfig, Setting, to_flower
+from fedmmkt.common.config import BUILT_IN, OWN_OF_A_RUN, ConfigError, RunConfig, Setting, to_flower
 from fedmmkt.common.flower_settings import flatten
 from fedmmkt.deploy.bundle import default_config, read_app, runs_fedmmkt
 
 FOLDERS = ("output-dir", "resume-from", "client.state-dir")
 PATHS = ("data.dataset", "data.classes", "t2i.model", "t2i.adapter", "t2i.prompts")  # Or something else than a path.
-NO_PATHS = ("digits", "starter", "templates", "clients")
+NO_PATHS = (*BUILT_IN, "starter", "templates", "clients")
 
 
 def right_part(settings: Mapping[str, Setting]) -> tuple[RunConfig, ConfigError | None]:

@@ -80,6 +80,17 @@ def test_digits_are_real_captioned_and_split_by_seed():
     assert load_splits(DataConfig(), 1).test["text"] != splits.test["text"]
 
 
+def test_mnist_has_the_labels_of_the_digits_so_that_clients_hold_as_many_of_each_class():
+    digits, mnist = (load_splits(DataConfig(dataset=name), 0) for name in ("digits", "mnist"))
+
+    assert mnist.classes == digits.classes
+    assert [mnist.train["label"], mnist.test["label"]] == [digits.train["label"], digits.test["label"]]
+    images_NHWC = to_examples(mnist.test, DataConfig(), images=True, texts=True).images_NHWC
+    assert images_NHWC.shape == (359, 32, 32, 3)
+    assert not images_NHWC[:, :2].any()  # The black margin around 28 x 28 pixels.
+    assert images_NHWC[:, 2:30, 2:30].reshape(359, -1).max(1).min() > 200
+
+
 @pytest.mark.parametrize("partitioner", ["iid", "dirichlet", "pathological"])
 @pytest.mark.parametrize("nodes", [2, 7])
 def test_partitions_are_disjoint_and_cover_everything(partitioner, nodes):
