@@ -137,7 +137,8 @@ class DataConfig(_Section):
     dataset: str = Field(
         "digits",
         min_length=1,
-        description="`digits` or `mnist`; a file or folder of parquet, CSV or JSON lines; a folder of images; or a hub id",
+        description="`digits` or `mnist`; a file or folder of parquet, CSV or JSON lines; a folder of images; or a "
+        "hub id",
     )
     subset: str = Field("", description="configuration name, for a hub dataset that has several")
     image_column: str = Field("image", min_length=1, description="column of images")

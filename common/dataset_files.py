@@ -38,8 +38,8 @@ KINDS_OF_FOLDERS = (SAVED, "parquet", "csv", "tsv", "jsonl")  # The first that a
 METADATA = "metadata"  # the stem of a table that describes the images beside it
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ALLOWED = (
-    "'digits', 'mnist', a parquet, CSV, TSV, JSONL or JSON file, a folder of these or of images, a folder that `save_to_disk` "
-    "wrote, or a hub id such as owner/name"
+    "'digits', 'mnist', a parquet, CSV, TSV, JSONL or JSON file, a folder of these or of images, a folder that "
+    "`save_to_disk` wrote, or a hub id such as owner/name"
 )
 
 Parts = dict[str, list[Table]]

