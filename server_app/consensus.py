@@ -51,16 +51,13 @@ class Consensus:
     def of(self, chosen: list[Answer], answers: list[Answer], prompted_N: Tensor) -> Tensor:
         """Aggregate the chosen ones of the answers into probabilities (samples x classes).
 
-        The prompts stand in for classes that only clients without logits hold.
+        The prompts stand in for classes that nobody holds whose logits count.
         """
         having = with_logits(chosen)
         if not having:
             return of_prompts(prompted_N, self.classes)
         consensus_NC = self._aggregated(having, prompted_N)
-        everybody = with_logits(answers)
-        if len(everybody) == len(answers):
-            return consensus_NC
-        return completed(consensus_NC, prompted_N, covered_classes_C(everybody))
+        return completed(consensus_NC, prompted_N, covered_classes_C(with_logits(answers)))
 
     def read_in_prompts(self, answers: list[Answer], prompted_N: Tensor) -> Tensor | None:
         """Return what text clients read in the prompts, as probabilities (samples x classes).

@@ -21,9 +21,8 @@ from fedmmkt.common.payloads import DistillationPayload
 NONE, FULL = 0.25, 0.4  # Agreement relative to the others up to which a client has no weight, and from which it has 1.
 MODEST, LARGE = 0.6, 0.9  # The same, on its worst class, for how far it may count for more than the median client.
 CONTRARY = 3.5  # Standard errors below chance at which a first answer is a lie.
-DOUBTFUL = 2.0  # The same, at which it has no weight, but may be an honest client's.
-INFORMED, FIRST = 4.0, 0.4  # Standard errors above chance from which a first answer may do so, and how far.
-UNSHOWN = 0.1  # Weight of a first answer that is at chance; it grows to 1 at `INFORMED` standard errors.
+UNSHOWN = 1.0  # Standard errors above chance up to which a first answer has no weight, since it shows nothing.
+INFORMED, FIRST = 4.0, 0.4  # The same, from which its weight is 1, and how far it then may count for more.
 CERTAIN = 2.0  # Standard errors by which an answer may be better than measured.
 RECOVERY = 0.25  # Part of lost trust that comes back in a round.
 UNLIKE = 3.0  # Standard errors below chance at which votes are against what the clients see.
@@ -91,9 +90,8 @@ def judge_answers(
     """Judge the clients' answers to one batch, before it is aggregated.
 
     A client that answers for the first time has not learned from the others yet. Its answers may be at chance; then
-    nothing tells it from a liar, and it counts little beside those that show what they know, or not at all if it is
-    below chance. It is a lie only if it says other classes than the prompts, clearly below chance. From its second
-    answer on, a client is compared with the median of those that are above chance. Who sends no logits may count for
+    nothing tells it from a liar, and it does not count beside those that show what they know. It is a lie only if it
+    says other classes than the prompts, clearly below chance. From its second answer on, a client is compared with the median of those that are above chance. Who sends no logits may count for
     more than the median client only if its votes are clearly like those of the others: nothing else tells who it is.
 
     Parameters
@@ -221,7 +219,7 @@ def _judged_first(answer: _Answer, noise: float) -> Judgement:
     nothing_C = np.zeros(len(correlation_C), bool)
     if reached < -CONTRARY * error:
         return Judgement(Standing(0.0, 0.0, True, f"its answers contradict the prompts ({_told(reached)})"), nothing_C)
-    weight = max(UNSHOWN, ramp(reached / error, 0.0, INFORMED)) if reached > -DOUBTFUL * error else 0.0
+    weight = ramp(reached / error, UNSHOWN, INFORMED)
     reason = f"{UNKNOWN} ({_told(reached)}, {reached / error:.1f} standard errors above chance)" if weight < 1 else ""
     return Judgement(Standing(weight=weight, reason=reason), nothing_C, excess=FIRST if not reason else 0.0)
 
