@@ -91,8 +91,9 @@ def judge_answers(
 
     A client that answers for the first time has not learned from the others yet. Its answers may be at chance; then
     nothing tells it from a liar, and it does not count beside those that show what they know. It is a lie only if it
-    says other classes than the prompts, clearly below chance. From its second answer on, a client is compared with the median of those that are above chance. Who sends no logits may count for
-    more than the median client only if its votes are clearly like those of the others: nothing else tells who it is.
+    says other classes than the prompts, clearly below chance. From its second answer on, a client is compared with the
+    median of those that are above chance. Who sends no logits may count for more than the median client only if its
+    votes are clearly like those of the others: nothing else tells who it is.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ def test_who_clearly_knows_its_classes_at_first_counts_whole():
 
 
 def test_who_shows_little_at_first_counts_in_proportion():
-    """28 of 100 right: (0.28 / 4 - 1 / 16) / (3 / 16) is 0.04, 1.6 standard errors; from one to four the weight grows."""
+    """28 of 100 right: (0.28 / 4 - 1 / 16) / (3 / 16) is 0.04, 1.6 standard errors; the weight grows from 1 to 4."""
     judged = judge(honest() | {"one": naming(mistaken(72))})
 
     assert judged["one"].standing.weight == pytest.approx(0.6 / 3)
