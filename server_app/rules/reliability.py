@@ -110,7 +110,8 @@ def judge_answers(
     Returns
     -------
     dict of str to Judgement
-        One for each answer. If none were left, all count whole, since there is nothing to compare with.
+        One for each answer. If none were left, all count whole, since there is nothing to compare with, but none of
+        them for more than the median client.
     """
     samples = int((prompted_N >= 0).sum())
     answers = {name: _Answer(payload, known.get(name)) for name, payload in payloads.items()}
@@ -119,7 +120,8 @@ def judge_answers(
     reference_C = _reference_C([one for one in answers.values() if one.standing is not None], samples)
     judged = {name: _judged(answer, reference_C, samples, classes) for name, answer in answers.items()}
     if not any(judgement.standing.weight for judgement in judged.values()):
-        return {name: Judgement(Standing(), np.zeros(len(classes), bool)) for name in judged}
+        nothing_C = np.zeros(len(classes), bool)
+        return {name: Judgement(Standing(), nothing_C, judgement.excess) for name, judgement in judged.items()}
     doubtful, alike = _judged_votes(answers, judged, prompted_N)
     for name, reason in doubtful.items():
         judgement = judged[name]
@@ -219,7 +221,8 @@ def _judged_first(answer: _Answer, noise: float) -> Judgement:
     reached, error = float(answer.share_C @ correlation_C), noise * math.sqrt(answer.share_C @ answer.share_C)
     nothing_C = np.zeros(len(correlation_C), bool)
     if reached < -CONTRARY * error:
-        return Judgement(Standing(0.0, 0.0, True, f"its answers contradict the prompts ({_told(reached)})"), nothing_C)
+        contrary = Standing(0.0, 0.0, True, f"its answers contradict the prompts ({_told(reached)})")
+        return Judgement(contrary, nothing_C, excess=0.0)
     weight = ramp(reached / error, UNSHOWN, INFORMED)
     reason = f"{UNKNOWN} ({_told(reached)}, {reached / error:.1f} standard errors above chance)" if weight < 1 else ""
     return Judgement(Standing(weight=weight, reason=reason), nothing_C, excess=FIRST if not reason else 0.0)

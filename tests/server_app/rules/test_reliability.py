@@ -87,6 +87,7 @@ def test_if_nobody_shows_anything_at_first_all_count_whole():
     judged = judge({name: naming(np.tile([0, 1, 2, 3], 100)) for name in ("a", "b")})
 
     assert {name: one.standing for name, one in judged.items()} == {"a": Standing(), "b": Standing()}
+    assert {one.excess for one in judged.values()} == {0}  # Nobody counts for more than the median client.
 
 
 def test_who_says_other_classes_at_first_is_left_out():
@@ -169,7 +170,7 @@ def test_trust_falls_at_once_and_comes_back_slowly():
 def test_if_nobody_were_left_all_count():
     judged = judge({"a": naming(NEXT), "b": naming(NEXT)})
 
-    assert all(one.standing == Standing() for one in judged.values())
+    assert all(one.standing == Standing() and one.excess == 0 for one in judged.values())
 
 
 def test_many_liars_do_not_move_what_others_are_compared_with():
