@@ -85,7 +85,7 @@ def test_each_adapter_varies_the_first_part_of_what_it_makes():
 
 @pytest.mark.parametrize("feedback", ["logits+votes", "logits"])
 def test_an_update_made_to_harm_is_taken_back(tiny_run, make_grid, feedback, caplog):
-    changes = HARM | {"rounds": 3, "client__models": "cnn,mlp", "client__warmup_epochs": 4, "feedback": feedback}
+    changes = HARM | {"rounds": 3, "client__models": "cnn,mlp", "client__warmup_epochs": 8, "feedback": feedback}
     run_config = tiny_run(**changes)
     strategy = build_strategy(RunConfig.from_flower(run_config), 1)
     before = {name: tensor.clone() for name, tensor in strategy.generator.adapter.state().items()}
@@ -96,10 +96,7 @@ def test_an_update_made_to_harm_is_taken_back(tiny_run, make_grid, feedback, cap
     lines = strategy.recorder.run_folder.read_metrics()
     assert "guard" not in lines[1]
     verdicts = [line["guard"] for line in lines[2:]]
-    assert all(verdict["verdict"] != "accepted" for verdict in verdicts)
-    if feedback == "logits":  # Two clients' logits alone may need another round; machines round differently.
-        return
-    assert [verdict["verdict"] for verdict in verdicts] == ["taken back"] * 2
+    assert all(verdict["verdict"] == "taken back" for verdict in verdicts)
     assert [verdict["step"] for verdict in verdicts] == [1 / 2, 1 / 4]
     assert set(verdicts[0]["preference"]) == {"votes", "agreement"} - ({"votes"} if feedback == "logits" else set())
     assert "the T2I's update is taken back: clients prefer the images before it" in caplog.text
