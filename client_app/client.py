@@ -319,7 +319,8 @@ class Client:
             torch.cat(weights),
             self._anchors(batches),
         )
-        if len(kept) == 1 or not any(alone):  # Before it has learned from a batch, a model knows its own classes alone.
+        # Before it has learned from a batch, a model knows its own classes alone, or nothing.
+        if self.is_new or len(kept) == 1 or not any(alone):
             return synthetic
         alone_N = self._to_tensor(np.repeat(alone, [len(batch) for batch in batches]))
         return with_own_sight(synthetic, predict(self.model.task_model, synthetic.inputs).softmax(1), alone_N)

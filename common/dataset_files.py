@@ -22,6 +22,7 @@ from fedmmkt.common.tables import ORIGIN, Table, joined, some, with_column, with
 
 if TYPE_CHECKING:
     import datasets
+    from PIL.Image import Image
 
 logger = logging.getLogger("flwr")
 
@@ -260,28 +261,30 @@ def _mnist() -> datasets.Dataset:
     return datasets.Dataset(pyarrow.parquet.read_table(installed(MNIST_FILE)))
 
 
-def captions_of(labels_N: np.ndarray) -> list[str]:
-    """Return a caption for each digit, as a person might write it."""
+def captioned(pictures: list[Image], labels_N: np.ndarray) -> datasets.Dataset:
+    """Return a dataset of pictures of digits, each with a caption as a person might write it, and a label."""
+    import datasets
+
     chosen_N = np.random.default_rng(0).integers(len(DIGIT_CAPTIONS), size=len(labels_N))
-    return [
+    captions = [
         DIGIT_CAPTIONS[caption].format(DIGIT_NAMES[digit]) for caption, digit in zip(chosen_N, labels_N, strict=True)
     ]
+    features = datasets.Features(
+        image=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=list(DIGIT_NAMES))
+    )
+    columns = {"image": pictures, "text": captions, "label": labels_N.tolist()}
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _digits() -> datasets.Dataset:
     """Return scikit-learn's handwritten digits, enlarged from 8x8 to 32x32 pixels, each with a caption."""
-    import datasets
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = (digits.images * (255 / 16)).round().astype(np.uint8)
     pictures = [Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR).convert("RGB") for image in grey]
-    features = datasets.Features(
-        image=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=list(DIGIT_NAMES))
-    )
-    columns = {"image": pictures, "text": captions_of(digits.target), "label": digits.target.tolist()}
-    return datasets.Dataset.from_dict(columns, features=features)
+    return captioned(pictures, digits.target)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from flwr.supercore import log
 
 from fedmmkt.server_app.exchange import Answer
 from fedmmkt.server_app.rules.bounds import bounded
-from fedmmkt.server_app.rules.reliability import UNKNOWN, Standing, judge_answers, weighed
+from fedmmkt.server_app.rules.reliability import NOT_SHOWN, Standing, judge_answers, weighed
 
 
 def weigh_answers(
@@ -94,7 +94,7 @@ def log_changes(before: Mapping[str, Standing], after: Mapping[str, Standing]) -
     """Show whose weight falls or comes back in a round, and why."""
     for name, standing in after.items():
         earlier = before.get(name, Standing())
-        if standing.reason.startswith(UNKNOWN):
+        if standing.reason.startswith(NOT_SHOWN):
             log(INFO, "  clients   %s counts for %.2f: %s; this is no reproach", name, standing.weight, standing.reason)
         elif standing.weight < earlier.weight:
             log(WARNING, "  clients   %s counts for %.2f: %s", name, standing.weight, standing.reason)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fedmmkt.common.dataset_files import DIGIT_NAMES, MNIST_FILE, captions_of
+from fedmmkt.common.dataset_files import MNIST_FILE, captioned
 
 MARGIN = 2  # pixels around the 28x28 images of MNIST, up to 32x32
 
@@ -31,12 +31,7 @@ def make() -> datasets.Dataset:
     for digit in range(10):
         places_n = np.flatnonzero(wanted_N == digit)
         chosen_N[places_n] = np.flatnonzero(labels_N == digit)[: len(places_n)]
-    features = datasets.Features(
-        image=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=list(DIGIT_NAMES))
-    )
-    pictures = [Image.fromarray(image) for image in images_NHW[chosen_N]]
-    columns = {"image": pictures, "text": captions_of(wanted_N), "label": wanted_N.tolist()}
-    return datasets.Dataset.from_dict(columns, features=features)
+    return captioned([Image.fromarray(image) for image in images_NHW[chosen_N]], wanted_N)
 
 
 def main() -> None:

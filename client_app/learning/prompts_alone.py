@@ -13,7 +13,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedmmkt.client_app.learning.training import SyntheticSet
 
@@ -45,8 +44,10 @@ def with_own_sight(synthetic: SyntheticSet, own_NC: Tensor, alone_N: Tensor) -> 
     mixed_NC = (1 - OWN_SHARE) * synthetic.probabilities_NC + OWN_SHARE * own_NC
     prompted_N = synthetic.prompted_N.clamp_min(0)
     seen_N = own_NC.gather(1, prompted_N[:, None])[:, 0].clamp_min(LEAST_SEEN)
-    of_class_NC = F.one_hot(prompted_N, own_NC.shape[1]) * alone_N[:, None]
-    mean_C = (of_class_NC * seen_N[:, None]).sum(0) / of_class_NC.sum(0).clamp_min(1)
+    sums_C, counts_C = (
+        torch.bincount(prompted_N[alone_N], weights, minlength=own_NC.shape[1]) for weights in (seen_N[alone_N], None)
+    )
+    mean_C = sums_C / counts_C.clamp_min(1)
     factor_N = (seen_N / mean_C.clamp_min(LEAST_SEEN)[prompted_N]).to(synthetic.weights_N)
     return replace(
         synthetic,

@@ -26,7 +26,7 @@ INFORMED, FIRST = 4.0, 0.4  # The same, from which its weight is 1, and how far 
 CERTAIN = 2.0  # Standard errors by which an answer may be better than measured.
 RECOVERY = 0.25  # Part of lost trust that comes back in a round.
 UNLIKE = 3.0  # Standard errors below chance at which votes are against what the clients see.
-UNKNOWN = "its first answer does not show yet that it knows its classes"
+NOT_SHOWN = "its first answer does not show yet that it knows its classes"
 LEAST_SPREAD = 1e-6  # Standard deviation below which probabilities are constant.
 
 
@@ -224,7 +224,7 @@ def _judged_first(answer: _Answer, noise: float) -> Judgement:
         contrary = Standing(0.0, 0.0, True, f"its answers contradict the prompts ({_told(reached)})")
         return Judgement(contrary, nothing_C, excess=0.0)
     weight = ramp(reached / error, UNSHOWN, INFORMED)
-    reason = f"{UNKNOWN} ({_told(reached)}, {reached / error:.1f} standard errors above chance)" if weight < 1 else ""
+    reason = f"{NOT_SHOWN} ({_told(reached)}, {reached / error:.1f} standard errors above chance)" if weight < 1 else ""
     return Judgement(Standing(weight=weight, reason=reason), nothing_C, excess=FIRST if not reason else 0.0)
 
 
