@@ -16,15 +16,19 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from benchmarks.rows import ACCURACY, COSTS_AND_T2I, MEMORY, PLAIN, Overrides, run_rows, spread, t2i_before, table
-from fedmmkt.client_app.learning.optimizer import AdamW
-from fedmmkt.client_app.learning.training import AlignedModel, PrivateSet, evaluate, parameter_groups, train
-from fedmmkt.client_app.models.building import build_task_model
-from fedmmkt.client_app.models.task_model import Inputs
-from fedmmkt.common.config import DataConfig, RunConfig
-from fedmmkt.common.datasets import Examples, load_splits, to_examples
+from benchmarks.references import centralised
+from benchmarks.rows import (
+    ACCURACY,
+    COSTS_AND_T2I,
+    MEMORY,
+    PLAIN,
+    Overrides,
+    Runs,
+    run_rows,
+    spread,
+    t2i_before,
+    table,
+)
 from fedmmkt.starter import public
 
 NODES = 20
@@ -87,34 +91,11 @@ QUICK = Profile(
 )
 
 
-def centralised(data: DataConfig, settings: Overrides, seed: int, folder: Path) -> list[tuple[str, float]]:
-    """Train each architecture on all private data, with the epochs of a client; return accuracies by architecture."""
-    kept = folder / f"seed-{seed}.json"
-    if not kept.exists():
-        config = RunConfig.from_flower(settings)
-        splits = load_splits(data, seed)
-        learned, tested = (
-            _tensors(to_examples(part, data, images=True, texts=False)) for part in (splits.train, splits.test)
-        )
-        epochs = config.client.warmup_epochs + config.client.local_epochs * config.rounds
-        rows = []
-        for name in ARCHITECTURES:
-            torch.manual_seed(seed)
-            model = AlignedModel(build_task_model(name, len(splits.classes), data.image_size), anchor_size=0)
-            optimizer = AdamW(parameter_groups(model, config.client), weight_decay=1e-3)
-            order = torch.Generator().manual_seed(seed)
-            train(model, optimizer, learned, None, config.client, epochs, order)
-            rows.append((name, evaluate(model.task_model, tested.inputs, tested.labels_N)[0]))
-        folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(rows))
-    return [(name, accuracy) for name, accuracy in json.loads(kept.read_text())]
-
-
-def _tensors(examples: Examples) -> PrivateSet:
-    if examples.images_NHWC is None:
-        raise ValueError("CIFAR-10 has images")
-    images_NCHW = torch.from_numpy(examples.images_NHWC).permute(0, 3, 1, 2).contiguous()
-    return PrivateSet(Inputs(images_NCHW), torch.from_numpy(examples.labels_N))
+def make_start(profile: Profile, data: Path, out: Path) -> Overrides:
+    """Train the T2I on the public part if there is none yet; return the settings that name it and the clients' data."""
+    if not out.exists():
+        public.main(["--dataset", str(data), "--out", str(out), *profile.start])
+    return {"data.dataset": str(out / "data"), "t2i.model": str(out / "model")}
 
 
 def main() -> None:
@@ -141,16 +122,14 @@ def main() -> None:
     profile, name = (QUICK, "quick") if arguments.quick else (FULL, "full")
     out = (arguments.out / name).resolve()
     start = out / "start"
-    if not start.exists():
-        public.main(["--dataset", str(arguments.data), "--out", str(start), *profile.start])
+    made = make_start(profile, arguments.data, start)
     cost = json.loads((start / "cost.json").read_text())
     print(
         f"T2I: {cost['parameters'] / 1e6:.1f} million parameters, seen {cost['public']} public images, "
         f"{cost['seconds'] / 60:.1f} minutes on {cost['threads']} thread(s); "
         f"clients hold {cost['private']} others, tested on {cost['test']}"
     )
-    data: Overrides = {"data.dataset": str(start / "data"), "t2i.model": str(start / "model")}
-    settings: Overrides = SETTINGS | profile.settings | data
+    settings: Overrides = SETTINGS | profile.settings | made
     if arguments.rounds:
         settings["rounds"] = arguments.rounds
         out /= f"rounds-{arguments.rounds}"
@@ -159,11 +138,18 @@ def main() -> None:
         common = settings | {"data.alpha": alpha}
         runs = run_rows(rows, common, arguments.seeds, NODES, out / f"alpha-{alpha:g}")
         print(f"\n### alpha {alpha:g}, {arguments.seeds} seed(s)\n\n{table(runs, COLUMNS)}\n\n{t2i_before(runs)}")
-    config = RunConfig.from_flower(settings).data
-    bounds = [centralised(config, settings, seed, out / "centralised") for seed in range(arguments.seeds)]
-    each = "; ".join(f"{rows[0][0]} {spread([accuracy for _, accuracy in rows])}" for rows in zip(*bounds, strict=True))
-    mean = spread([statistics.mean(accuracy for _, accuracy in rows) for rows in bounds])
-    print(f"\nCentralised, all private data, same number of epochs: {mean} ({each})")
+    bounds: Runs = {
+        name: [
+            centralised(out / "centralised" / name / f"seed-{seed}", settings | {"seed": seed}, NODES, name)
+            for seed in range(arguments.seeds)
+        ]
+        for name in ARCHITECTURES
+    }
+    of_seeds = [
+        statistics.mean(run[-1]["clients"]["accuracy"] for run in runs) for runs in zip(*bounds.values(), strict=True)
+    ]
+    each = "; ".join(f"{name} {spread([ACCURACY.value(run) for run in runs])}" for name, runs in bounds.items())
+    print(f"\nCentralised, all private data, same number of epochs: {spread(of_seeds)} ({each})")
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes for the new runs")
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from benchmarks.references import t2i_bounds
 from benchmarks.rows import (
     ACCURACY,
     COSTS_AND_T2I,
@@ -24,12 +22,7 @@ from benchmarks.rows import (
     t2i_before,
     table,
 )
-from fedmmkt.common.config import RunConfig, T2IConfig
-from fedmmkt.common.datasets import load_splits, to_examples
-from fedmmkt.server_app.prompts import templates_of
-from fedmmkt.server_app.record.judge import Judge
-from fedmmkt.server_app.t2i.generator import Generator, as_images
-from fedmmkt.server_app.t2i.samples import Samples
+from fedmmkt.common.config import RunConfig
 
 NODES = 6
 
@@ -64,43 +57,6 @@ COLUMNS = (
 )
 
 
-def references(seed: int) -> list[tuple[str, float | None, float | None]]:
-    """Measure upper bounds of the T2I: real images, their reconstructions, and a LoRA trained on private images."""
-    config = RunConfig(seed=seed)
-    splits = load_splits(config.data, seed)
-    train, test = (to_examples(part, config.data, images=True, texts=False) for part in (splits.train, splits.test))
-    if train.images_NHWC is None or test.images_NHWC is None:
-        raise ValueError("digits have images")
-    judge = Judge(train.images_NHWC, train.labels_N, test.images_NHWC, test.labels_N, len(splits.classes), seed)
-    rows: list[tuple[str, float | None, float | None]] = []
-
-    def measured(name: str, images_NHWC: Any, labels_N: Any) -> None:
-        measures = judge.measure(images_NHWC, labels_N)
-        rows.append((name, measures.alignment, measures.frechet))
-
-    t2i = T2IConfig()
-    count = t2i.evaluation_samples
-    measured("real training images", train.images_NHWC[:count], train.labels_N[:count])
-    generator = Generator(t2i, seed)
-    pixels = torch.from_numpy(train.images_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
-    with torch.no_grad():
-        vae = generator.pipeline.vae
-        latents_NCHW = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-        decoded = as_images(generator.family.decode(latents_NCHW[:count]))
-    measured("their reconstructions by the autoencoder", decoded, train.labels_N[:count])
-    templates = templates_of(t2i)
-    captions = [templates[i % len(templates)].format(splits.classes[label])
-                for i, label in enumerate(train.labels_N)]  # fmt: skip
-    private = Samples(tuple(captions), torch.from_numpy(train.labels_N), train.images_NHWC, latents_NCHW)
-    for update in range(config.rounds):
-        generator.adapt(private, torch.ones(len(private)), t2i.adaptation_steps, update)
-    prompts = [templates[0].format(name) for name in splits.classes for _ in range(count // 10)]
-    labels_N = torch.arange(10).repeat_interleave(count // 10).numpy()
-    made = generator.generate(prompts, list(range(len(prompts))), t2i.evaluation_guidance)
-    measured("the same LoRA, trained on the private images themselves", made.images_NHWC, labels_N)
-    return rows
-
-
 def main() -> None:
     """Parse the command line, do the missing runs, print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__)
@@ -123,8 +79,8 @@ def main() -> None:
         print(f"\n### alpha {alpha:g}, {arguments.seeds} seeds, {arguments.rounds} rounds\n\n{table(runs, COLUMNS)}")
         print(f"\n{t2i_before(runs)}")
     print("\n### What bounds the T2I (seed 0)\n\n| | alignment | Frechet |\n|---|---|---|")
-    for name, aligned, distance in references(0):
-        print(f"| {name} | {spread([aligned])} | {distance:.0f} |")
+    for name, measures in t2i_bounds({}):
+        print(f"| {name} | {spread([measures.alignment])} | {spread([measures.frechet], 0)} |")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
-import numpy as np
-from scipy import stats
 
-from benchmarks.rows import ACCURACY, Column, Lines, Overrides, Runs, modality, row_folder, run_once, spread
+from benchmarks.rows import ACCURACY, Lines, Overrides, Runs, harms, modality, row_folder, run_once, spread, t2i
 from fedmmkt.starter import public
 
 NODES = 6
@@ -46,18 +44,13 @@ ROWS: dict[str, Overrides] = {
 }
 
 
-def _t2i(measure: str) -> Column:
-    return Column(measure, lambda lines: lines[-1]["generator"].get(measure), 0 if measure == "frechet" else 3)
-
-
 COLUMNS = (
     ACCURACY,
     modality("image", "image"),
     modality("text", "text"),
     modality("image+text", "image+text"),
-    *map(_t2i, ("alignment", "frechet", "precision", "recall", "density", "coverage")),
+    *map(t2i, ("alignment", "frechet", "precision", "recall", "density", "coverage")),
 )
-LESS_IS_BETTER = {"frechet"}
 
 
 def make_vendors(emoji: Path, out: Path, device: str, seed: int = 0) -> None:
@@ -122,26 +115,6 @@ def table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
-def harms(runs: Runs, other: str = FROZEN) -> str:
-    """Compare each row with another one, seed by seed: mean difference, and the one-sided p of harm."""
-    lines = [f"| minus {other} | {' | '.join(column.title for column in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, seeds in runs.items():
-        if name == other or other not in runs or len(seeds) < 2:
-            continue
-        cells = []
-        for column in COLUMNS:
-            pairs = [(column.value(one), column.value(two)) for one, two in zip(seeds, runs[other], strict=True)]
-            differences = np.array([one - two for one, two in pairs if one is not None and two is not None])
-            if not differences.any():
-                cells.append("0" if len(differences) else "-")
-                continue
-            worse = "greater" if column.title in LESS_IS_BETTER else "less"
-            p = stats.ttest_1samp(differences, 0, alternative=worse).pvalue
-            cells.append(f"{differences.mean():+.{column.decimals}f} (p {p:.2g})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def by_round(runs: Runs) -> str:
     """Say for each run how Frechet distance and recall went, and what became of the updates, round by round."""
     told = []
@@ -180,7 +153,7 @@ def main() -> None:
         common |= {"rounds": arguments.rounds, "data.alpha": arguments.alpha}
         runs = run_all(arguments.rows, common, range(arguments.seeds), out, arguments.at_once, arguments.client_device)
         print(f"\n### {name}, alpha {arguments.alpha:g}, {arguments.seeds} seeds, {arguments.rounds} rounds\n")
-        print("\n\n".join((table(runs), harms(runs), by_round(runs))), flush=True)
+        print("\n\n".join((table(runs), harms(runs, FROZEN, COLUMNS), by_round(runs))), flush=True)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,6 @@ from fedmmkt.common.config import RunConfig
 from fedmmkt.common.datasets import load_splits, to_examples
 from fedmmkt.common.payloads import VOTES_PER_IMAGE
 from fedmmkt.common.privacy import DEFAULT_DELTA, most_precision, plan_of
-from fedmmkt.starter.public import main as pretrain
 
 ROUNDS = RunConfig().rounds
 BATCHES = 200  # Of the evolution.
@@ -309,11 +308,8 @@ def cifar10_rows(arguments: argparse.Namespace, rows: dict[str, Overrides], out:
     """Run CIFAR-10 with twenty clients; return the table, or why there is none."""
     if not (arguments.data / "train.parquet").exists():
         return f"CIFAR-10 is left out: {arguments.data} has no train.parquet."
-    start = out / "start"
-    if not start.exists():
-        pretrain(["--dataset", str(arguments.data), "--out", str(start), *cifar10.QUICK.start])
-    data: Overrides = {"data.dataset": str(start / "data"), "t2i.model": str(start / "model"), "data.alpha": 0.1}
-    common = cifar10.SETTINGS | cifar10.QUICK.settings | data
+    made = cifar10.make_start(cifar10.QUICK, arguments.data, out / "start") | {"data.alpha": 0.1}
+    common = cifar10.SETTINGS | cifar10.QUICK.settings | made
     runs = run_rows(rows, common, arguments.cifar_seeds, cifar10.NODES, out / "alpha-0.1")
     return f"### CIFAR-10 (--quick of benchmarks.cifar10), alpha 0.1\n\n{table(runs, COLUMNS)}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import statistics
@@ -20,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+from scipy import stats
 
 from benchmarks import process_memory
 from fedmmkt.common.config import RunConfig, Setting, to_flower
@@ -42,14 +45,12 @@ def run_once(folder: Path, overrides: Overrides, nodes: int, app: str = CLIENT_A
 
     ``device`` is the clients'.
     """
-    done = folder / "done.json"
-    if not done.exists():
+    if (lines := kept_lines(folder)) is None:
         # Not `fork`: the peak memory would then include the memory of this process.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             lines, seconds = pool.submit(_run, folder, overrides, nodes, app, device).result()
         keep(folder, lines, seconds)
-    kept: Lines = json.loads(done.read_text())["lines"]
-    return kept
+    return lines
 
 
 def _run(folder: Path, overrides: Overrides, nodes: int, app: str, device: str) -> tuple[Lines, float]:
@@ -83,8 +84,15 @@ def _peak_megabytes(pid: int) -> float | None:
     return peak / 1e6 if peak else None
 
 
+def kept_lines(folder: Path) -> Lines | None:
+    """Return the lines of a finished run; None if there is none."""
+    done = folder / "done.json"
+    kept: Lines | None = json.loads(done.read_text())["lines"] if done.exists() else None
+    return kept
+
+
 def keep(folder: Path, lines: Lines, seconds: float) -> None:
-    """Save a finished run, so that `run_once` finds it."""
+    """Save a finished run, so that `kept_lines` finds it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "done.json").write_text(json.dumps({"seconds": seconds, "lines": lines}))
 
@@ -126,6 +134,13 @@ class Column:
     title: str
     value: Callable[[Lines], float | None]
     decimals: int = 3
+    less_is_better: bool = False
+
+
+def t2i(measure: str) -> Column:
+    """Return a column with a measure of the T2I after the last round."""
+    is_distance = measure == "frechet"
+    return Column(measure, lambda lines: lines[-1]["generator"].get(measure), 0 if is_distance else 3, is_distance)
 
 
 def modality(name: str, title: str) -> Column:
@@ -134,12 +149,15 @@ def modality(name: str, title: str) -> Column:
 
 
 ACCURACY = Column("all clients", lambda lines: lines[-1]["clients"]["accuracy"])
-COSTS_AND_T2I = (
-    Column("alignment", lambda lines: lines[-1]["generator"]["alignment"]),
-    Column("Frechet", lambda lines: lines[-1]["generator"]["frechet"], 0),
+COSTS = (
     Column("MB down", lambda lines: sum(line["bytes"]["down"] for line in lines) / 1e6, 2),
     Column("MB up", lambda lines: sum(line["bytes"]["up"] for line in lines) / 1e6, 2),
     Column("seconds", lambda lines: sum(line["seconds"]["total"] for line in lines), 0),
+)
+COSTS_AND_T2I = (
+    Column("alignment", lambda lines: lines[-1]["generator"]["alignment"]),
+    Column("Frechet", lambda lines: lines[-1]["generator"]["frechet"], 0),
+    *COSTS,
 )
 MEMORY = (
     Column("server MB", lambda lines: lines[-1].get("memory", {}).get("server"), 0),
@@ -161,6 +179,26 @@ def table(runs: Runs, columns: Sequence[Column]) -> str:
     lines = [f"| | {' | '.join(column.title for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, seeds in runs.items():
         cells = [spread([column.value(run) for run in seeds], column.decimals) for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def harms(runs: Runs, other: str, columns: Sequence[Column]) -> str:
+    """Compare each row with another one, seed by seed: mean difference, and the one-sided p of a t-test for harm."""
+    lines = [f"| minus {other} | {' | '.join(column.title for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, seeds in runs.items():
+        if name == other or other not in runs or len(seeds) < 2:
+            continue
+        cells = []
+        for column in columns:
+            pairs = [(column.value(one), column.value(two)) for one, two in zip(seeds, runs[other], strict=True)]
+            differences = np.array([one - two for one, two in pairs if one is not None and two is not None])
+            if not differences.any():
+                cells.append("0" if len(differences) else "-")
+                continue
+            worse = "greater" if column.less_is_better else "less"
+            p = stats.ttest_1samp(differences, 0, alternative=worse).pvalue if len(differences) > 1 else math.nan
+            cells.append(f"{differences.mean():+.{column.decimals}f} (p {p:.2g})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
