@@ -16,6 +16,7 @@ from fedmmkt.common.payloads import LARGEST_LOGIT, VOTES_PER_IMAGE
 
 VOTE_PIXELS = 16
 CHUNK = 256
+FLAT = 1e-3  # Length of an image's pixels about their mean, in [-1, 1], below which it shows nothing.
 
 
 def to_payload_logits(logits_NC: Tensor) -> np.ndarray:
@@ -115,8 +116,10 @@ def private_votes(
 def vote_features(encoder: nn.Module, private_MCHW: Tensor, synthetic_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Return features of private and synthetic images, from pixels and from the client's image encoder.
 
-    Pixels, at most `VOTE_PIXELS` per side, show how an image looks. The encoder shows what the client has learned to
-    see. Both kinds of features are scaled to the same mean squared distance from the private mean.
+    Pixels, at most `VOTE_PIXELS` per side, show how an image looks. Each image's mean is taken away and its length made
+    one, so that the squared distance is two less twice the normalised cross-correlation: brightness and contrast do not
+    count. By plain distances the palest sample is nearest to everybody, and the T2I fades. The encoder shows what the
+    client has learned to see. Both kinds of features are scaled to the same mean squared distance from their mean.
 
     Parameters
     ----------
@@ -127,7 +130,7 @@ def vote_features(encoder: nn.Module, private_MCHW: Tensor, synthetic_NCHW: Tens
     """
     encoder.eval()
     features = []
-    for extract in (_pixels, encoder):
+    for extract in (_patterns, encoder):
         private, synthetic = (_extracted(extract, images) for images in (private_MCHW, synthetic_NCHW))
         spread = (private - private.mean(0)).square().sum(1).mean().sqrt().clamp_min(1e-6)
         features.append((private / spread, synthetic / spread))
@@ -138,6 +141,11 @@ def vote_features(encoder: nn.Module, private_MCHW: Tensor, synthetic_NCHW: Tens
 def _extracted(extract: Callable[[Tensor], Tensor], images_NCHW: Tensor) -> Tensor:
     chunks = torch.arange(len(images_NCHW)).split(CHUNK)
     return torch.cat([call_on_rows(lambda index: extract(to_float(images_NCHW[index])), chunk) for chunk in chunks])
+
+
+def _patterns(images_NCHW: Tensor) -> Tensor:
+    pixels_NF = _pixels(images_NCHW)
+    return F.normalize(pixels_NF - pixels_NF.mean(1, keepdim=True), dim=1, eps=FLAT)
 
 
 def _pixels(images_NCHW: Tensor) -> Tensor:

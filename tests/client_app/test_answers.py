@@ -31,6 +31,23 @@ def test_vote_features_weigh_pixels_and_encoder_alike():
     assert spreads == pytest.approx([1, 1], abs=1e-4)
 
 
+def test_votes_do_not_count_brightness_and_contrast():
+    pattern = torch.zeros(1, 3, 8, 8)
+    pattern[..., :4, :] = 1
+    unlike, flat, pale = pattern.transpose(2, 3), torch.full_like(pattern, 0.25), 0.1 * pattern - 0.8
+    encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 1))
+    torch.nn.init.zeros_(encoder[2].weight)  # It sees no difference.
+
+    private_MF, synthetic_NF = vote_features(encoder, torch.cat([pattern, unlike]), torch.cat([flat, unlike, pale]))
+
+    # The pale sample has the pattern itself. Half of the other one's pixels differ, so it does not correlate, as the
+    # flat one, which has no pattern: of squared lengths 1, 1 and 0, these are at a distance of 2 and 1 from the first.
+    squared_N = (synthetic_NF - private_MF[0]).square().sum(1)
+    assert (squared_N / squared_N[1]).tolist() == pytest.approx([0.5, 1, 0], abs=1e-5)
+    labels_M, prompted_N = torch.tensor([0, 1]), torch.zeros(3, dtype=torch.int64)
+    assert nearest_neighbour_votes(private_MF, labels_M, synthetic_NF, prompted_N, 1).tolist() == [0, 0, 1]
+
+
 def test_payload_logits_fit_half_precision():
     logits_NC = to_payload_logits(torch.tensor([[1e9, -1e9], [1.0, 3.0]]))
     assert logits_NC.dtype == "float16"
