@@ -16,6 +16,7 @@ from fedmmkt.common.payloads import LARGEST_LOGIT, VOTES_PER_IMAGE
 
 VOTE_PIXELS = 16
 CHUNK = 256
+PIXEL_PART = 0.25  # Of pixels in the squared distance, beside the encoder's features.
 FLAT = 1e-3  # Length of an image's pixels about their mean, in [-1, 1], below which it shows nothing.
 
 
@@ -119,7 +120,8 @@ def vote_features(encoder: nn.Module, private_MCHW: Tensor, synthetic_NCHW: Tens
     Pixels, at most `VOTE_PIXELS` per side, show how an image looks. Each image's mean is taken away and its length made
     one, so that the squared distance is two less twice the normalised cross-correlation: brightness and contrast do not
     count. By plain distances the palest sample is nearest to everybody, and the T2I fades. The encoder shows what the
-    client has learned to see. Both kinds of features are scaled to the same mean squared distance from their mean.
+    client has learned to see. Both kinds of features are scaled to the same mean squared distance from their mean; then
+    pixels count by `PIXEL_PART`, since a blurred image has the pattern of many.
 
     Parameters
     ----------
@@ -130,10 +132,11 @@ def vote_features(encoder: nn.Module, private_MCHW: Tensor, synthetic_NCHW: Tens
     """
     encoder.eval()
     features = []
-    for extract in (_patterns, encoder):
+    for extract, part in ((_patterns, PIXEL_PART), (encoder, 1.0)):
         private, synthetic = (_extracted(extract, images) for images in (private_MCHW, synthetic_NCHW))
         spread = (private - private.mean(0)).square().sum(1).mean().sqrt().clamp_min(1e-6)
-        features.append((private / spread, synthetic / spread))
+        scale = part**0.5 / spread
+        features.append((private * scale, synthetic * scale))
     privates, synthetics = zip(*features, strict=True)
     return torch.cat(privates, 1), torch.cat(synthetics, 1)
 

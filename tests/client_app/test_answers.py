@@ -22,13 +22,13 @@ def test_votes_cross_classes_where_prompts_name_none():
     assert votes_N.tolist() == [1.0, 0.0]
 
 
-def test_vote_features_weigh_pixels_and_encoder_alike():
+def test_vote_features_weigh_pixels_and_encoder_whatever_their_scale():
     private = torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     first, second = vote_features(torch.nn.Flatten(), private, private[:5])
     half = first.shape[1] // 2
     assert torch.equal(first[:5], second)
     spreads = [(part - part.mean(0)).square().sum(1).mean().item() for part in (first[:, :half], first[:, half:])]
-    assert spreads == pytest.approx([1, 1], abs=1e-4)
+    assert spreads == pytest.approx([0.25, 1], abs=1e-4)
 
 
 def test_votes_do_not_count_brightness_and_contrast():
