@@ -193,8 +193,9 @@ def main() -> None:
             common: Overrides = settings | {"data.alpha": alpha}
             runs = climb(name, rows, common, dataset.nodes, range(arguments.seeds), folder)
             parts = [f"### {name}, alpha {alpha:g}, {arguments.seeds} seed(s)", table(runs, COLUMNS), start_of(runs)]
-            parts += [floors_of(folder, 0), harms(runs, FROZEN, COLUMNS) if arguments.seeds > 1 else ""]
-            parts += [bounds_of(common | {"seed": 0}) if arguments.bounds else ""]
+            parts.append(floors_of(folder, 0))
+            parts.append(harms(runs, FROZEN, COLUMNS) if arguments.seeds > 1 and FROZEN in rows else "")
+            parts.append(bounds_of(common | {"seed": 0}) if arguments.bounds else "")
             sections.append("\n\n".join(part for part in parts if part))
             print(f"\n{sections[-1]}", flush=True)
             (out / "ladder.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
