@@ -1,5 +1,7 @@
 """The ladder of methods: its rows, what they are compared with, and its references."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,12 @@ from fedmmkt.client_app.models.building import build_task_model
 from fedmmkt.common.datasets import Examples
 
 BRIEF = {"rounds": 1, "client.warmup-epochs": 1, "client.local-epochs": 1, "seed": 0}
+
+
+@pytest.fixture(autouse=True)
+def log_level(caplog):
+    """A benchmark's command quietens Flower's log; put it back."""
+    caplog.set_level(logging.INFO, "flwr")
 
 
 def lines(accuracy, frechet):

@@ -18,6 +18,7 @@ def answer(client, examples, noise=None):
 
 def test_what_is_bounded_is_shown_once(caplog):
     """When a late answer comes, those from before are bounded again."""
+    caplog.set_level(INFO, "flwr")
     answers = [answer("ann", 10), answer("bob", 900), answer("eve", 10), answer("late", 500)]
 
     bounded = bound_answers(answers, [3.0, 3.0, 1.0, 2.0], new={"late"}, cap=3.0)
