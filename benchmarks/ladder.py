@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,15 +24,15 @@ from benchmarks.rows import (
     COSTS,
     PLAIN,
     Column,
-    Lines,
     Overrides,
-    Runs,
+    Run,
     harms,
     modality,
-    row_folder,
-    run_once,
+    overriding,
+    run_each,
     spread,
     t2i,
+    t2i_before,
     table,
 )
 
@@ -51,7 +49,6 @@ COLUMNS = (
     *map(t2i, MEASURES),
     *COSTS,
 )
-Run = Callable[[Path, Overrides, int], Lines]
 
 
 @dataclass(frozen=True)
@@ -97,36 +94,19 @@ DATASETS: dict[str, Dataset] = {
 def rows_of(dataset: Dataset) -> dict[str, Run]:
     """Return the rows of the ladder, by name, as functions of a folder, of settings and of the number of nodes."""
     frozen: Overrides = dataset.frozen | {"t2i.scores": "none"}
-
-    def with_settings(changes: Overrides) -> Run:
-        return lambda folder, settings, nodes: run_once(folder, settings | changes, nodes)
-
     return {
-        "local-only": with_settings(frozen | digits.ALONE),
-        "prompt labels alone": with_settings(frozen | {"client.distillation-weight": 0.0}),
-        "FedMD (plain averaging, frozen T2I)": with_settings(frozen | PLAIN | {"t2i.aggregation": "mean"}),
-        FROZEN: with_settings(frozen),
-        WHOLE: with_settings({}),
-        "the whole, logits alone": with_settings({"feedback": "logits"}),
-        "the whole, epsilon 8": with_settings({"client.epsilon": 8}),
+        "local-only": overriding(frozen | digits.ALONE),
+        "prompt labels alone": overriding(frozen | {"client.distillation-weight": 0.0}),
+        "FedMD (plain averaging, frozen T2I)": overriding(frozen | PLAIN | {"t2i.aggregation": "mean"}),
+        FROZEN: overriding(frozen),
+        WHOLE: overriding({}),
+        "the whole, logits alone": overriding({"feedback": "logits"}),
+        "the whole, epsilon 8": overriding({"client.epsilon": 8}),
         "FedAvg of a CNN": partial(fedavg, model="cnn"),
         "FedAvg of a ResNet": partial(fedavg, model="resnet"),
         "centralised CNN": partial(centralised, model="cnn"),
         "centralised ResNet": partial(centralised, model="resnet"),
     }
-
-
-def climb(name: str, rows: Mapping[str, Run], settings: Overrides, nodes: int, seeds: Sequence[int], out: Path) -> Runs:
-    """Do the missing runs of a dataset, seed by seed; report each on stderr."""
-    runs: Runs = {row: [] for row in rows}
-    began = time.perf_counter()
-    for seed in seeds:
-        for row, run in rows.items():
-            lines = run(row_folder(out, row, seed), settings | {"seed": seed}, nodes)
-            runs[row].append(lines)
-            found, seconds = lines[-1]["clients"]["accuracy"], time.perf_counter() - began
-            print(f"{name} seed {seed} {row}: {found:.3f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
-    return runs
 
 
 def floors_of(out: Path, seed: int) -> str:
@@ -141,16 +121,6 @@ def floors_of(out: Path, seed: int) -> str:
                 f"these against the other half ({floors['images']} each): {told}."
             )
     return ""
-
-
-def start_of(runs: Runs) -> str:
-    """Return a sentence with the T2I's measures before any round."""
-    starts = [run[0]["generator"] for run in runs.get(WHOLE, []) if run[0].get("generator")]
-    told = (
-        f"{measure} {spread([start.get(measure) for start in starts], 0 if measure == 'frechet' else 3)}"
-        for measure in MEASURES
-    )
-    return f"The T2I before: {', '.join(told)}." if starts else ""
 
 
 def bounds_of(settings: Overrides) -> str:
@@ -191,8 +161,12 @@ def main() -> None:
         for alpha in arguments.alphas:
             folder = out / name / f"alpha-{alpha:g}{f'-rounds-{arguments.rounds}' if arguments.rounds else ''}"
             common: Overrides = settings | {"data.alpha": alpha}
-            runs = climb(name, rows, common, dataset.nodes, range(arguments.seeds), folder)
-            parts = [f"### {name}, alpha {alpha:g}, {arguments.seeds} seed(s)", table(runs, COLUMNS), start_of(runs)]
+            runs = run_each(rows, common, arguments.seeds, dataset.nodes, folder)
+            parts = [
+                f"### {name}, alpha {alpha:g}, {arguments.seeds} seed(s)",
+                table(runs, COLUMNS),
+                t2i_before(runs, MEASURES),
+            ]
             parts.append(floors_of(folder, 0))
             parts.append(harms(runs, FROZEN, COLUMNS) if arguments.seeds > 1 and FROZEN in rows else "")
             parts.append(bounds_of(common | {"seed": 0}) if arguments.bounds else "")

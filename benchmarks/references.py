@@ -1,10 +1,11 @@
-"""References that no federation with other models reaches by its rules: FedAvg of one model, and central training.
+"""What the method is compared with: FedAvg of one model, central training, and what bounds the T2I.
 
-All return lines of metrics as `benchmarks.rows.run_once`, so that they are rows of the same tables.
+The first two return lines of metrics as `benchmarks.rows.run_once`, so that they are rows of the same tables.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 import zlib
 from pathlib import Path
@@ -28,6 +29,7 @@ from fedmmkt.common.images import resize_images
 from fedmmkt.deploy.in_process import InProcessGrid
 from fedmmkt.server_app.prompts import build_prompt_source
 from fedmmkt.server_app.record.judge import GeneratorMeasures, Judge
+from fedmmkt.server_app.record.round_record import personal_accuracy
 from fedmmkt.server_app.t2i.generator import Generator, as_images
 from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
 
@@ -139,10 +141,12 @@ def _measured(
     """Return a model's line of metrics: its accuracy on the test part, and by each node's own mixture of classes."""
     is_right_N = predict(model.task_model, _inputs(test)).argmax(1).numpy() == test.labels_N
     classes = model.task_model.class_count
-    tested_C = np.bincount(test.labels_N, minlength=classes)
-    right_C = np.bincount(test.labels_N, weights=is_right_N, minlength=classes) / np.maximum(tested_C, 1)
-    counts = [np.bincount(labels_M, minlength=classes) * (tested_C > 0) for labels_M in labels]
-    personal = float(np.mean([counts_C @ right_C / counts_C.sum() for counts_C in counts]))
+    correct_C, tested_C = (
+        np.bincount(labels, minlength=classes) for labels in (test.labels_N[is_right_N], test.labels_N)
+    )
+    held = [np.bincount(labels_M, minlength=classes) for labels_M in labels]
+    shares = [personal_accuracy(correct_C, tested_C, examples_C) for examples_C in held]
+    personal = statistics.mean(share for share in shares if share is not None)
     accuracy = float(is_right_N.mean())
     return {
         "clients": {"accuracy": accuracy, "by_modality": {"image": accuracy}},

@@ -33,6 +33,7 @@ from fedmmkt.server_app.app import build_strategy
 Overrides = dict[str, bool | int | float | str]
 Lines = list[dict[str, Any]]  # The metrics of a run, one line per round.
 Runs = dict[str, list[Lines]]  # For each row, one run per seed.
+Run = Callable[[Path, Overrides, int], Lines]  # Of a folder, the run-config and the number of nodes.
 
 CLIENT_APP = "fedmmkt.client_app.app:app"
 
@@ -98,13 +99,23 @@ def keep(folder: Path, lines: Lines, seconds: float) -> None:
 
 
 def run_rows(rows: Mapping[str, Overrides], common: Overrides, seeds: int, nodes: int, out: Path) -> Runs:
-    """Run each row with the seeds 0, 1, ...; report each run on stderr.
+    """Run each row with the seeds 0, 1, ..., as `run_each`; a row's overrides have priority over ``common``."""
+    return run_each({name: overriding(overrides) for name, overrides in rows.items()}, common, seeds, nodes, out)
+
+
+def overriding(overrides: Overrides) -> Run:
+    """Return a row: FedMMKT with these overrides of the run-config."""
+    return lambda folder, settings, nodes: run_once(folder, settings | overrides, nodes)
+
+
+def run_each(rows: Mapping[str, Run], settings: Overrides, seeds: int, nodes: int, out: Path) -> Runs:
+    """Do the missing runs of each row with the seeds 0, 1, ...; report each run on stderr.
 
     Parameters
     ----------
     rows : mapping
-        Run-config overrides of each row, by name. They have priority over ``common``.
-    common : mapping
+        Functions of a folder, the run-config and the number of nodes, by name of the row.
+    settings : mapping
         Run-config overrides of all rows.
     seeds, nodes : int
         Numbers of seeds and of nodes.
@@ -114,8 +125,8 @@ def run_rows(rows: Mapping[str, Overrides], common: Overrides, seeds: int, nodes
     runs: Runs = {name: [] for name in rows}
     started = time.perf_counter()
     for seed in range(seeds):
-        for name, overrides in rows.items():
-            lines = run_once(row_folder(out, name, seed), common | {"seed": seed} | overrides, nodes)
+        for name, run in rows.items():
+            lines = run(row_folder(out, name, seed), settings | {"seed": seed}, nodes)
             runs[name].append(lines)
             accuracy, seconds = lines[-1]["clients"]["accuracy"], time.perf_counter() - started
             print(f"{out.name} seed {seed} {name}: {accuracy:.3f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
@@ -155,8 +166,8 @@ COSTS = (
     Column("seconds", lambda lines: sum(line["seconds"]["total"] for line in lines), 0),
 )
 COSTS_AND_T2I = (
-    Column("alignment", lambda lines: lines[-1]["generator"]["alignment"]),
-    Column("Frechet", lambda lines: lines[-1]["generator"]["frechet"], 0),
+    t2i("alignment"),
+    t2i("frechet"),
     *COSTS,
 )
 MEMORY = (
@@ -203,8 +214,13 @@ def harms(runs: Runs, other: str, columns: Sequence[Column]) -> str:
     return "\n".join(lines)
 
 
-def t2i_before(runs: Runs) -> str:
-    """Return a sentence with the T2I's measures before any round, over the seeds of the last row."""
-    first = [run[0]["generator"] for run in list(runs.values())[-1]]
-    alignment, frechet = spread([g["alignment"] for g in first]), spread([g["frechet"] for g in first], 0)
-    return f"The T2I before: alignment {alignment}, Frechet {frechet}."
+def t2i_before(runs: Runs, measures: Sequence[str] = ("alignment", "frechet")) -> str:
+    """Return a sentence with the T2I's measures before any round, over the seeds of the last row that has them."""
+    first = [[run[0]["generator"] for run in seeds] for seeds in runs.values()]
+    known = [starts for starts in first if starts and all(start.get("alignment") is not None for start in starts)]
+    if not known:
+        return ""
+    told = (
+        f"{one} {spread([start.get(one) for start in known[-1]], 0 if one == 'frechet' else 3)}" for one in measures
+    )
+    return f"The T2I before: {', '.join(told)}."
