@@ -161,9 +161,9 @@ def modality(name: str, title: str) -> Column:
 
 ACCURACY = Column("all clients", lambda lines: lines[-1]["clients"]["accuracy"])
 COSTS = (
-    Column("MB down", lambda lines: sum(line["bytes"]["down"] for line in lines) / 1e6, 2),
-    Column("MB up", lambda lines: sum(line["bytes"]["up"] for line in lines) / 1e6, 2),
-    Column("seconds", lambda lines: sum(line["seconds"]["total"] for line in lines), 0),
+    Column("MB down", lambda lines: sum(line["bytes"]["down"] for line in lines) / 1e6, 2, True),
+    Column("MB up", lambda lines: sum(line["bytes"]["up"] for line in lines) / 1e6, 2, True),
+    Column("seconds", lambda lines: sum(line["seconds"]["total"] for line in lines), 0, True),
 )
 COSTS_AND_T2I = (
     t2i("alignment"),
