@@ -291,10 +291,18 @@ class T2IConfig(_Section):
     guidance: Numbers = Field((1.5, 1.0), description="guidance scale of each round; later rounds use the last value")
     explore: Fraction = Field(
         0.5,
-        description="fraction of the samples that vary well-scored samples of the last round (image to image)",
+        description="fraction of the samples that vary well-scored samples of the last round",
     )
-    explore_strength: float = Field(
-        0.5, gt=0, le=1, description="how much noise these variations get before denoising, up to 1"
+    explore_warp: float = Field(
+        1.0,
+        ge=0,
+        le=3,
+        description="how far these variations are turned, sheared, scaled, shifted and bent at random; 0: not at all",
+    )
+    explore_strength: Fraction = Field(
+        0.0,
+        description="how much noise these variations get before they are denoised (image to image), up to 1; 0: they "
+        "are not denoised",
     )
     evaluation_samples: int = Field(
         200, ge=1, le=100_000, description="images, with fixed prompts and seeds, on which the T2I is measured"

@@ -50,7 +50,6 @@ def generate_or_vary(
     seeds: Sequence[int],
     guidance: float,
     parents: Mapping[int, Tensor],
-    strength: float,
     progress: Callable[[int], Callable[[int], object]],
     image_size: int | None = None,
 ) -> Samples:
@@ -66,8 +65,6 @@ def generate_or_vary(
         Guidance scale.
     parents : mapping of int to torch.Tensor
         Latents from `draw_parents`, by index of the prompt.
-    strength : float
-        How much noise parents get before denoising, in (0, 1].
     progress : callable
         Called with a number of images; returns a function that is called with the number of finished images.
     image_size : int, optional
@@ -82,7 +79,7 @@ def generate_or_vary(
     def parts() -> Iterator[tuple[list[int], Samples]]:
         if varied:
             latents = [parents[index] for index in varied]
-            made = generator.vary_parts(latents, *of(varied), strength, progress(len(varied)), image_size)
+            made = generator.vary_parts(latents, *of(varied), progress(len(varied)), image_size)
             yield from (([varied[place] for place in places], part) for places, part in made)
         if new:
             made = generator.generate_parts(*of(new), progress(len(new)), image_size)

@@ -59,6 +59,10 @@ class Opinion:
     values_KN: Tensor
     weights_KN: Tensor
 
+    def of(self, chosen_N: Tensor) -> Opinion:
+        """Return what clients say about the chosen samples (bool, samples)."""
+        return Opinion(self.values_KN[:, chosen_N], self.weights_KN[:, chosen_N])
+
 
 def compare(opinion: Opinion, challenger_N: Tensor, group_N: Tensor) -> Evidence:
     """Compare the samples of two adapters by the clients' ranks (van Elteren's stratified rank test).

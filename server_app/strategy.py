@@ -166,9 +166,8 @@ class FedMMKT(Strategy):
         if pool and self.generator.can_vary:
             explored = prompts[: int(len(prompts) * self.config.t2i.explore)]
             parents = draw_parents(pool[-1], explored, seeds[0])
-        strength, progress = self.config.t2i.explore_strength, self.recorder.progress
-        size = self._image_size()
-        return generate_or_vary(self.generator, prompts, seeds, guidance, parents, strength, progress, size)
+        progress, size = self.recorder.progress, self._image_size()
+        return generate_or_vary(self.generator, prompts, seeds, guidance, parents, progress, size)
 
     def make_batch(self, server_round: int, samples: Samples) -> SyntheticBatch:
         """Make the message for clients: encoded images, prompts, and text embeddings for the alignment loss."""

@@ -86,7 +86,8 @@ class Guard:
     ledger : Ledger
         Holds the state between rounds, and the pool.
     explore : float
-        The first part of what each adapter makes that varies earlier samples. New samples are compared with new ones.
+        The first part of what each adapter makes that varies earlier samples. New samples are compared with new ones;
+        variations that no adapter denoises say nothing of either, and do not count.
     """
 
     def __init__(self, share: float, generator: Generator, ledger: Ledger, explore: float = 0.0) -> None:
@@ -144,8 +145,13 @@ class Guard:
             return None
         trial = state.trial.with_batch(arms.made_N)
         said = opinions(answers, prompted_N, text_consensus_NC)
-        group_N = 2 * prompted_N + varied(arms.made_N, self.explore)
-        found = {name: compare(opinion, arms.made_N, group_N) for name, opinion in said.items()}
+        varied_N = varied(arms.made_N, self.explore)
+        tested_N = torch.ones_like(varied_N) if self.generator.config.explore_strength else ~varied_N
+        group_N = 2 * prompted_N + varied_N
+        found = {
+            name: compare(opinion.of(tested_N), arms.made_N[tested_N], group_N[tested_N])
+            for name, opinion in said.items()
+        }
         state, verdict, evidence = after_round(replace(state, trial=trial), found)
         if verdict == "accepted":
             self.generator.adapter.load_state(arms.challenger, "an adapter on trial")

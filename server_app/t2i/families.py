@@ -122,6 +122,16 @@ class Family(ABC):
         decoded: Tensor = vae.decode(self.unscaled(latents.to(vae.dtype))).sample
         return decoded
 
+    def encode_images(self, images_NCHW: Tensor) -> Tensor:
+        """Encode images in [-1, 1] to latents in the denoiser's scale, the inverse of `decode`."""
+        vae = self.pipeline.vae
+        found = vae.encode(images_NCHW.to(vae.dtype))[0]
+        latents = found if isinstance(found, Tensor) else found.mode()
+        # `unscaled` is affine in each channel, so two of its values tell the inverse.
+        shift = self.unscaled(torch.zeros_like(latents))
+        scaled: Tensor = (latents - shift) / (self.unscaled(torch.ones_like(latents)) - shift)
+        return scaled
+
     def unscaled(self, latents: Tensor) -> Tensor:
         """Return latents in the scale of the autoencoder, as the family's pipeline in diffusers does."""
         config = self.pipeline.vae.config

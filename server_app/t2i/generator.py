@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from fedmmkt.common.augmentation import warp
 from fedmmkt.common.config import ConfigError, T2IConfig
 from fedmmkt.common.devices import cpu_threads, pick_devices
 from fedmmkt.common.images import resize_images
@@ -137,8 +139,8 @@ class Generator:
 
     @property
     def can_vary(self) -> bool:
-        """Whether `vary_parts` can be called; some families do not support it."""
-        return self.family.image_to_image is not None
+        """Whether `vary_parts` can be called with the configured strength; some families cannot denoise variations."""
+        return self.family.image_to_image is not None or not self.config.explore_strength
 
     def generate(
         self,
@@ -180,31 +182,31 @@ class Generator:
         prompts: Sequence[str],
         seeds: Sequence[int],
         guidance: float,
-        strength: float,
         progress: Callable[[int], object] = lambda done: None,
         image_size: int | None = None,
     ) -> Iterator[tuple[range, Samples]]:
-        """Generate variations of samples: add some noise and denoise again (SDEdit, arXiv 2108.01073).
+        """Make variations of samples: warp them by ``t2i.explore-warp``, and denoise them by ``t2i.explore-strength``.
 
-        Only if `can_vary` is true. Variations are yielded as they are made, with their positions.
+        To denoise is to add some noise and take it away again (SDEdit, arXiv 2108.01073). Only if `can_vary` is true.
+        Variations are yielded as they are made, with their positions.
 
         Parameters
         ----------
         parents : sequence of torch.Tensor
             Latents of each sample to vary.
-        prompts, seeds, guidance, image_size
-            As in `generate`.
-        strength : float
-            How much noise is added, in (0, 1], at least that of one denoising step. At 1, little of the original
-            samples is left.
-        progress : callable
-            As in `generate`.
+        prompts, seeds, guidance, progress, image_size
+            As in `generate`. A seed also decides how its parent is warped.
         """
         # Less noise than that of one denoising step would leave no step to make.
-        strength = min(1.0, max(strength, 1.01 / self.config.inference_steps))
+        strength = min(1.0, max(self.config.explore_strength, 1.01 / self.config.inference_steps))
 
         def sampler(family: Family, part: slice) -> Callable[..., Any]:
             latents_NCHW = torch.stack(list(parents[part])).to(family.device)
+            if amount := self.config.explore_warp:
+                warped_NCHW = warp(family.decode(latents_NCHW).clamp(-1, 1), seeds[part], amount)
+                latents_NCHW = family.encode_images(warped_NCHW).to(latents_NCHW.dtype)
+            if not self.config.explore_strength:
+                return lambda **_: SimpleNamespace(images=latents_NCHW)
             return partial(family.image_to_image, image=latents_NCHW, strength=strength)
 
         return self._denoise(sampler, prompts, seeds, guidance, progress, image_size)

@@ -65,9 +65,9 @@ class Spy:
         progress(len(prompts))
         return self._made("new", prompts, seeds)
 
-    def vary_parts(self, parents, prompts, seeds, guidance, strength, progress, image_size):
+    def vary_parts(self, parents, prompts, seeds, guidance, progress, image_size):
         progress(len(prompts))
-        self.varied = ([latents.item() for latents in parents], list(prompts), guidance, strength)
+        self.varied = ([latents.item() for latents in parents], list(prompts), guidance)
         return self._made("varied", prompts, seeds)
 
     @staticmethod
@@ -91,11 +91,11 @@ def test_each_sample_has_the_place_the_seed_and_the_class_of_its_prompt(parents,
     prompts = [Prompt(text, index) for index, text in enumerate("abc")]
     latents = {index: torch.tensor([latent]) for index, latent in parents.items()}
 
-    made = generate_or_vary(generator, prompts, [5, 6, 7], 1.5, latents, 0.4, lambda new: told.append(new) or id)
+    made = generate_or_vary(generator, prompts, [5, 6, 7], 1.5, latents, lambda new: told.append(new) or id)
 
     assert list(made.prompts) == expected
     assert made.latents_NCHW[:, 0].tolist() == [5, 6, 7]
     assert made.prompted_N.tolist() == [0, 1, 2]
     assert told == [count for count in (len(parents), 3 - len(parents)) if count]
     if parents:
-        assert generator.varied == ([*parents.values()], ["abc"[index] for index in parents], 1.5, 0.4)
+        assert generator.varied == ([*parents.values()], ["abc"[index] for index in parents], 1.5)

@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from fedmmkt.common.config import RunConfig
+from fedmmkt.common.payloads import DistillationPayload
 from fedmmkt.server_app.app import build_strategy
-from fedmmkt.server_app.guard import NO_TRIAL, GuardState, Trial
-from fedmmkt.server_app.t2i.samples import sample_seeds
+from fedmmkt.server_app.exchange import Answer
+from fedmmkt.server_app.guard import NO_TRIAL, Arms, GuardState, Trial
+from fedmmkt.server_app.strategy import placeholder_report
+from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
 from fedmmkt.server_app.trial import Guard, varied
 
 HARM = {
@@ -83,6 +87,27 @@ def test_each_adapter_varies_the_first_part_of_what_it_makes():
     assert not bool(varied(made_N, 0.0).any())
 
 
+@pytest.mark.parametrize(("strength", "counts"), [(0.5, True), (0.0, False)])
+def test_variations_that_no_adapter_denoises_say_nothing_of_either(strategy, challenger, strength, counts):
+    """Votes go to the challenger's variations, which are all of class 0, and to the champion's new samples."""
+    generator = strategy.generator
+    generator.config = generator.config.model_copy(update={"explore_strength": strength})
+    made_N, prompted_N = torch.arange(40) % 2 == 1, torch.arange(40) // 20
+    varied_N = varied(made_N, 0.5)
+    ledger = strategy.ledger
+    ledger.arms, ledger.guard = Arms(made_N, challenger, 0), GuardState(Trial(challenger))
+    ledger.pool = [Samples(("",) * 40, prompted_N, np.zeros((40, 0, 0, 3), np.uint8), torch.zeros(40, 4, 8, 8))]
+    votes_N = torch.where(varied_N, 100.0 * made_N, 1.0 * ~made_N)
+    logits_NC, counts_C = np.zeros((40, 2), np.float16), np.array([5, 5])
+    payload = DistillationPayload(batch_id="b", logits_NC=logits_NC, class_counts_C=counts_C, votes_N=votes_N.numpy())
+    answer = Answer(placeholder_report("image"), payload)
+
+    judged = Guard(0.25, generator, ledger, explore=0.5).judge([answer], prompted_N, None)
+
+    # Where both count, the two preferences are as clear, and balance.
+    assert judged["preference"]["votes"] == (pytest.approx(0, abs=1e-6) if counts else pytest.approx(-4.36, abs=0.01))
+
+
 @pytest.mark.parametrize("feedback", ["logits+votes", "logits"])
 def test_an_update_made_to_harm_is_taken_back(tiny_run, make_grid, feedback, caplog):
     changes = HARM | {"rounds": 3, "client__models": "cnn,mlp", "client__warmup_epochs": 8, "feedback": feedback}
@@ -127,7 +152,8 @@ def test_a_frozen_t2i_has_nothing_on_trial(tiny_run, make_grid):
 def test_prompts_without_classes_are_compared_too(tiny_run, make_grid, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"the digit {name}"}) + "\n" for name in ("one", "two")))
-    run_config = tiny_run(t2i__guard=0.125, t2i__prompts=str(prompts), min_available_nodes=1, client__models="mlp")
+    settings = {"t2i__guard": 0.25, "t2i__explore": 0.0, "min_available_nodes": 1, "client__models": "mlp"}
+    run_config = tiny_run(t2i__prompts=str(prompts), **settings)
     strategy = build_strategy(RunConfig.from_flower(run_config), 1)
 
     strategy.start(make_grid(run_config, nodes=1))

@@ -4,6 +4,10 @@ from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.t2i.samples import Samples
 
 
-def variations(generator: Generator, parents: Samples, *how: object) -> Samples:
-    """Return all variations of samples; ``how`` is what `Generator.vary_parts` is told after the parents."""
+def variations(generator: Generator, parents: Samples, *how: object, **settings: object) -> Samples:
+    """Return all variations of samples; ``how`` is what `Generator.vary_parts` is told after the parents.
+
+    ``settings`` change those of the generator.
+    """
+    generator.config = generator.config.model_copy(update=settings)
     return Samples.gather(generator.vary_parts(parents.latents_NCHW, *how), len(parents))

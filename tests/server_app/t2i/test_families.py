@@ -6,9 +6,10 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 
+from fedmmkt.common.augmentation import warp
 from fedmmkt.common.config import RunConfig, T2IConfig
 from fedmmkt.server_app.app import build_strategy
-from fedmmkt.server_app.t2i.generator import Generator, would_fill
+from fedmmkt.server_app.t2i.generator import Generator, as_images, would_fill
 from fedmmkt.server_app.t2i.samples import Samples
 from tests import tiny_pipelines
 from tests.server_app.t2i import variations
@@ -114,15 +115,55 @@ def test_adapting_lowers_the_loss_and_the_adapter_round_trips_through_plain_diff
     assert np.array_equal(other.generate(PROMPTS, SEEDS, 2.0).images_NHWC, adapted)
 
 
-def test_some_families_vary_samples(kind, folder):
-    generator = Generator(settings(folder), seed=0)
+def test_some_families_denoise_variations(kind, folder):
+    generator = Generator(settings(folder, explore_warp=0, explore_strength=0.4), seed=0)
     assert generator.can_vary == (kind in VARYING)
     if not generator.can_vary:
         return
     parents = generator.generate(PROMPTS, SEEDS, 1.0)
-    near, far = (variations(generator, parents, PROMPTS, [7, 8, 9], 1.0, strength) for strength in (0.4, 1.0))
+    near, far = (
+        variations(generator, parents, PROMPTS, [7, 8, 9], 1.0, explore_strength=strength) for strength in (0.4, 1.0)
+    )
     distances = [(made.latents_NCHW - parents.latents_NCHW).abs().mean() for made in (near, far)]
     assert 0 < distances[0] < distances[1]
+
+
+def test_every_family_warps_samples(kind, folder):
+    """The parents' images are warped, each by its own seed; the latents are those of the image that is shown."""
+    generator = Generator(settings(folder), seed=0)
+    family = generator.family
+    assert generator.can_vary
+    parents = generator.generate(PROMPTS, SEEDS, 1.0)
+
+    still, warped = (variations(generator, parents, PROMPTS, [7, 8, 9], 1.0, explore_warp=amount) for amount in (0, 1))
+    alone = Samples.gather(generator.vary_parts(parents.latents_NCHW[1:2], PROMPTS[1:2], [8], 1.0), 1)
+
+    with torch.no_grad():
+        expected_NCHW = family.encode_images(warp(family.decode(parents.latents_NCHW).clamp(-1, 1), [7, 8, 9], 1.0))
+        shown_NHWC = as_images(family.decode(warped.latents_NCHW))
+    assert torch.equal(still.latents_NCHW, parents.latents_NCHW)
+    assert torch.allclose(warped.latents_NCHW, expected_NCHW, atol=1e-4)
+    assert torch.allclose(warped.latents_NCHW[1], alone.latents_NCHW[0], atol=1e-4)
+    assert np.abs(warped.images_NHWC.astype(int) - shown_NHWC).max() <= 1
+
+
+@pytest.mark.parametrize("kind", tiny_pipelines.PIPELINES)
+def test_images_are_encoded_in_the_scale_in_which_they_are_decoded(kind, tmp_path):
+    """The autoencoder is asked for latents, and they are scaled by the inverse of what decoding does."""
+    pipeline = tiny_pipelines.PIPELINES[kind]()
+    statistics = {"latents_mean": [1.0, -1.0, 2.0, 0.5], "latents_std": [2.0, 1.5, 0.5, 1.0]}
+    shifts = {} if kind == "sana" else {"shift_factor": 0.7, **(statistics if kind == "sdxl" else {})}
+    pipeline.vae.register_to_config(**shifts)
+    pipeline.save_pretrained(tmp_path)
+    family = Generator(settings(str(tmp_path)), seed=0).family
+    images_NCHW = torch.rand(2, 3, family.image_size, family.image_size) * 2 - 1
+
+    with torch.no_grad():
+        latents_NCHW = family.encode_images(images_NCHW)
+        found = pipeline.vae.encode(images_NCHW)
+    plain_NCHW = found.latent if kind == "sana" else found.latent_dist.mode()
+
+    assert torch.allclose(family.unscaled(latents_NCHW), plain_NCHW, atol=1e-4)
 
 
 def test_prompts_have_embeddings_of_unit_length(folder):
@@ -163,8 +204,8 @@ def test_devices_make_together_what_one_makes_alone(folder):
         made.append(generator.generate(PROMPTS, SEEDS, 2.0, done.append))
         generator.adapt(samples, torch.ones(3), steps=2, seed=0)
         made.append(generator.generate(PROMPTS, SEEDS, 2.0))
-        if generator.can_vary:
-            made.append(variations(generator, samples, PROMPTS, SEEDS, 2.0, 0.5))
+        if generator.family.image_to_image is not None:
+            made.append(variations(generator, samples, PROMPTS, SEEDS, 2.0, explore_strength=0.5))
 
     assert done == [3, 1, 2, 3]
     assert len({id(family.denoiser) for family in three.families}) == 3
@@ -193,7 +234,7 @@ def test_a_pipeline_is_offloaded_where_its_weights_would_fill_the_device(folder)
 
 @pytest.mark.parametrize("kind", ["sdxl", "sana"])
 def test_a_federation_runs_by_configuration_alone(kind, tiny_run, make_grid, tmp_path):
-    """With a family that varies samples, and one that does not."""
+    """With a family that denoises variations, and one that does not."""
     folder = tiny_pipelines.save(kind, tmp_path / kind)
     run_config = tiny_run(t2i__model=folder, client__models="mlp", rounds=2, t2i__samples_per_round=10)
     strategy = build_strategy(RunConfig.from_flower(run_config), 1)
@@ -203,9 +244,10 @@ def test_a_federation_runs_by_configuration_alone(kind, tiny_run, make_grid, tmp
     assert line["generator"]["loss"] > 0
 
 
-def test_a_family_that_varies_samples_makes_new_ones_where_latents_have_other_channels(tiny_run, make_grid, tmp_path):
+def test_a_family_that_denoises_makes_new_samples_where_latents_have_other_channels(tiny_run, make_grid, tmp_path):
     tiny_pipelines.stable_diffusion(latent_channels=8).save_pretrained(tmp_path / "wide")
-    run_config = tiny_run(t2i__model=str(tmp_path / "wide"), client__models="mlp", t2i__samples_per_round=10)
+    settings = {"t2i__explore_strength": 0.5, "t2i__samples_per_round": 10, "client__models": "mlp"}
+    run_config = tiny_run(t2i__model=str(tmp_path / "wide"), **settings)
     strategy = build_strategy(RunConfig.from_flower(run_config), 1)
 
     strategy.start(make_grid(run_config, nodes=2))
