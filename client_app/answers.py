@@ -17,6 +17,7 @@ from fedmmkt.common.payloads import LARGEST_LOGIT, VOTES_PER_IMAGE
 VOTE_PIXELS = 16
 CHUNK = 256
 PIXEL_PART = 0.25  # Of pixels in the squared distance, beside the encoder's features.
+PUBLIC_PART = 4.0  # Of a public encoder's features, if the run has one.
 FLAT = 1e-3  # Length of an image's pixels about their mean, in [-1, 1], below which it shows nothing.
 
 
@@ -114,8 +115,13 @@ def private_votes(
 
 
 @torch.no_grad()
-def vote_features(encoder: nn.Module, private_MCHW: Tensor, synthetic_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return features of private and synthetic images, from pixels and from the client's image encoder.
+def vote_features(
+    encoder: nn.Module,
+    private_MCHW: Tensor,
+    synthetic_NCHW: Tensor,
+    public: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return features of private and synthetic images: pixels, the client's image encoder, and a public one if given.
 
     Pixels, at most `VOTE_PIXELS` per side, show how an image looks. Each image's mean is taken away and its length made
     one, so that the squared distance is two less twice the normalised cross-correlation: brightness and contrast do not
@@ -129,11 +135,20 @@ def vote_features(encoder: nn.Module, private_MCHW: Tensor, synthetic_NCHW: Tens
         Maps images to features.
     private_MCHW, synthetic_NCHW : torch.Tensor
         uint8, or float32 in [-1, 1]; all of the same size.
+    public : tuple of torch.Tensor, optional
+        Features of both in a public image encoder. They are compared by centred cosine, which no sample is near to
+        just because it is near the middle: the mean of the private images is taken away, and each length made one.
     """
     encoder.eval()
+    found = [
+        (*(_extracted(extract, images) for images in (private_MCHW, synthetic_NCHW)), part)
+        for extract, part in ((_patterns, PIXEL_PART), (encoder, 1.0))
+    ]
+    if public is not None:
+        mean_F = public[0].mean(0)
+        found.append((*(F.normalize(features - mean_F, dim=1).to(found[0][0]) for features in public), PUBLIC_PART))
     features = []
-    for extract, part in ((_patterns, PIXEL_PART), (encoder, 1.0)):
-        private, synthetic = (_extracted(extract, images) for images in (private_MCHW, synthetic_NCHW))
+    for private, synthetic, part in found:
         spread = (private - private.mean(0)).square().sum(1).mean().sqrt().clamp_min(1e-6)
         scale = part**0.5 / spread
         features.append((private * scale, synthetic * scale))

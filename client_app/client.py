@@ -28,14 +28,15 @@ from fedmmkt.client_app.learning.training import (
     predict,
     train,
 )
-from fedmmkt.client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, remove_old_runs
+from fedmmkt.client_app.memory import DEFAULT_FOLDER, ClientMemory, KeptBatch, plain_name, remove_old_runs
 from fedmmkt.client_app.model_card import write_client_card
 from fedmmkt.client_app.models.building import build_task_model, chosen_model, model_label
 from fedmmkt.client_app.models.task_model import Inputs, compact
 from fedmmkt.client_app.privacy.mode import PrivateMode, has_budget, ledger_of
+from fedmmkt.client_app.public_features import PublicFeatures
 from fedmmkt.client_app.refusals import RefusedError, refused_as
 from fedmmkt.client_app.trained import ModelDescription
-from fedmmkt.common.config import NodeConfig, RunConfig
+from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
 from fedmmkt.common.datasets import Examples
 from fedmmkt.common.devices import pick_device
 from fedmmkt.common.payloads import (
@@ -94,6 +95,7 @@ class Client:
         modality = self.model.task_model.modality
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
         data_arguments = (self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
+        self._features_file = state_folder.expanduser() / "data" / plain_name(self.name) / "features.safetensors"
         with refused_as("data", context.node_config):
             if self.node.has_own_data:
                 self.data = load_own_data(state_folder.expanduser(), self.name, *data_arguments)
@@ -171,7 +173,8 @@ class Client:
             and inputs.images_BCHW is not None
             and private.inputs.images_BCHW is not None
         ):
-            features = vote_features(encoder, private.inputs.images_BCHW, inputs.images_BCHW)
+            images = private.inputs.images_BCHW, inputs.images_BCHW
+            features = vote_features(encoder, *images, self._public_features(*images))
             votes_N = nearest_neighbour_votes(
                 features[0], private.labels_N, features[1], self._to_tensor(batch.prompted_N)
             ).numpy()
@@ -181,6 +184,17 @@ class Client:
             class_counts_C=self._told_class_counts_C(),
             votes_N=votes_N,
         )
+
+    def _public_features(self, private_MCHW: Tensor, synthetic_NCHW: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return features in the run's public encoder; None if it has none, or this client has not got it."""
+        if not (name := self.config.client.vote_encoder):
+            return None
+        try:
+            public = PublicFeatures(name, self.node, self._features_file, self.device)
+        except ConfigError as error:
+            logger.warning("%s: its votes go by pixels and its own model alone: %s", self.name, error)
+            return None
+        return public.of_private(private_MCHW), public.of(synthetic_NCHW)
 
     def report(self, measured: bool = True) -> ClientReport:
         """Return the report, with measures of the current model unless they are private or not asked for."""

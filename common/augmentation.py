@@ -43,7 +43,7 @@ def warp(images_BCHW: Tensor, seeds: Sequence[int], amount: float) -> Tensor:
     Parameters
     ----------
     images_BCHW : torch.Tensor
-        Floating point, in [-1, 1]; the result has the same shape and range.
+        float32 in [-1, 1]; the result has the same shape and range.
     seeds : sequence of int
         One per image, which alone decides how it is warped.
     amount : float
@@ -59,11 +59,11 @@ def warp(images_BCHW: Tensor, seeds: Sequence[int], amount: float) -> Tensor:
     cosine, sine = torch.cos(angle), torch.sin(angle)
     rows = (scale_x * cosine, shear - sine, shift_x, sine, scale_y * cosine, shift_y)
     theta_B23 = torch.stack(rows, dim=1).view(len(seeds), 2, 3)
-    shape, place = images_BCHW.shape, {"device": images_BCHW.device, "dtype": images_BCHW.dtype}
-    bent_B2HW = F.interpolate(bent_B2HW * amount * 0.06, shape[-2:], mode="bicubic", align_corners=True)
-    grid = F.affine_grid(theta_B23, list(shape), align_corners=False) + bent_B2HW.movedim(1, -1)
+    bent_B2HW = F.interpolate(bent_B2HW * amount * 0.06, images_BCHW.shape[-2:], mode="bicubic", align_corners=True)
+    grid = F.affine_grid(theta_B23, list(images_BCHW.shape), align_corners=False) + bent_B2HW.movedim(1, -1)
+    grid = grid.to(images_BCHW.device)
     # Bilinear pixels would be blurred, and variations of variations the more.
-    warped_BCHW = F.grid_sample(images_BCHW, grid.to(**place), "bicubic", padding_mode="border", align_corners=False)
+    warped_BCHW = F.grid_sample(images_BCHW, grid, "bicubic", padding_mode="border", align_corners=False)
     return warped_BCHW.clamp(-1, 1)
 
 

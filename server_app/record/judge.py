@@ -10,6 +10,7 @@ import hashlib
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from fedmmkt.common.augmentation import augment
 from fedmmkt.common.files import write_atomically
 from fedmmkt.common.images import resize_images
 from fedmmkt.common.progress import Progress
+from fedmmkt.server_app.record.public_measures import PublicJudge
 from fedmmkt.server_app.record.variety import variety
 
 logger = logging.getLogger("flwr")
@@ -47,6 +49,8 @@ class GeneratorMeasures:
         fewer than two of either.
     precision, recall, density, coverage : float or None
         As in `Variety`, with the same features; None where there is no Frechet distance.
+    public : dict or None
+        `PublicMeasures`, if the judge has a public network beside it.
     """
 
     alignment: float | None
@@ -55,6 +59,7 @@ class GeneratorMeasures:
     recall: float | None = None
     density: float | None = None
     coverage: float | None = None
+    public: dict[str, Any] | None = None
 
 
 class Judge:
@@ -75,6 +80,8 @@ class Judge:
     cache : Path, optional
         Folder of trained judges. One that was trained on the same images and labels, with the same seed on the same
         kind of device, is taken from there.
+    public_encoder : str
+        A public network in whose features it also measures; empty for none.
 
     Attributes
     ----------
@@ -96,6 +103,7 @@ class Judge:
         seed: int,
         device: torch.device | None = None,
         cache: Path | None = None,
+        public_encoder: str = "",
     ) -> None:
         self.device = device or torch.device("cpu")
         self.image_size = min(train_NHWC.shape[1], LARGEST_SIDE)
@@ -121,6 +129,8 @@ class Judge:
         test_features_NF = self.embed(test_NHWC)
         self.accuracy = float((self._recognised_N(test_features_NF) == torch.from_numpy(test_labels_N)).double().mean())
         self.test_features_NF = test_features_NF.numpy()
+        small_NHWC = resize_images(test_NHWC, self.image_size)
+        self.public = PublicJudge(public_encoder, small_NHWC, self.device) if public_encoder else None
 
     def measure(self, images_NHWC: np.ndarray, prompted_N: np.ndarray) -> GeneratorMeasures:
         """Measure generated images (uint8, of one size) against their prompted classes."""
@@ -131,9 +141,11 @@ class Judge:
         has_spread = min(len(features_NF), len(self.test_features_NF)) > 1
         frechet = frechet_distance(features_NF.numpy(), self.test_features_NF) if has_spread else None
         various = variety(features_NF.numpy(), self.test_features_NF)
-        return GeneratorMeasures(alignment, frechet, **(asdict(various) if various else {}))
+        public = self.public.measure(images_NHWC) if self.public else None
+        found = asdict(various) if various else {}
+        return GeneratorMeasures(alignment, frechet, **found, public=asdict(public) if public else None)
 
-    def floors(self) -> dict[str, float | int | None]:
+    def floors(self) -> dict[str, Any]:
         """Return what the measures are for real images: one half of the test images against the other.
 
         A distance of few images is larger, so the number of images is among them.
@@ -142,7 +154,8 @@ class Judge:
         first, second = (self.test_features_NF[half] for half in np.array_split(order, 2))
         various = variety(first, second)
         found = {"images": len(first), "frechet": frechet_distance(first, second) if len(second) > 1 else None}
-        return found | (asdict(various) if various else {})
+        public = self.public.floors() if self.public else None
+        return found | (asdict(various) if various else {}) | ({"public": asdict(public)} if public else {})
 
     @torch.no_grad()
     def _recognised_N(self, features_NF: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ def train_judge(config: RunConfig, splits: Splits, device: torch.device) -> Judg
         config.seed,
         device,
         cache_folder(config),
+        config.judge_encoder,
     )
     log(INFO, "The judge recognises %.1f%% of the real test images", 100 * judge.accuracy)
     return judge

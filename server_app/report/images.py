@@ -16,6 +16,9 @@ MEASURES = {
     "density": "Density",
     "coverage": "Coverage",
 }
+IN_PUBLIC = {"kernel_distance": "Kernel distance"} | {
+    key: MEASURES[key] for key in ("precision", "recall", "density", "coverage")
+}
 PERCENT = {"alignment", "precision", "recall", "coverage"}
 VERDICTS = {
     "accepted": "accepted: clients prefer its images",
@@ -45,13 +48,21 @@ class VerdictRow:
 
 
 def measure_rows(lines: Sequence[Mapping[str, Any]], floors: Mapping[str, Any]) -> list[MeasureRow]:
-    """Return a row for each measure that the first and the last round have; none without a variety of measures."""
+    """Return a row for each measure that the first and the last round have; none without a variety of measures.
+
+    Those in a public network's features follow, if the run has one, under its name.
+    """
     if not lines or "recall" not in lines[-1]["generator"]:
         return []
-    first, last = lines[0]["generator"], lines[-1]["generator"]
-    return [
-        MeasureRow(name, *(_figure(key, values.get(key)) for values in (first, last, floors)))
-        for key, name in MEASURES.items()
+    stages = lines[0]["generator"], lines[-1]["generator"], floors
+    rows = [MeasureRow(name, *(_figure(key, values.get(key)) for values in stages)) for key, name in MEASURES.items()]
+    public = [values.get("public") or {} for values in stages]
+    if not public[1]:
+        return rows
+    encoder = public[1]["encoder"]
+    return rows + [
+        MeasureRow(f"{name}, by {encoder}", *(_figure(key, values.get(key)) for values in public))
+        for key, name in IN_PUBLIC.items()
     ]
 
 

@@ -203,7 +203,7 @@ class Generator:
         def sampler(family: Family, part: slice) -> Callable[..., Any]:
             latents_NCHW = torch.stack(list(parents[part])).to(family.device)
             if amount := self.config.explore_warp:
-                warped_NCHW = warp(family.decode(latents_NCHW).clamp(-1, 1), seeds[part], amount)
+                warped_NCHW = warp(family.decode(latents_NCHW).float().clamp(-1, 1), seeds[part], amount)
                 latents_NCHW = family.encode_images(warped_NCHW).to(latents_NCHW.dtype)
             if not self.config.explore_strength:
                 return lambda **_: SimpleNamespace(images=latents_NCHW)

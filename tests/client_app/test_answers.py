@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedmmkt.client_app.answers import nearest_neighbour_votes, to_payload_logits, vote_features
+from fedmmkt.client_app.answers import PUBLIC_PART, nearest_neighbour_votes, to_payload_logits, vote_features
 
 
 def test_votes_go_to_the_nearest_of_the_same_class():
@@ -46,6 +46,22 @@ def test_votes_do_not_count_brightness_and_contrast():
     assert (squared_N / squared_N[1]).tolist() == pytest.approx([0.5, 1, 0], abs=1e-5)
     labels_M, prompted_N = torch.tensor([0, 1]), torch.zeros(3, dtype=torch.int64)
     assert nearest_neighbour_votes(private_MF, labels_M, synthetic_NF, prompted_N, 1).tolist() == [0, 0, 1]
+
+
+def test_a_public_encoder_compares_directions_from_the_private_mean():
+    """A sample in the middle is no nearer than one that lies further out in the image's own direction."""
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    private_MF = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) + 5
+    middle, further, across = torch.tensor([[5.1, 5.1], [9.0, 5.0], [5.0, 9.0]])
+    encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 1))
+    torch.nn.init.zeros_(encoder[2].weight)
+
+    features = vote_features(encoder, images, images[:3], (private_MF, torch.stack([middle, further, across])))
+
+    privates, synthetics = (part[:, -2:] for part in features)
+    squared_N = (synthetics - privates[0]).square().sum(1) / PUBLIC_PART
+    # Unit vectors: of the first image (1, 0), of the samples (1, 1) / sqrt 2, (1, 0) and (0, 1).
+    assert squared_N.tolist() == pytest.approx([2 - 2**0.5, 0, 2], abs=1e-5)
 
 
 def test_payload_logits_fit_half_precision():

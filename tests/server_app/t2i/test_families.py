@@ -192,6 +192,7 @@ def test_memory_savers_change_little(folder):
     assert saving.denoiser.dtype == torch.bfloat16
     assert all(tensor.dtype == torch.float32 for tensor in saving.adapter.state().values())
     assert np.isfinite(saving.generate(PROMPTS, SEEDS, 2.0).latents_NCHW).all()
+    assert np.isfinite(variations(saving, samples, PROMPTS, SEEDS, 2.0).latents_NCHW).all()
 
 
 def test_devices_make_together_what_one_makes_alone(folder):
