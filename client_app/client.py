@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from flwr.app import Context
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmmkt.client_app.answers import nearest_neighbour_votes, to_payload_logits, vote_features
 from fedmmkt.client_app.data.decoded_copy import load_own_data
@@ -36,6 +36,7 @@ from fedmmkt.client_app.privacy.mode import PrivateMode, has_budget, ledger_of
 from fedmmkt.client_app.public_features import PublicFeatures
 from fedmmkt.client_app.refusals import RefusedError, refused_as
 from fedmmkt.client_app.trained import ModelDescription
+from fedmmkt.client_app.vote_network import vote_network
 from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
 from fedmmkt.common.datasets import Examples
 from fedmmkt.common.devices import pick_device
@@ -95,7 +96,7 @@ class Client:
         modality = self.model.task_model.modality
         self.reads_images, self.reads_texts = "image" in modality, "text" in modality
         data_arguments = (self.config, self.node, instructions.classes, self.reads_images, self.reads_texts)
-        self._features_file = state_folder.expanduser() / "data" / plain_name(self.name) / "features.safetensors"
+        self._kept_folder = state_folder.expanduser() / "data" / plain_name(self.name)
         with refused_as("data", context.node_config):
             if self.node.has_own_data:
                 self.data = load_own_data(state_folder.expanduser(), self.name, *data_arguments)
@@ -165,16 +166,14 @@ class Client:
         self._warn_of_cut(f"prompts of round {batch.round}", Examples(batch.prompted_N, None, list(batch.prompts)))
         private = self._private_set
         votes_N: np.ndarray | None = None
-        encoder = self.model.task_model.image_encoder
         if (
             self.instructions.votes
             and (self.node.share_votes or not self.node.has_own_data)
-            and encoder is not None
             and inputs.images_BCHW is not None
             and private.inputs.images_BCHW is not None
         ):
             images = private.inputs.images_BCHW, inputs.images_BCHW
-            features = vote_features(encoder, *images, self._public_features(*images))
+            features = vote_features(self._vote_encoder(), *images, self._public_features(*images))
             votes_N = nearest_neighbour_votes(
                 features[0], private.labels_N, features[1], self._to_tensor(batch.prompted_N)
             ).numpy()
@@ -185,12 +184,23 @@ class Client:
             votes_N=votes_N,
         )
 
+    def _vote_encoder(self) -> nn.Module:
+        """Return the encoder by which private images vote: the model's own if it is pretrained, else a vote network."""
+        encoder = self.model.task_model.image_encoder
+        if self.model.task_model.is_pretrained and encoder is not None:
+            return encoder
+        private, classes = self._private_set, len(self.instructions.classes)
+        if private.inputs.images_BCHW is None:
+            raise ValueError("votes need private images, and the data hold none")
+        file = self._kept_folder / "vote-network.safetensors"
+        return vote_network(private.inputs.images_BCHW, private.labels_N, classes, self.config.client, self.seed, file)
+
     def _public_features(self, private_MCHW: Tensor, synthetic_NCHW: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return features in the run's public encoder; None if it has none, or this client has not got it."""
         if not (name := self.config.client.vote_encoder):
             return None
         try:
-            public = PublicFeatures(name, self.node, self._features_file, self.device)
+            public = PublicFeatures(name, self.node, self._kept_folder / "features.safetensors", self.device)
         except ConfigError as error:
             logger.warning("%s: its votes go by pixels and its own model alone: %s", self.name, error)
             return None
