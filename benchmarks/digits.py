@@ -13,6 +13,7 @@ from benchmarks.references import t2i_bounds
 from benchmarks.rows import (
     ACCURACY,
     COSTS_AND_T2I,
+    DIGITS,
     MEMORY,
     PLAIN,
     Overrides,
@@ -71,7 +72,7 @@ def main() -> None:
     for alpha in arguments.alphas:
         runs = run_rows(
             {name: ROWS[name] for name in arguments.rows},
-            {"rounds": arguments.rounds, "data.alpha": alpha},
+            DIGITS | {"rounds": arguments.rounds, "data.alpha": alpha},
             arguments.seeds,
             NODES,
             out / f"alpha-{alpha:g}",
@@ -79,7 +80,7 @@ def main() -> None:
         print(f"\n### alpha {alpha:g}, {arguments.seeds} seeds, {arguments.rounds} rounds\n\n{table(runs, COLUMNS)}")
         print(f"\n{t2i_before(runs)}")
     print("\n### What bounds the T2I (seed 0)\n\n| | alignment | Frechet |\n|---|---|---|")
-    for name, measures in t2i_bounds({}):
+    for name, measures in t2i_bounds(DIGITS):
         print(f"| {name} | {spread([measures.alignment])} | {spread([measures.frechet], 0)} |")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import datasets
 
-from benchmarks.rows import ACCURACY, Lines, Overrides, Runs, harms, modality, row_folder, run_once, spread, t2i
+from benchmarks.rows import ACCURACY, DIGITS, Lines, Overrides, Runs, harms, modality, row_folder, run_once, spread, t2i
 from fedmmkt.starter import public
 
 NODES = 6
@@ -73,7 +73,7 @@ def make_vendors(emoji: Path, out: Path, device: str, seed: int = 0) -> None:
 def settings(name: str, out: Path, emoji: Path, device: str) -> Overrides:
     """Return the run-config of a dataset; make its T2I if there is none yet."""
     if name == "digits":
-        return {}
+        return DIGITS
     start = out / "start"
     if not (start / "model").exists():
         make_vendors(emoji, start, device)

@@ -22,6 +22,7 @@ from benchmarks.references import centralised, fedavg, t2i_bounds
 from benchmarks.rows import (
     ACCURACY,
     COSTS,
+    DIGITS,
     PLAIN,
     Column,
     Overrides,
@@ -74,7 +75,7 @@ class Dataset:
 
 
 DATASETS: dict[str, Dataset] = {
-    "digits": Dataset(digits.NODES, lambda data, start: {}, digits.FROZEN),
+    "digits": Dataset(digits.NODES, lambda data, start: DIGITS, digits.FROZEN),
     "mnist": Dataset(digits.NODES, lambda data, start: {"data.dataset": "mnist"}, digits.FROZEN),
     "vendors": Dataset(
         harm.NODES,

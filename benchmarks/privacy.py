@@ -37,13 +37,13 @@ from benchmarks.privacy_attacks import (
     rates,
     votes_on_copies,
 )
-from benchmarks.rows import ACCURACY, COSTS_AND_T2I, Column, Overrides, modality, run_rows, table
+from benchmarks.rows import ACCURACY, COSTS_AND_T2I, DIGITS, Column, Overrides, modality, run_rows, table
 from fedmmkt.client_app.answers import nearest_neighbour_votes, private_votes, vote_features
 from fedmmkt.client_app.learning.optimizer import AdamW
 from fedmmkt.client_app.learning.training import AlignedModel, PrivateSet, parameter_groups, predict, train
 from fedmmkt.client_app.models.building import build_task_model
 from fedmmkt.client_app.models.task_model import Inputs
-from fedmmkt.common.config import RunConfig
+from fedmmkt.common.config import DataConfig, RunConfig
 from fedmmkt.common.datasets import load_splits, to_examples
 from fedmmkt.common.payloads import VOTES_PER_IMAGE
 from fedmmkt.common.privacy import DEFAULT_DELTA, most_precision, plan_of
@@ -131,7 +131,7 @@ class Holdings:
 
 def divide(clients: int = NODES, epochs: int | None = None) -> Holdings:
     """Divide the digits among clients at random, so that members and others are alike, and train their models."""
-    config = RunConfig(seed=0)
+    config = RunConfig(seed=0, data=DataConfig(dataset="digits"))
     settings = config.client
     epochs = settings.warmup_epochs + settings.local_epochs * (ROUNDS - 1) if epochs is None else epochs
     splits = load_splits(config.data, 0)
@@ -332,7 +332,7 @@ def main() -> None:
     rows = dict(row(epsilon) for epsilon in arguments.epsilon)
     tables = []
     if arguments.seeds:
-        common: Overrides = {"rounds": 2 if arguments.quick else ROUNDS, "data.alpha": 0.1}
+        common = DIGITS | {"rounds": 2 if arguments.quick else ROUNDS, "data.alpha": 0.1}
         runs = run_rows(rows, common, arguments.seeds, NODES, out / "digits")
         title = f"### Digits, alpha 0.1, {arguments.seeds} seed(s), {common['rounds']} rounds"
         tables.append(f"{title}, delta {DEFAULT_DELTA:g}\n\n{table(runs, COLUMNS)}")

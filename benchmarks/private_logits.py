@@ -25,7 +25,7 @@ from fedmmkt.client_app.learning.training import predict
 from fedmmkt.client_app.models.building import build_task_model
 from fedmmkt.client_app.models.task_model import Inputs, TaskModel, to_float
 from fedmmkt.common.augmentation import augment
-from fedmmkt.common.config import RunConfig
+from fedmmkt.common.config import DataConfig, RunConfig
 from fedmmkt.common.datasets import load_splits, to_examples
 from fedmmkt.common.partitioning import partition_rows
 from fedmmkt.common.privacy import DEFAULT_DELTA, noise_of
@@ -43,7 +43,7 @@ class Setting:
     """Images and labels of clients, of the test part and of synthetic samples; and a model of the latter alone."""
 
     def __init__(self, seed: int, samples: int, steps: int) -> None:
-        config = RunConfig(seed=seed)
+        config = RunConfig(seed=seed, data=DataConfig(dataset="digits"))
         splits = load_splits(config.data, seed)
         train, test = (to_examples(part, config.data, images=True, texts=False) for part in (splits.train, splits.test))
         self.classes, self.steps, self.seed = len(splits.classes), steps, seed

@@ -23,7 +23,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from benchmarks.attacks import ATTACKS, Honest, own_sight_NC
-from benchmarks.rows import Lines, Overrides, row_folder, run_once, spread
+from benchmarks.rows import DIGITS, Lines, Overrides, row_folder, run_once, spread
 from fedmmkt.client_app import app as honest_app
 from fedmmkt.common.images import resize_images
 from fedmmkt.common.payloads import ClientReport, DistillationPayload, Request, SyntheticBatch
@@ -354,7 +354,7 @@ def main() -> None:
         tuple(arguments.fractions or base.fractions),
         base.settings | ({"rounds": arguments.rounds} if arguments.rounds else {}),
     )
-    common: Overrides = {"data.alpha": arguments.alpha, "checkpoints-kept": 0}
+    common = DIGITS | {"data.alpha": arguments.alpha, "checkpoints-kept": 0}
     name = "quick" if arguments.quick else f"rounds-{profile.settings['rounds']}"
     out = (arguments.out / name / f"alpha-{arguments.alpha:g}").resolve()
     if arguments.replay:

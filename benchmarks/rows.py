@@ -37,6 +37,8 @@ Run = Callable[[Path, Overrides, int], Lines]  # Of a folder, the run-config and
 
 CLIENT_APP = "fedmmkt.client_app.app:app"
 
+# The small handwritten digits of scikit-learn, on which most tables of docs/results.md were made.
+DIGITS: Overrides = {"data.dataset": "digits"}
 # Clients that use plain distillation on synthetic samples.
 PLAIN: Overrides = {"client.balanced-softmax": False, "client.prompt-weight": 0.0, "client.alignment-weight": 0.0}
 

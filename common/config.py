@@ -135,9 +135,9 @@ class DataConfig(_Section):
     """The data of a run, and how a simulation divides it among clients."""
 
     dataset: str = Field(
-        "digits",
+        "mnist",
         min_length=1,
-        description="`digits` or `mnist`; a file or folder of parquet, CSV or JSON lines; a folder of images; or a "
+        description="`mnist` or `digits`; a file or folder of parquet, CSV or JSON lines; a folder of images; or a "
         "hub id",
     )
     subset: str = Field("", description="configuration name, for a hub dataset that has several")

@@ -20,6 +20,7 @@ settings.register_profile("repeatable", derandomize="FEDMMKT_EXAMPLES" not in os
 settings.load_profile("repeatable")
 
 TINY = {
+    "data.dataset": "digits",
     "rounds": 2,
     "tracker": "",
     "judge": False,
