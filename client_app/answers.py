@@ -16,8 +16,10 @@ from fedmmkt.common.payloads import LARGEST_LOGIT, VOTES_PER_IMAGE
 
 VOTE_PIXELS = 16
 CHUNK = 256
-PIXEL_PART = 0.25  # Of pixels in the squared distance, beside the encoder's features.
+# Of the squared distance, beside the encoder's features.
+PIXEL_PART, STYLE_PART = 0.25, 0.1
 PUBLIC_PART = 4.0  # Of a public encoder's features, if the run has one.
+DETAILS, FAINT = 3, 1e-6  # Sizes of detail, and the energy below which there is none.
 FLAT = 1e-3  # Length of an image's pixels about their mean, in [-1, 1], below which it shows nothing.
 
 
@@ -121,13 +123,13 @@ def vote_features(
     synthetic_NCHW: Tensor,
     public: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return features of private and synthetic images: pixels, the client's image encoder, and a public one if given.
+    """Return features of private and synthetic images: pixels, an image encoder, style, and a public encoder if given.
 
     Pixels, at most `VOTE_PIXELS` per side, show how an image looks. Each image's mean is taken away and its length made
     one, so that the squared distance is two less twice the normalised cross-correlation: brightness and contrast do not
-    count. By plain distances the palest sample is nearest to everybody, and the T2I fades. The encoder shows what the
-    client has learned to see. Both kinds of features are scaled to the same mean squared distance from their mean; then
-    pixels count by `PIXEL_PART`, since a blurred image has the pattern of many.
+    count. By plain distances the palest sample is nearest to everybody, and the T2I fades. The encoder shows what tells
+    the client's classes apart, and `style_of` how images are drawn. All kinds of features are scaled to the same mean
+    squared distance from their mean; then they count by `PIXEL_PART`, `STYLE_PART`, and the encoder by 1.
 
     Parameters
     ----------
@@ -140,20 +142,54 @@ def vote_features(
         just because it is near the middle: the mean of the private images is taken away, and each length made one.
     """
     encoder.eval()
+    images = private_MCHW, synthetic_NCHW
     found = [
-        (*(_extracted(extract, images) for images in (private_MCHW, synthetic_NCHW)), part)
-        for extract, part in ((_patterns, PIXEL_PART), (encoder, 1.0))
+        (_of_both(_patterns, images), PIXEL_PART),
+        (_of_both(encoder, images), 1.0),
+        (_by_spread(*_of_both(style_of, images)), STYLE_PART),
     ]
     if public is not None:
-        mean_F = public[0].mean(0)
-        found.append((*(F.normalize(features - mean_F, dim=1).to(found[0][0]) for features in public), PUBLIC_PART))
+        found.append((_directions(*public), PUBLIC_PART))
     features = []
-    for private, synthetic, part in found:
+    for (private, synthetic), part in found:
         spread = (private - private.mean(0)).square().sum(1).mean().sqrt().clamp_min(1e-6)
         scale = part**0.5 / spread
-        features.append((private * scale, synthetic * scale))
+        features.append([(private * scale).to(private_MCHW.device), (synthetic * scale).to(private_MCHW.device)])
     privates, synthetics = zip(*features, strict=True)
     return torch.cat(privates, 1), torch.cat(synthetics, 1)
+
+
+def style_of(images_NCHW: Tensor) -> Tensor:
+    """Return how images are drawn, whatever they show: brightness, contrast, and detail of three sizes (N, 5).
+
+    Detail is the logarithm of the energy in a band of the image's Laplacian pyramid (Burt and Adelson, 1983). In so few
+    dimensions nothing is near everything, so a blurred sample is near blurred images alone.
+    """
+    grey_N1HW = images_NCHW.mean(1, keepdim=True)
+    features = [grey_N1HW.mean((1, 2, 3)), grey_N1HW.std((1, 2, 3))]
+    for _ in range(DETAILS):
+        blurred_N1HW = F.avg_pool2d(F.pad(grey_N1HW, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        energy_N = (grey_N1HW - blurred_N1HW).square().mean((1, 2, 3))
+        features.append(energy_N.clamp_min(FAINT).log() / 2)  # Of the amplitude.
+        grey_N1HW = F.avg_pool2d(blurred_N1HW, 2) if min(blurred_N1HW.shape[-2:]) > 1 else blurred_N1HW
+    return torch.stack(features, 1)
+
+
+def _by_spread(private_MF: Tensor, synthetic_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide each feature by its standard deviation over the private images."""
+    spread_F = private_MF.std(0, correction=0).clamp_min(1e-3)
+    return private_MF / spread_F, synthetic_NF / spread_F
+
+
+def _directions(private_MF: Tensor, synthetic_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the directions of features from the mean of the private images."""
+    mean_F = private_MF.mean(0)
+    return F.normalize(private_MF - mean_F, dim=1), F.normalize(synthetic_NF - mean_F, dim=1)
+
+
+def _of_both(extract: Callable[[Tensor], Tensor], images: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return features of private and of synthetic images."""
+    return _extracted(extract, images[0]), _extracted(extract, images[1])
 
 
 def _extracted(extract: Callable[[Tensor], Tensor], images_NCHW: Tensor) -> Tensor:
