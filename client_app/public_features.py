@@ -48,7 +48,7 @@ class PublicFeatures:
                 "built-in encoders, or any with the node-config key 'run-models=true'"
             )
         self.name, self.file, self.device = name, file, device
-        self.encoder = _of_transformers(name) if name.startswith(TRANSFORMERS) else public_encoder(name)
+        self.encoder = find_encoder(name)
 
     def of(self, images_NCHW: Tensor) -> Tensor:
         """Return the features of uint8 images (N, F), on the CPU."""
@@ -61,6 +61,17 @@ class PublicFeatures:
         """Return the features of private images, from the disk if they are there."""
         key = fingerprint(self.name, images_MCHW)
         return kept_or_made(self.file, key, lambda: {FEATURES: self.of(images_MCHW)})[FEATURES]
+
+
+def find_encoder(name: str) -> nn.Module:
+    """Return the encoder that ``client.vote-encoder`` names.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, or it cannot be loaded.
+    """
+    return _of_transformers(name) if name.startswith(TRANSFORMERS) else public_encoder(name)
 
 
 @lru_cache(maxsize=4)

@@ -60,12 +60,19 @@ class _EfficientNetLite(nn.Module):
 
 
 @lru_cache(maxsize=4)
-def public_encoder(name: str) -> nn.Module:
+def public_encoder(name: str, where: str = "") -> nn.Module:
     """Return a registered encoder, ready to be used; it is loaded once a process.
+
+    Parameters
+    ----------
+    name : str
+        A registered name, or ``module:name``.
+    where : str
+        Where the name was given, for error texts; by default ``client.vote-encoder``.
 
     Raises
     ------
     ConfigError
         If there is none of this name, or it cannot be loaded.
     """
-    return image_encoders.get(name)().eval().requires_grad_(False)
+    return image_encoders.get(name, where=where)().eval().requires_grad_(False)

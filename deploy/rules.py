@@ -12,13 +12,14 @@ def registries() -> list[Registry[Any]]:
     """Return the registries of all parts that a configuration chooses by name."""
     import fedmmkt.client_app.models.building  # noqa: F401  These import torch and diffusers, which help does not need.
     from fedmmkt.client_app.models.task_model import task_models
+    from fedmmkt.common.image_encoders import image_encoders
     from fedmmkt.server_app.rules.aggregation import aggregations
     from fedmmkt.server_app.rules.scores import scores
     from fedmmkt.server_app.rules.updates import updates
     from fedmmkt.server_app.strategy import strategies
     from fedmmkt.server_app.t2i.families import families
 
-    return [strategies, aggregations, scores, updates, families, task_models]
+    return [strategies, aggregations, scores, updates, families, task_models, image_encoders]
 
 
 def listing() -> str:

@@ -79,11 +79,15 @@ def checks_of_clients(app: Path, config: RunConfig) -> Iterator[Check]:
     for model in config.client.models:
         yield partial(_within, app, partial(check_task_model, model, config.extra.as_dict()))
     yield partial(_check_bundled, app, config.client.models)
+    if config.client.vote_encoder:
+        yield partial(_within, app, partial(_check_vote_encoder, config.client.vote_encoder))
 
 
 def checks_of_server(app: Path, config: RunConfig) -> Iterator[Check]:
     """Yield a check of each rule and part that the server uses, and of each file that it reads."""
     yield partial(check_trackers, config.tracker)
+    if config.judge_encoder:
+        yield partial(_within, app, partial(_check_judge_encoder, config.judge_encoder))
     for check in (check_rules, _check_strategy, _check_family):
         yield partial(_within, app, partial(check, config))
     named = (config.t2i.aggregation, config.t2i.scores, config.t2i.update, config.strategy, config.t2i.family)
@@ -102,6 +106,18 @@ def checks_of_server(app: Path, config: RunConfig) -> Iterator[Check]:
         yield partial(_check_unused, Path(config.output_dir).expanduser())
     if config.resume_from:
         yield partial(_check_resumed, Path(config.resume_from).expanduser(), config)
+
+
+def _check_vote_encoder(name: str) -> None:
+    from fedmmkt.client_app.public_features import find_encoder
+
+    find_encoder(name)
+
+
+def _check_judge_encoder(name: str) -> None:
+    from fedmmkt.server_app.record.public_measures import find_network
+
+    find_network(name)
 
 
 def checks_of_data(config: RunConfig, nodes: int | None = None, whole: bool = True) -> Iterator[Check]:

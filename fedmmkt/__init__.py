@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedmmkt.client_app.models.task_model import Inputs, TaskModel, task_models
     from fedmmkt.client_app.trained import ClientModel, load_client_model
     from fedmmkt.common.config import ConfigError, NodeConfig, RunConfig
+    from fedmmkt.common.image_encoders import image_encoders
     from fedmmkt.common.payloads import (
         ClassReport,
         ClientReport,
@@ -64,6 +65,7 @@ _PUBLIC = {
     "client_app.models.task_model": ("Inputs", "TaskModel", "task_models"),
     "client_app.trained": ("ClientModel", "load_client_model"),
     "common.registry": ("Registry",),
+    "common.image_encoders": ("image_encoders",),
     "common.config": ("ConfigError", "NodeConfig", "RunConfig"),
     "common.payloads": (
         "ClassReport",
@@ -109,6 +111,7 @@ __all__ = [
     "by_sample",
     "families",
     "generate_folder",
+    "image_encoders",
     "load_client_model",
     "load_generator",
     "push_adapter",

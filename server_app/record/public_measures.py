@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmmkt.common.image_encoders import public_encoder
 from fedmmkt.server_app.record.variety import variety
@@ -61,7 +61,7 @@ class PublicJudge:
 
     def __init__(self, encoder: str, real_NHWC: np.ndarray, device: torch.device) -> None:
         self.encoder, self.device = encoder, device
-        self._network = public_encoder(encoder).to(device)
+        self._network = find_network(encoder).to(device)
         self.real_NF = self._embed(real_NHWC)
 
     def measure(self, images_NHWC: np.ndarray) -> PublicMeasures | None:
@@ -85,6 +85,17 @@ class PublicJudge:
         chunks: list[Tensor] = [self._network((chunk.to(self.device).float() / 127.5 - 1).contiguous())
                                 for chunk in images_NCHW.split(CHUNK)]  # fmt: skip
         return torch.cat([chunk.cpu() for chunk in chunks]).numpy()
+
+
+def find_network(name: str) -> nn.Module:
+    """Return the network that ``judge-encoder`` names.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, or it is not installed.
+    """
+    return public_encoder(name, "run-config key 'judge-encoder'")
 
 
 def kernel_distance(first_NF: np.ndarray, second_MF: np.ndarray) -> float:

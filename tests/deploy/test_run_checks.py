@@ -78,6 +78,14 @@ def test_a_wrong_key_does_not_hide_what_is_wrong_else(birds):
         assert text in "\n".join(unsure)
 
 
+@pytest.mark.parametrize("key", ["judge_encoder", "client__vote_encoder"])
+def test_an_unknown_image_encoder_is_told(key):
+    (told,) = problems(**{key: "efficientnet"})
+    check_run(ROOT, 2, {key.replace("__", ".").replace("_", "-"): "efficientnet-lite0"})
+
+    assert f"{key.replace('__', '.').replace('_', '-')!r} is 'efficientnet', but no image encoder" in told
+
+
 @pytest.mark.parametrize("dataset", ["digits", "birds"])
 def test_too_many_nodes_for_the_data_are_told(birds, dataset):
     given = {"data.dataset": str(birds), "data.image-column": "photo", "data.label-column": "species"}

@@ -230,7 +230,7 @@ def test_the_title_says_dataset_model_and_date(tmp_path):
 
     html = write_report(folder.path).read_text()
 
-    assert "<title>FedMMKT: digits, T2I starter, 2026-03-04</title>" in html
+    assert "<title>FedMMKT: mnist, T2I starter, 2026-03-04</title>" in html
 
 
 def test_the_machine_is_described(tmp_path):
