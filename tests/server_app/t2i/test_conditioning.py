@@ -22,7 +22,7 @@ def test_a_round_encodes_each_prompt_once(monkeypatch):
     generator, encoded, encode = counting_encoder(monkeypatch)
 
     made = generator.generate(PROMPTS, range(4), 1.5)
-    variations(generator, made, PROMPTS, range(4), 1.5, 0.9)
+    variations(generator, made, PROMPTS, range(4), 1.5, explore_strength=0.9)
     generator.encoder.text_embeddings(PROMPTS[:2])
     generator.adapt(made, torch.ones(4), 2, 0)
     rows, _ = generator.encoder.conditioning(PROMPTS)(torch.tensor([3, 0, 2]))

@@ -69,7 +69,7 @@ def test_two_threads_of_a_cpu_make_what_one_makes(capfd):
         three, done = Generator(FAST, seed=0), []
 
         together = three.generate(prompts, seeds, 1.0, done.append)
-        varied = variations(three, together, prompts, seeds, 1.0, 0.5)
+        varied = variations(three, together, prompts, seeds, 1.0, explore_strength=0.5)
 
         assert torch.get_num_threads() == 3
         assert [threads_of_a_new_thread() for _ in range(2)] == [3, 3]
@@ -154,8 +154,10 @@ def test_a_sample_depends_on_its_own_prompt_and_seed_only(generator):
 
 def test_variations_stay_near_their_parents_and_strength_one_does_not(generator):
     parents = generator.generate(PROMPTS, SEEDS, 1.5)
-    near = variations(generator, parents, PROMPTS, [7, 8, 9], 1.5, 0.4)
-    far = variations(generator, parents, PROMPTS, [7, 8, 9], 1.5, 1.0)
+    near, far = (
+        variations(generator, parents, PROMPTS, [7, 8, 9], 1.5, explore_warp=0, explore_strength=strength)
+        for strength in (0.4, 1.0)
+    )
 
     def distance(made):
         return np.abs(made.images_NHWC.astype(float) - parents.images_NHWC).mean()
