@@ -22,7 +22,6 @@ from fedmmkt.common.config import ClientConfig
 
 ARCHITECTURE, VERSION = "cnn", 1
 SIDE = 32  # Of the images that it reads, in pixels; larger ones are made smaller.
-EPOCHS = 8
 MOST_IMAGES = 5_000  # That it is trained on: more cost much, and its features need them little.
 
 
@@ -51,14 +50,16 @@ def vote_network(
     classes : int
         Size of the class space.
     config : ClientConfig
-        Learning rate, batch size, augmentation and loss are those of the client's model.
+        Learning rate, batch size, augmentation and loss are those of the client's model, and so are the epochs of its
+        first round (``client.warmup-epochs``).
     seed : int
         Seed of weights and training.
     file : Path
         Where the network is kept.
     """
-    settings = (VERSION, classes, seed, config.learning_rate, config.batch_size, config.augmentation)
-    key = fingerprint((*settings, config.balanced_softmax), images_MCHW, labels_M)
+    learning = (config.warmup_epochs, config.learning_rate, config.batch_size)
+    settings = (VERSION, classes, seed, *learning, config.augmentation, config.balanced_softmax)
+    key = fingerprint(settings, images_MCHW, labels_M)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AlignedModel(build_task_model(ARCHITECTURE, classes, SIDE), 0).to(images_MCHW.device)
@@ -72,7 +73,7 @@ def vote_network(
             small_MCHW = torch.cat([_small(to_float(part)) for part in images_MCHW[chosen].split(256)])
             private = PrivateSet(Inputs(small_MCHW), labels_M[chosen])
             optimizer = AdamW(parameter_groups(model, config), weight_decay=1e-3)
-            train(model, optimizer, private, None, config, EPOCHS, draws)
+            train(model, optimizer, private, None, config, config.warmup_epochs, draws)
             return {name: tensor.detach().cpu().clone() for name, tensor in encoder.state_dict().items()}
 
         encoder.load_state_dict(kept_or_made(file, key, trained))
