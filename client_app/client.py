@@ -202,7 +202,7 @@ class Client:
         try:
             public = PublicFeatures(name, self.node, self._kept_folder / "features.safetensors", self.device)
         except ConfigError as error:
-            logger.warning("%s: its votes go by pixels and its own model alone: %s", self.name, error)
+            logger.warning("%s: its votes go without the public encoder: %s", self.name, error)
             return None
         return public.of_private(private_MCHW), public.of(synthetic_NCHW)
 

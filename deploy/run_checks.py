@@ -108,18 +108,6 @@ def checks_of_server(app: Path, config: RunConfig) -> Iterator[Check]:
         yield partial(_check_resumed, Path(config.resume_from).expanduser(), config)
 
 
-def _check_vote_encoder(name: str) -> None:
-    from fedmmkt.client_app.public_features import find_encoder
-
-    find_encoder(name)
-
-
-def _check_judge_encoder(name: str) -> None:
-    from fedmmkt.server_app.record.public_measures import find_network
-
-    find_network(name)
-
-
 def checks_of_data(config: RunConfig, nodes: int | None = None, whole: bool = True) -> Iterator[Check]:
     """Yield a check of the dataset, and whether each client model that has a name finds in it what it reads.
 
@@ -223,6 +211,18 @@ def _check_keys(app: str, unknown: Iterable[str]) -> None:
 
 
 # The imports of our own parts take seconds and cannot fail, so they are skipped.
+def _check_vote_encoder(name: str) -> None:
+    from fedmmkt.client_app.public_features import find_encoder
+
+    find_encoder(name)
+
+
+def _check_judge_encoder(name: str) -> None:
+    from fedmmkt.server_app.record.public_measures import find_network
+
+    find_network(name)
+
+
 def _check_strategy(config: RunConfig) -> None:
     if config.strategy != RunConfig().strategy:
         from fedmmkt.server_app.strategy import strategies

@@ -10,12 +10,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedmmkt.common.image_encoders import public_encoder
+from fedmmkt.common.image_encoders import encoded, public_encoder
 from fedmmkt.server_app.record.variety import variety
-
-CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class PublicJudge:
 
     def __init__(self, encoder: str, real_NHWC: np.ndarray, device: torch.device) -> None:
         self.encoder, self.device = encoder, device
-        self._network = find_network(encoder).to(device)
+        self._network = find_network(encoder)
         self.real_NF = self._embed(real_NHWC)
 
     def measure(self, images_NHWC: np.ndarray) -> PublicMeasures | None:
@@ -79,12 +77,8 @@ class PublicJudge:
             return None
         return PublicMeasures(self.encoder, kernel_distance(features_NF, real_MF), **asdict(various))
 
-    @torch.no_grad()
     def _embed(self, images_NHWC: np.ndarray) -> np.ndarray:
-        images_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
-        chunks: list[Tensor] = [self._network((chunk.to(self.device).float() / 127.5 - 1).contiguous())
-                                for chunk in images_NCHW.split(CHUNK)]  # fmt: skip
-        return torch.cat([chunk.cpu() for chunk in chunks]).numpy()
+        return encoded(self._network, torch.from_numpy(images_NHWC).permute(0, 3, 1, 2), self.device).numpy()
 
 
 def find_network(name: str) -> nn.Module:

@@ -126,3 +126,14 @@ def test_a_node_needs_data():
         NodeConfig.from_flower({"name": "hospital"})
     with pytest.raises(ConfigError, match="node-config key 'modle' is unknown"):
         NodeConfig.from_flower({"data-path": "/data", "modle": "cnn"})
+
+
+def test_variations_that_would_be_copies_are_refused():
+    still = {"t2i.explore-warp": 0.0, "t2i.explore-strength": 0.0}
+
+    with pytest.raises(
+        ConfigError, match=r"variations would be copies; allowed: one of them above 0, or t2i.explore 0"
+    ):
+        RunConfig.from_flower(still)
+
+    assert RunConfig.from_flower(still | {"t2i.explore": 0.0}).t2i.explore == 0
