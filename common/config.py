@@ -274,7 +274,7 @@ class T2IConfig(_Section):
         description="prompt templates with `{}` in place of the class name; a comma separates them where each part has "
         "its own `{}`; empty: four for digits with the starter, else `a picture of a {}`",
     )
-    samples_per_round: int = Field(400, ge=1, le=1_000_000, description="images generated per round")
+    samples_per_round: int = Field(600, ge=1, le=1_000_000, description="images of a round, new ones and variations")
     classes_per_round: int = Field(
         0,
         ge=0,
@@ -295,7 +295,7 @@ class T2IConfig(_Section):
     inference_steps: int = Field(12, ge=1, le=1000, description="denoising steps per image")
     guidance: Numbers = Field((1.5, 1.0), description="guidance scale of each round; later rounds use the last value")
     explore: Fraction = Field(
-        0.5,
+        0.33,
         description="fraction of the samples that vary well-scored samples of the last round",
     )
     explore_warp: float = Field(
