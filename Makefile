@@ -27,7 +27,7 @@ install: $(VENV)/usable
 	@echo "Installed. Next: . $(VENV)/bin/activate, then fedmmkt demo, or fedmmkt --help"
 
 test: $(VENV)/developed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/developed layout
 	$(VENV)/bin/python -m ruff check .

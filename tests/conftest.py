@@ -2,8 +2,8 @@
 
 import os
 
-# Before anything imports torch: small models are slower on many threads than on one.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before anything imports torch: small models are slower on many threads. `make test` has a process per core.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
