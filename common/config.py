@@ -295,8 +295,8 @@ class T2IConfig(_Section):
     inference_steps: int = Field(12, ge=1, le=1000, description="denoising steps per image")
     guidance: Numbers = Field((1.5, 1.0), description="guidance scale of each round; later rounds use the last value")
     explore: Fraction = Field(
-        0.33,
-        description="fraction of the samples that vary well-scored samples of the last round",
+        0.5,
+        description="fraction of the samples that vary well-scored ones of the last round, while clients accept the T2I's updates",
     )
     explore_warp: float = Field(
         1.0,
@@ -354,7 +354,7 @@ class T2IConfig(_Section):
         min_length=1,
         description="groups of layers that get LoRA: attention, convolution, feed-forward, time; or layer names",
     )
-    adaptation_steps: int = Field(80, ge=0, le=1_000_000, description="optimiser steps per update")
+    adaptation_steps: int = Field(120, ge=0, le=1_000_000, description="optimiser steps per update")
     adaptation_batch_size: int = Field(32, ge=1, le=4096, description="samples per step")
     adaptation_micro_batch_size: int = Field(
         0, ge=0, le=4096, description="samples of a step computed at once, to save memory; 0: chosen by their size"

@@ -149,7 +149,8 @@ class FedMMKT(Strategy):
         """Generate one image per prompt, with the round's guidance scale.
 
         For the first ``t2i.explore`` fraction of the prompts, the image is a variation of a well-scored sample of the
-        last round with the same class, as in Private Evolution (arXiv 2305.15560). All other images are new.
+        last round with the same class, as in Private Evolution (arXiv 2305.15560). All other images are new; all are
+        new until the guard lets the T2I explore (`Guard.exploring`).
 
         Parameters
         ----------
@@ -163,7 +164,7 @@ class FedMMKT(Strategy):
         seeds = sample_seeds(self.config.seed, server_round, len(prompts))
         guidance = self.guidance(server_round)
         parents: dict[int, Tensor] = {}
-        if pool and self.generator.can_vary:
+        if pool and self.generator.can_vary and self.guard.exploring:
             explored = prompts[: int(len(prompts) * self.config.t2i.explore)]
             parents = draw_parents(pool[-1], explored, seeds[0])
         progress, size = self.recorder.progress, self._image_size()

@@ -93,6 +93,14 @@ class Guard:
     def __init__(self, share: float, generator: Generator, ledger: Ledger, explore: float = 0.0) -> None:
         self.share, self.generator, self.ledger, self.explore = share, generator, ledger, explore
 
+    @property
+    def exploring(self) -> bool:
+        """Whether samples may vary earlier ones: without a guard always, else if clients accepted the last update.
+
+        Variations take the place of new samples, from which clients learn more where the T2I does not improve.
+        """
+        return not self.share or (self.ledger.guard.number > 0 and self.ledger.guard.trusted)
+
     def generate(
         self, prompts: Sequence[Prompt], seed: int, generate: Callable[[list[Prompt]], Samples]
     ) -> tuple[Samples, Arms | None]:
@@ -145,7 +153,7 @@ class Guard:
             return None
         trial = state.trial.with_batch(arms.made_N)
         said = opinions(answers, prompted_N, text_consensus_NC)
-        varied_N = varied(arms.made_N, self.explore)
+        varied_N = varied(arms.made_N, self.explore if self.exploring else 0.0)
         tested_N = torch.ones_like(varied_N) if self.generator.config.explore_strength else ~varied_N
         group_N = 2 * prompted_N + varied_N
         found = {

@@ -1,6 +1,7 @@
 """Champion and challenger with the real starter model and real clients."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,24 @@ def test_each_adapter_varies_the_first_part_of_what_it_makes():
     assert not bool(varied(made_N, 0.0).any())
 
 
+@pytest.mark.parametrize(
+    ("share", "number", "trusted", "explores"),
+    [(0.25, 0, True, False), (0.25, 1, True, True), (0.25, 2, False, False), (0.0, 0, True, True)],
+)
+def test_the_t2i_varies_samples_if_clients_accepted_its_last_update(strategy, share, number, trusted, explores):
+    strategy.ledger.guard = GuardState(number=number, trusted=trusted)
+    strategy.guard.share = share
+    prompts = strategy.make_prompts(1)
+    first = strategy.generate(1, prompts, [])
+    pool = [replace(first, scores_N=torch.ones(len(prompts)))]
+
+    batch, new = strategy.generate(2, prompts, pool), strategy.generate(2, prompts, [])
+
+    alike = (batch.latents_NCHW - new.latents_NCHW).abs().flatten(1).amax(1).lt(1e-3).tolist()
+    assert (not all(alike)) == explores
+    assert all(alike[10:])  # The first third of 30 samples may be variations.
+
+
 @pytest.mark.parametrize(("strength", "counts"), [(0.5, True), (0.0, False)])
 def test_variations_that_no_adapter_denoises_say_nothing_of_either(strategy, challenger, strength, counts):
     """Votes go to the challenger's variations, which are all of class 0, and to the champion's new samples."""
@@ -95,7 +114,7 @@ def test_variations_that_no_adapter_denoises_say_nothing_of_either(strategy, cha
     made_N, prompted_N = torch.arange(40) % 2 == 1, torch.arange(40) // 20
     varied_N = varied(made_N, 0.5)
     ledger = strategy.ledger
-    ledger.arms, ledger.guard = Arms(made_N, challenger, 0), GuardState(Trial(challenger))
+    ledger.arms, ledger.guard = Arms(made_N, challenger, 1), GuardState(Trial(challenger), number=1)
     ledger.pool = [Samples(("",) * 40, prompted_N, np.zeros((40, 0, 0, 3), np.uint8), torch.zeros(40, 4, 8, 8))]
     votes_N = torch.where(varied_N, 100.0 * made_N, 1.0 * ~made_N)
     logits_NC, counts_C = np.zeros((40, 2), np.float16), np.array([5, 5])
@@ -127,6 +146,21 @@ def test_an_update_made_to_harm_is_taken_back(tiny_run, make_grid, feedback, cap
     assert "the T2I's update is taken back: clients prefer the images before it" in caplog.text
     sizes = [len(samples) for samples in strategy.ledger.pool]
     assert sizes == [120, 15, 105]  # A refused challenger's samples teach nobody; the second made the smaller part.
+
+
+def test_an_update_made_to_harm_is_taken_back_with_three_liars_among_ten(tiny_run, make_grid):
+    """Liars name other classes, vote for what shows their class least, and claim a thousand times their images."""
+    changes = HARM | {"rounds": 2, "client__models": "cnn,mlp", "client__warmup_epochs": 8, "min_available_nodes": 10}
+    liars = {"extra.attack": "inflated", "extra.liars": "0,1,2", "extra.honest-rounds": 0}
+    run_config = tiny_run(**changes) | liars
+    strategy = build_strategy(RunConfig.from_flower(run_config), 1)
+    before = {name: tensor.clone() for name, tensor in strategy.generator.adapter.state().items()}
+
+    strategy.start(make_grid(run_config, nodes=10, app="benchmarks.robustness:app"))
+
+    assert states_equal(strategy.generator.adapter.state(), before)
+    lines = strategy.recorder.run_folder.read_metrics()
+    assert [line["guard"]["verdict"] for line in lines[2:]] == ["taken back"]
 
 
 def test_without_the_guard_the_same_update_is_kept(tiny_run, make_grid):
