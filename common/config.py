@@ -296,7 +296,7 @@ class T2IConfig(_Section):
     guidance: Numbers = Field((1.5, 1.0), description="guidance scale of each round; later rounds use the last value")
     explore: Fraction = Field(
         0.5,
-        description="fraction of the samples that vary well-scored ones of the last round, while clients accept the T2I's updates",
+        description="fraction of the samples that vary well-scored ones of the last round while clients accept updates",
     )
     explore_warp: float = Field(
         1.0,
