@@ -103,7 +103,7 @@ def test_the_t2i_varies_samples_if_clients_accepted_its_last_update(strategy, sh
 
     alike = (batch.latents_NCHW - new.latents_NCHW).abs().flatten(1).amax(1).lt(1e-3).tolist()
     assert (not all(alike)) == explores
-    assert all(alike[10:])  # The first third of 30 samples may be variations.
+    assert all(alike[15:])  # The first half of 30 samples may be variations.
 
 
 @pytest.mark.parametrize(("strength", "counts"), [(0.5, True), (0.0, False)])
