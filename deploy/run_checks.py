@@ -210,7 +210,6 @@ def _check_keys(app: str, unknown: Iterable[str]) -> None:
         raise ConfigError(f"run-config keys unknown to {app}: {', '.join(unknown)}")
 
 
-# The imports of our own parts take seconds and cannot fail, so they are skipped.
 def _check_vote_encoder(name: str) -> None:
     from fedmmkt.client_app.public_features import find_encoder
 
@@ -223,6 +222,7 @@ def _check_judge_encoder(name: str) -> None:
     find_network(name)
 
 
+# The imports of our own parts take seconds and cannot fail, so they are skipped.
 def _check_strategy(config: RunConfig) -> None:
     if config.strategy != RunConfig().strategy:
         from fedmmkt.server_app.strategy import strategies

@@ -150,7 +150,7 @@ class FedMMKT(Strategy):
 
         For the first ``t2i.explore`` fraction of the prompts, the image is a variation of a well-scored sample of the
         last round with the same class, as in Private Evolution (arXiv 2305.15560). All other images are new; all are
-        new until the guard lets the T2I explore (`Guard.exploring`).
+        new until the guard lets the T2I explore (`Guard.explored_share`).
 
         Parameters
         ----------
@@ -164,8 +164,8 @@ class FedMMKT(Strategy):
         seeds = sample_seeds(self.config.seed, server_round, len(prompts))
         guidance = self.guidance(server_round)
         parents: dict[int, Tensor] = {}
-        if pool and self.generator.can_vary and self.guard.exploring:
-            explored = prompts[: int(len(prompts) * self.config.t2i.explore)]
+        explored = prompts[: int(len(prompts) * self.guard.explored_share)]
+        if pool and self.generator.can_vary:
             parents = draw_parents(pool[-1], explored, seeds[0])
         progress, size = self.recorder.progress, self._image_size()
         return generate_or_vary(self.generator, prompts, seeds, guidance, parents, progress, size)

@@ -94,12 +94,14 @@ class Guard:
         self.share, self.generator, self.ledger, self.explore = share, generator, ledger, explore
 
     @property
-    def exploring(self) -> bool:
-        """Whether samples may vary earlier ones: without a guard always, else if clients accepted the last update.
+    def explored_share(self) -> float:
+        """The fraction of an adapter's samples that vary earlier ones: ``explore``, or 0 if clients are not for it.
 
-        Variations take the place of new samples, from which clients learn more where the T2I does not improve.
+        With a guard, that is until they have accepted an update, and after they refused one. Variations take the place
+        of new samples, from which clients learn more where the T2I does not improve.
         """
-        return not self.share or (self.ledger.guard.number > 0 and self.ledger.guard.trusted)
+        state = self.ledger.guard
+        return self.explore if not self.share or (state.number > 0 and state.trusted) else 0.0
 
     def generate(
         self, prompts: Sequence[Prompt], seed: int, generate: Callable[[list[Prompt]], Samples]
@@ -153,7 +155,7 @@ class Guard:
             return None
         trial = state.trial.with_batch(arms.made_N)
         said = opinions(answers, prompted_N, text_consensus_NC)
-        varied_N = varied(arms.made_N, self.explore if self.exploring else 0.0)
+        varied_N = varied(arms.made_N, self.explored_share)
         tested_N = torch.ones_like(varied_N) if self.generator.config.explore_strength else ~varied_N
         group_N = 2 * prompted_N + varied_N
         found = {
