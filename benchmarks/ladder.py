@@ -2,8 +2,9 @@
 
 From local-only training over prompt labels, FedMD and the recipe with a frozen T2I to the whole, then the whole with
 logits alone and with a privacy budget; beside them FedAvg of one model (Flower's own strategy, the same partitions,
-private epochs and loss) and central training. All rows of a seed have the same partitions. ``vendors`` and ``cifar10``
-need ``--data``, a folder with ``emoji-vendors`` and ``cifar10``; their T2I is trained first. Tables are written to
+private epochs and loss) and central training. All rows of a seed have the same partitions. The T2I is measured before
+and after each run on ``--images`` images, with the guidance scale of the last round. ``vendors`` and ``cifar10`` need
+``--data``, a folder with ``emoji-vendors`` and ``cifar10``; their T2I is trained first. Tables are written to
 ``ladder.md`` in the output folder as they grow. Finished runs are kept there and not repeated.
 """
 
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import cifar10, digits, harm
+from benchmarks.measured import measured_again
 from benchmarks.references import centralised, fedavg, t2i_bounds
 from benchmarks.rows import (
     ACCURACY,
@@ -36,6 +38,7 @@ from benchmarks.rows import (
     t2i_before,
     table,
 )
+from fedmmkt.common.config import RunConfig, to_flower
 
 FROZEN = "the recipe, frozen T2I"
 WHOLE = "the whole"
@@ -110,17 +113,15 @@ def rows_of(dataset: Dataset) -> dict[str, Run]:
     }
 
 
-def floors_of(out: Path, seed: int) -> str:
+def floors_of(out: Path, seed: int, images: int) -> str:
     """Return a sentence with the sizes and floors of the T2I's measures, as a run with a judge has noted them."""
     for file in sorted(out.glob(f"*/seed-{seed}/run/config.json")):
         judge = json.loads(file.read_text(encoding="utf-8")).get("judge")
         if judge:
-            floors, images = judge["floors"], judge["images"]
+            floors, real = judge["floors"], judge["images"]["real"]
             told = ", ".join(f"{measure} {floors[measure]:.3g}" for measure in MEASURES if floors.get(measure))
-            return (
-                f"The T2I is measured on {images['generated']} images against {images['real']} real ones. Half of "
-                f"these against the other half ({floors['images']} each): {told}."
-            )
+            halves = f"Half of these against the other half ({floors['images']} each): {told}."
+            return f"The T2I is measured on {images} images against {real} real ones. {halves}"
     return ""
 
 
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1])
     parser.add_argument("--rounds", type=int, help="by default those of the dataset")
     parser.add_argument("--rows", nargs="+", choices=list(rows_of(DATASETS["digits"])))
+    parser.add_argument("--images", type=int, default=1000, help="on which the T2I is measured before and after a run")
     parser.add_argument("--bounds", action="store_true", help="also measure what bounds the T2I, with seed 0")
     parser.add_argument("--data", type=Path, help="folder of emoji-vendors and cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ladder"))
@@ -162,15 +164,19 @@ def main() -> None:
         for alpha in arguments.alphas:
             folder = out / name / f"alpha-{alpha:g}{f'-rounds-{arguments.rounds}' if arguments.rounds else ''}"
             common: Overrides = settings | {"data.alpha": alpha}
-            runs = run_each(rows, common, arguments.seeds, dataset.nodes, folder)
+            runs = measured_again(
+                run_each(rows, common, arguments.seeds, dataset.nodes, folder), folder, arguments.images
+            )
             parts = [
                 f"### {name}, alpha {alpha:g}, {arguments.seeds} seed(s)",
                 table(runs, COLUMNS),
                 t2i_before(runs, MEASURES),
             ]
-            parts.append(floors_of(folder, 0))
+            parts.append(floors_of(folder, 0, arguments.images))
             parts.append(harms(runs, FROZEN, COLUMNS) if arguments.seeds > 1 and FROZEN in rows else "")
-            parts.append(bounds_of(common | {"seed": 0}) if arguments.bounds else "")
+            guidance = RunConfig.from_flower(to_flower(RunConfig()) | common).t2i.guidance[-1]
+            measured = {"t2i.evaluation-samples": arguments.images, "t2i.evaluation-guidance": guidance}
+            parts.append(bounds_of(common | measured | {"seed": 0}) if arguments.bounds else "")
             sections.append("\n\n".join(part for part in parts if part))
             print(f"\n{sections[-1]}", flush=True)
             (out / "ladder.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")

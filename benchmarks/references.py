@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from benchmarks.measured import measure
 from benchmarks.rows import Lines, Overrides, keep, kept_lines
 from fedmmkt.client_app.data.private_data import PrivateData, load_private_data
 from fedmmkt.client_app.learning.optimizer import AdamW
@@ -31,7 +32,7 @@ from fedmmkt.server_app.prompts import build_prompt_source
 from fedmmkt.server_app.record.judge import GeneratorMeasures, Judge
 from fedmmkt.server_app.record.round_record import personal_accuracy
 from fedmmkt.server_app.t2i.generator import Generator, as_images
-from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
+from fedmmkt.server_app.t2i.samples import Samples
 
 MODEL = "extra.model"
 
@@ -191,11 +192,8 @@ def t2i_bounds(overrides: Overrides) -> list[tuple[str, GeneratorMeasures]]:
     private = Samples(captions, torch.from_numpy(labels_N), real_NHWC, latents_NCHW)
     for update in range(config.rounds):
         generator.adapt(private, torch.ones(len(private)), t2i.adaptation_steps, update)
-    prompts = build_prompt_source(t2i, splits.classes)(count, np.random.default_rng(config.seed))
-    texts, seeds = [prompt.text for prompt in prompts], sample_seeds(config.seed, 0, count)
-    made = generator.generate(texts, seeds, t2i.evaluation_guidance)
-    prompted_N = np.array([prompt.class_index for prompt in prompts])
-    measured("the same LoRA, trained on the private images themselves", made.images_NHWC, prompted_N)
+    found = measure(judge, generator, splits.classes, count, t2i.evaluation_guidance, config.seed)
+    rows.append(("the same LoRA, trained on the private images themselves", GeneratorMeasures(**found)))
     return rows
 
 

@@ -1,0 +1,78 @@
+"""The T2I of finished runs, measured again from their folders: on more images, as the last round would make them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.rows import Lines, Runs, row_folder
+from fedmmkt.common.datasets import load_splits
+from fedmmkt.common.files import write_atomically
+from fedmmkt.common.images import resize_images
+from fedmmkt.server_app.prompts import build_prompt_source
+from fedmmkt.server_app.record.judge import Judge
+from fedmmkt.server_app.record.judge_training import train_judge
+from fedmmkt.server_app.record.run_folder import RunFolder
+from fedmmkt.server_app.t2i.generator import Generator
+from fedmmkt.server_app.t2i.samples import sample_seeds
+from fedmmkt.server_app.trained import FinishedRun, load_generator
+
+
+def measured_again(runs: Runs, out: Path, images: int) -> Runs:
+    """Return runs with the T2I's measures before the first and after the last round made again.
+
+    Both are on equal prompts and seeds, at the guidance scale of the last round. They are kept beside the run. Runs
+    without measures, or without a folder of the T2I, stay as they are.
+
+    Parameters
+    ----------
+    runs : mapping
+        As from `rows.run_each`.
+    out : Path
+        The folder of these runs.
+    images : int
+        Number of images.
+    """
+    return {
+        name: [_again(row_folder(out, name, seed), lines, images) for seed, lines in enumerate(seeds)]
+        for name, seeds in runs.items()
+    }
+
+
+def _again(folder: Path, lines: Lines, images: int) -> Lines:
+    run = folder / "run"
+    if lines[-1]["generator"].get("frechet") is None or not RunFolder(run).lora.is_dir():
+        return lines
+    file = folder / f"t2i-on-{images}-images.json"
+    if not file.exists():
+        found = [_measure(run, adapted, images) for adapted in (False, True)]
+        write_atomically(file, lambda place: place.write_text(json.dumps(found), encoding="utf-8"))
+    before, after = json.loads(file.read_text(encoding="utf-8"))
+    last = lines[-1] | {"generator": lines[-1]["generator"] | after}
+    return [lines[0] | {"generator": lines[0]["generator"] | before}, *lines[1:-1], last]
+
+
+def _measure(run: Path, adapted: bool, images: int) -> dict[str, Any]:
+    finished = FinishedRun.read(run)
+    config = finished.config
+    judge = train_judge(config, load_splits(config.data, config.seed), torch.device("cpu"))  # Taken from its cache.
+    if judge is None:
+        raise ValueError(f"{run}: its data have no images")
+    generator = load_generator(run, None if adapted else 0)
+    return measure(judge, generator, finished.classes, images, config.t2i.guidance_of(config.rounds), config.seed)
+
+
+def measure(
+    judge: Judge, generator: Generator, classes: tuple[str, ...], images: int, guidance: float, seed: int
+) -> dict[str, Any]:
+    """Measure a generator as a run does, on so many images of one guidance scale."""
+    prompts = build_prompt_source(generator.config, classes)(images, np.random.default_rng(seed))
+    prompts = sorted(prompts, key=lambda prompt: prompt.class_index)
+    made = generator.generate([prompt.text for prompt in prompts], sample_seeds(seed, 0, images), guidance)
+    prompted_N = np.array([prompt.class_index for prompt in prompts])
+    return asdict(judge.measure(resize_images(made.images_NHWC, judge.image_size), prompted_N))
