@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.1])
     parser.add_argument("--rounds", type=int, help="by default those of the dataset")
     parser.add_argument("--rows", nargs="+", choices=list(rows_of(DATASETS["digits"])))
-    parser.add_argument("--images", type=int, default=1000, help="on which the T2I is measured before and after a run")
+    parser.add_argument("--images", type=int, default=500, help="on which the T2I is measured before and after a run")
     parser.add_argument("--bounds", action="store_true", help="also measure what bounds the T2I, with seed 0")
     parser.add_argument("--data", type=Path, help="folder of emoji-vendors and cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ladder"))

@@ -50,21 +50,27 @@ def _again(folder: Path, lines: Lines, images: int) -> Lines:
         return lines
     file = folder / f"t2i-on-{images}-images.json"
     if not file.exists():
-        found = [_measure(run, adapted, images) for adapted in (False, True)]
+        found = _measure(run, images)
         write_atomically(file, lambda place: place.write_text(json.dumps(found), encoding="utf-8"))
     before, after = json.loads(file.read_text(encoding="utf-8"))
     last = lines[-1] | {"generator": lines[-1]["generator"] | after}
     return [lines[0] | {"generator": lines[0]["generator"] | before}, *lines[1:-1], last]
 
 
-def _measure(run: Path, adapted: bool, images: int) -> dict[str, Any]:
+def _measure(run: Path, images: int) -> list[dict[str, Any]]:
+    """Measure the T2I of a run as it was before any round, and as it is now."""
     finished = FinishedRun.read(run)
     config = finished.config
     judge = train_judge(config, load_splits(config.data, config.seed), torch.device("cpu"))  # Taken from its cache.
     if judge is None:
         raise ValueError(f"{run}: its data have no images")
-    generator = load_generator(run, None if adapted else 0)
-    return measure(judge, generator, finished.classes, images, config.t2i.guidance_of(config.rounds), config.seed)
+    generators = [load_generator(run, 0), load_generator(run)]
+    new, learned = (generator.adapter.state() for generator in generators)
+    if all(torch.equal(new[name], learned[name]) for name in new):
+        generators.pop()
+    guidance = config.t2i.guidance_of(config.rounds)
+    found = [measure(judge, one, finished.classes, images, guidance, config.seed) for one in generators]
+    return [found[0], found[-1]]
 
 
 def measure(

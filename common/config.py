@@ -312,7 +312,9 @@ class T2IConfig(_Section):
     evaluation_samples: int = Field(
         200, ge=1, le=100_000, description="images, with fixed prompts and seeds, on which the T2I is measured"
     )
-    evaluation_guidance: float = Field(1.25, ge=0, le=100, description="guidance scale of these images")
+    evaluation_guidance: float = Field(
+        1.0, ge=0, le=100, description="guidance scale of these images; by default that at which later rounds generate"
+    )
     device: Names = Field(
         ("auto",),
         min_length=1,
