@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,9 @@ def _again(folder: Path, lines: Lines, images: int) -> Lines:
         return lines
     file = folder / f"t2i-on-{images}-images.json"
     if not file.exists():
-        found = _measure(run, images)
+        # A process of its own, as the run had: the judge depends on the number of threads that trained it.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(_measure, run, images).result()
         write_atomically(file, lambda place: place.write_text(json.dumps(found), encoding="utf-8"))
     before, after = json.loads(file.read_text(encoding="utf-8"))
     last = lines[-1] | {"generator": lines[-1]["generator"] | after}
