@@ -17,11 +17,11 @@ from fedmmkt.common.datasets import load_splits
 from fedmmkt.common.files import write_atomically
 from fedmmkt.common.images import resize_images
 from fedmmkt.server_app.prompts import build_prompt_source
+from fedmmkt.server_app.record.evaluation_images import evaluation_prompts
 from fedmmkt.server_app.record.judge import Judge
 from fedmmkt.server_app.record.judge_training import train_judge
 from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.t2i.generator import Generator
-from fedmmkt.server_app.t2i.samples import sample_seeds
 from fedmmkt.server_app.trained import FinishedRun, load_generator
 
 
@@ -81,8 +81,7 @@ def measure(
     judge: Judge, generator: Generator, classes: tuple[str, ...], images: int, guidance: float, seed: int
 ) -> dict[str, Any]:
     """Measure a generator as a run does, on so many images of one guidance scale."""
-    prompts = build_prompt_source(generator.config, classes)(images, np.random.default_rng(seed))
-    prompts = sorted(prompts, key=lambda prompt: prompt.class_index)
-    made = generator.generate([prompt.text for prompt in prompts], sample_seeds(seed, 0, images), guidance)
+    prompts, seeds = evaluation_prompts(build_prompt_source(generator.config, classes), images, seed)
+    made = generator.generate([prompt.text for prompt in prompts], seeds, guidance)
     prompted_N = np.array([prompt.class_index for prompt in prompts])
     return asdict(judge.measure(resize_images(made.images_NHWC, judge.image_size), prompted_N))

@@ -85,9 +85,7 @@ class EvaluationImages:
 
     def _make(self, round: int) -> dict[str, Any]:
         count = self.config.t2i.evaluation_samples if self.judge else len(self.classes) * GRID_COLUMNS
-        drawn = self.prompts(count, np.random.default_rng(self.config.seed))
-        prompts = sorted(drawn, key=lambda prompt: prompt.class_index)
-        seeds = sample_seeds(self.config.seed, 0, count)
+        prompts, seeds = evaluation_prompts(self.prompts, count, self.config.seed)
         shown = pictured([prompt.class_index for prompt in prompts])
         made_for = range(count) if self.judge else shown
         texts = [prompts[index].text for index in made_for]
@@ -122,6 +120,12 @@ class EvaluationImages:
             [Image.fromarray(known[index]).resize(size) for index in of_rows if known],
         )
         self._has_captions = True
+
+
+def evaluation_prompts(source: PromptSource, count: int, seed: int) -> tuple[list[Prompt], list[int]]:
+    """Return the prompts of a run's evaluation images, by class, and a seed for each; in all rounds the same."""
+    prompts = sorted(source(count, np.random.default_rng(seed)), key=lambda prompt: prompt.class_index)
+    return prompts, sample_seeds(seed, 0, count)
 
 
 def pictured(class_indices: list[int]) -> list[int]:
