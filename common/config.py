@@ -373,6 +373,11 @@ class T2IConfig(_Section):
         description="fraction of a round's samples with which clients decide whether the last update is kept; 0: every "
         "update is kept",
     )
+    base_share: Fraction = Field(
+        0.5,
+        description="largest fraction of a round's samples that the unadapted T2I makes once an update was accepted; "
+        "the fraction itself is that of its samples in the scores",
+    )
 
     def guidance_of(self, server_round: int) -> float:
         """Return the guidance scale of a round (from 1); before the first, that of the first."""

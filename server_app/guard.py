@@ -136,11 +136,14 @@ class Arms:
         Its tensors. If the batch was made ahead, that of the trial may have learned since.
     number : int
         The number of the trial.
+    base_N : torch.Tensor
+        bool, whether the unadapted T2I made the sample.
     """
 
     made_N: Tensor
     challenger: dict[str, Tensor]
     number: int
+    base_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -158,18 +161,23 @@ class GuardState:
         that clients learn little from it.
     number : int
         Number of trials that have ended, which is that of the present one.
+    base : float
+        What the unadapted T2I's new images are worth beside those of the adapted one: the former's mean score divided
+        by the sum of both, over all rounds so far, each with half the weight of the next.
     """
 
     trial: Trial | None = None
     step: float = 1.0
     trusted: bool = True
     number: int = 0
+    base: float = 0.5
 
     def to_json(self) -> dict[str, Any]:
         """Return what is not a tensor."""
         evidence = self.trial.evidence if self.trial else {}
         sums = {name: [found.effect, found.variance] for name, found in evidence.items()}
-        return {"step": self.step, "trusted": self.trusted, "number": self.number, "evidence": sums}
+        plain = {"step": self.step, "trusted": self.trusted, "number": self.number, "base": self.base}
+        return plain | {"evidence": sums}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name; none without a challenger."""
@@ -189,7 +197,8 @@ class GuardState:
         if parts["challenger"]:
             evidence = {name: Evidence(*sums) for name, sums in described["evidence"].items()}
             trial = Trial(parts["challenger"], evidence, tuple(parts["made"][key] for key in sorted(parts["made"])))
-        return cls(trial, described["step"], described["trusted"], described.get("number", 0))
+        number, base = described.get("number", 0), described.get("base", cls.base)
+        return cls(trial, described["step"], described["trusted"], number, base)
 
 
 NO_TRIAL = GuardState()
@@ -242,11 +251,33 @@ def after_round(state: GuardState, found: dict[str, Evidence]) -> tuple[GuardSta
     if verdict == "undecided":
         return replace(state, trial=replace(trial, evidence=evidence)), verdict, evidence
     step = min(1.0, 2 * state.step) if verdict == "accepted" else max(SMALLEST_STEP, state.step / 2)
-    return GuardState(None, step, verdict == "accepted", state.number + 1), verdict, evidence
+    return (
+        replace(state, trial=None, step=step, trusted=verdict == "accepted", number=state.number + 1),
+        verdict,
+        evidence,
+    )
 
 
-def champion_part(group_N: Sequence[int], share: float, seed: int) -> np.ndarray:
-    """Choose the samples that the champion makes: ``share`` of them, spread over the groups, else at random.
+def worth_of_base(before: float, scores_N: Tensor, base_N: Tensor, adapted_N: Tensor) -> float:
+    """Return `GuardState.base` after a batch; pure.
+
+    Parameters
+    ----------
+    before : float
+        That before it.
+    scores_N : torch.Tensor
+        The scores of the samples, not negative.
+    base_N, adapted_N : torch.Tensor
+        bool, the new images of the unadapted T2I and of an adapted one.
+    """
+    if not bool(base_N.any()) or not bool(adapted_N.any()):
+        return before
+    base, adapted = (float(scores_N[chosen_N].double().mean()) for chosen_N in (base_N, adapted_N))
+    return (before + base / (base + adapted)) / 2 if base + adapted > 0 else before
+
+
+def spread_part(group_N: Sequence[int] | np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Choose the samples that one of two models makes: ``share`` of them, spread over the groups, else at random.
 
     Returns
     -------

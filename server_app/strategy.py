@@ -124,7 +124,7 @@ class FedMMKT(Strategy):
         self.consensus = Consensus(
             lambda answers, prompted_N: self.aggregate_logits(answers, prompted_N), len(classes), cross_modal
         )
-        self.guard = Guard(config.t2i.guard, generator, ledger, config.t2i.explore)
+        self.guard = Guard(config.t2i.guard, generator, ledger, config.t2i.explore, config.t2i.base_share)
         self.ahead = Ahead(generator, ledger, recorder, self._make)
         # Called with the round once its soft targets are made; a run lets clients learn from them early.
         self._let_learn: Callable[[int], object] = lambda server_round: None
@@ -560,7 +560,7 @@ class FedMMKT(Strategy):
         check_prompts(prompts, clients)
         seed = sample_seeds(self.config.seed, server_round, 1)[0]
         samples, arms = self.guard.generate(
-            prompts, seed, lambda part: self.generate(server_round, part, self.ledger.pool)
+            prompts, seed, lambda part, new: self.generate(server_round, part, () if new else self.ledger.pool)
         )
         seconds = time.perf_counter() - start
         self.recorder.log_generation(server_round, len(samples), self.guidance(server_round), seconds)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.supercore import log
 from torch import Tensor
@@ -19,8 +20,9 @@ from fedmmkt.server_app.guard import (
     Opinion,
     Trial,
     after_round,
-    champion_part,
     compare,
+    spread_part,
+    worth_of_base,
 )
 from fedmmkt.server_app.ledger import Ledger
 from fedmmkt.server_app.prompts import Prompt
@@ -88,10 +90,25 @@ class Guard:
     explore : float
         The first part of what each adapter makes that varies earlier samples. New samples are compared with new ones;
         variations that no adapter denoises say nothing of either, and do not count.
+    most_base : float
+        The largest part of a batch that the unadapted T2I makes, once an update is accepted.
     """
 
-    def __init__(self, share: float, generator: Generator, ledger: Ledger, explore: float = 0.0) -> None:
-        self.share, self.generator, self.ledger, self.explore = share, generator, ledger, explore
+    def __init__(
+        self, share: float, generator: Generator, ledger: Ledger, explore: float = 0.0, most_base: float = 0.0
+    ) -> None:
+        self.share, self.generator, self.ledger = share, generator, ledger
+        self.explore, self.most_base = explore, most_base
+
+    @property
+    def base_share(self) -> float:
+        """The fraction of a batch that the unadapted T2I makes: by what its images are worth beside adapted ones.
+
+        It is 0 as long as the champion is the unadapted T2I itself. What clients learn from then keeps the variety with
+        which the T2I began, however far it adapts.
+        """
+        adapted = bool(self.share) and not self.generator.adapter.is_unadapted
+        return min(self.most_base, self.ledger.guard.base) if adapted else 0.0
 
     @property
     def explored_share(self) -> float:
@@ -104,29 +121,50 @@ class Guard:
         return self.explore if not self.share or (state.number > 0 and state.trusted) else 0.0
 
     def generate(
-        self, prompts: Sequence[Prompt], seed: int, generate: Callable[[list[Prompt]], Samples]
+        self, prompts: Sequence[Prompt], seed: int, generate: Callable[[list[Prompt], bool], Samples]
     ) -> tuple[Samples, Arms | None]:
-        """Generate a batch with ``generate``; if a challenger is on trial, it makes a part of the samples.
+        """Generate a batch: parts of it by the champion, the challenger on trial, and the unadapted T2I.
 
-        Returns the samples and who made them; None if the champion made all, since no challenger is on trial.
+        Parameters
+        ----------
+        prompts : sequence of Prompt
+            One per sample.
+        seed : int
+            Seed of who makes what.
+        generate : callable
+            Generates images for prompts with the adapter that the generator holds; the flag says whether all are new.
+
+        Returns
+        -------
+        tuple
+            The samples and who made them; None if no challenger is on trial.
         """
-        state, trial = self.ledger.guard, self.ledger.guard.trial
-        if trial is None:
-            return generate(list(prompts)), None
-        share = self.share if state.trusted else 1 - self.share
-        by_champion = champion_part([prompt.class_index for prompt in prompts], share, seed).tolist()
-        made_N = torch.ones(len(prompts), dtype=torch.bool)
-        made_N[by_champion] = False
-        by_challenger = torch.nonzero(made_N)[:, 0].tolist()
+        state, trial, adapter = self.ledger.guard, self.ledger.guard.trial, self.generator.adapter
+        groups = np.array([prompt.class_index for prompt in prompts])
+        made_N, base_N = (torch.zeros(len(prompts), dtype=torch.bool) for _ in range(2))
+        if share := self.base_share:
+            base_N[spread_part(groups, share, seed + 1)] = True
+        rest = torch.nonzero(~base_N)[:, 0].numpy()
+        if trial is not None:
+            share = self.share if state.trusted else 1 - self.share
+            made_N[rest] = True
+            made_N[rest[spread_part(groups[rest], share, seed)]] = False
+
+        def part(chosen_N: Tensor, new: bool = False) -> Iterator[tuple[list[int], Samples]]:
+            if positions := torch.nonzero(chosen_N)[:, 0].tolist():
+                yield positions, generate([prompts[index] for index in positions], new)
 
         def parts() -> Iterator[tuple[list[int], Samples]]:
-            yield by_champion, generate([prompts[index] for index in by_champion])
-            if by_challenger:  # A batch of one sample is the champion's.
-                with self.generator.adapter.holding(trial.challenger):
-                    made = generate([prompts[index] for index in by_challenger])
-                yield by_challenger, made
+            yield from part(~(made_N | base_N))
+            if bool(base_N.any()):
+                with adapter.holding(adapter.unadapted):
+                    yield from part(base_N, new=True)
+            if trial is not None:
+                with adapter.holding(trial.challenger):
+                    yield from part(made_N)
 
-        return Samples.gather(parts(), len(prompts)), Arms(made_N, trial.challenger, state.number)
+        samples = Samples.gather(parts(), len(prompts))
+        return samples, None if trial is None else Arms(made_N, trial.challenger, state.number, base_N)
 
     def judge(
         self, answers: Sequence[Answer], prompted_N: Tensor, text_consensus_NC: Tensor | None
@@ -155,13 +193,18 @@ class Guard:
             return None
         trial = state.trial.with_batch(arms.made_N)
         said = opinions(answers, prompted_N, text_consensus_NC)
-        varied_N = varied(arms.made_N, self.explored_share)
-        tested_N = torch.ones_like(varied_N) if self.generator.config.explore_strength else ~varied_N
+        varied_N = varied((arms.made_N, ~(arms.made_N | arms.base_N)), self.explored_share)
+        tested_N = ~arms.base_N if self.generator.config.explore_strength else ~(varied_N | arms.base_N)
         group_N = 2 * prompted_N + varied_N
         found = {
             name: compare(opinion.of(tested_N), arms.made_N[tested_N], group_N[tested_N])
             for name, opinion in said.items()
         }
+        base_N = ~arms.made_N if self.generator.adapter.is_unadapted else arms.base_N
+        scores_N = self.ledger.pool[-1].scores_N
+        if scores_N is not None and len(scores_N) == len(base_N):
+            base = worth_of_base(state.base, scores_N, base_N & ~varied_N, ~base_N & ~varied_N)
+            state = replace(state, base=base)
         state, verdict, evidence = after_round(replace(state, trial=trial), found)
         if verdict == "accepted":
             self.generator.adapter.load_state(arms.challenger, "an adapter on trial")
@@ -171,7 +214,8 @@ class Guard:
             self.ledger.pool = _without(self.ledger.pool, trial.made)
         self.ledger.guard = state
         preference = {name: round(evidence[name].z, 3) for name in evidence}
-        return {"verdict": verdict, "preference": preference, "rounds": len(trial.made), "step": state.step}
+        told = {"rounds": len(trial.made), "step": state.step, "base": round(self.base_share, 3)}
+        return {"verdict": verdict, "preference": preference} | told
 
     def update(self, adapt: Callable[[], float | None]) -> float | None:
         """Let the challenger learn with ``adapt``, or a new one that starts as the champion; return the loss.
@@ -198,10 +242,10 @@ def _differ(some: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return any(not torch.equal(some[name], other[name]) for name in other)
 
 
-def varied(made_N: Tensor, explore: float) -> Tensor:
+def varied(arms: Sequence[Tensor], explore: float) -> Tensor:
     """Return which samples vary earlier ones (bool, samples): the first ones of each adapter, by ``explore``."""
-    varied_N = torch.zeros(len(made_N), dtype=torch.bool)
-    for arm_N in (made_N, ~made_N):
+    varied_N = torch.zeros(len(arms[0]), dtype=torch.bool)
+    for arm_N in arms:
         own = torch.nonzero(arm_N)[:, 0]
         varied_N[own[: int(len(own) * explore)]] = True
     return varied_N
@@ -222,12 +266,14 @@ def log_verdict(judged: Mapping[str, Any]) -> None:
     """Show in plain words what `Guard.judge` returned."""
     verdict, preference = judged["verdict"], judged["preference"]
     figures = ", ".join(f"{name} {z:+.1f}" for name, z in preference.items()) or "nobody compared the two"
+    base = f"; {judged['base']:.0%} of the next images are the unadapted T2I's" if judged["base"] else ""
     slight = "" if any(abs(z) >= CLEAR for z in preference.values()) else "slightly "
     if verdict == "accepted":
-        log(INFO, "  guard     the T2I's update is accepted: clients %sprefer its images (%s sd)", slight, figures)
+        log(INFO, "  guard     the T2I's update is accepted: clients %sprefer its images (%s sd)%s",
+            slight, figures, base)  # fmt: skip
     elif verdict == "undecided":
-        log(INFO, "  guard     the T2I's update waits: no clear preference (%s sd) in %s of %s rounds",
-            figures, judged["rounds"], PATIENCE)  # fmt: skip
+        log(INFO, "  guard     the T2I's update waits: no clear preference (%s sd) in %s of %s rounds%s",
+            figures, judged["rounds"], PATIENCE, base)  # fmt: skip
     else:
         log(WARNING, "  guard     the T2I's update is taken back: clients %sprefer the images before it (%s sd); the "
                      "next has %g of the learning rate", slight, figures, judged["step"])  # fmt: skip

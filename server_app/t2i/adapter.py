@@ -19,6 +19,7 @@ from fedmmkt.common.config import ConfigError, T2IConfig
 from fedmmkt.common.files import replaced_folder
 from fedmmkt.server_app.t2i.families import LORA_GROUPS, Conditioning, Family
 
+UP = "lora_B"  # In peft's names of the tensors B, which are zero at first.
 SMALL = 2**22  # Weights of all layers with an adapter, up to which a denoiser is small.
 
 
@@ -124,6 +125,16 @@ class Adapter:
         """Return the adapter's tensors by name, on the CPU."""
         tensors = get_peft_model_state_dict(self.family.denoiser)
         return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+    @property
+    def unadapted(self) -> dict[str, Tensor]:
+        """The tensors of an adapter that changes nothing: those of `state` with B = 0."""
+        return {name: torch.zeros_like(tensor) if UP in name else tensor for name, tensor in self.state().items()}
+
+    @property
+    def is_unadapted(self) -> bool:
+        """Whether the adapter changes nothing."""
+        return not any(bool(tensor.any()) for name, tensor in self.state().items() if UP in name)
 
     def is_finite(self) -> bool:
         """Return whether no value of the adapter is NaN or infinite."""

@@ -258,7 +258,7 @@ def guarded(tiny_run):
     latents = torch.arange(4.0).view(4, 1, 1, 1)
     samples = Samples(("a",) * 4, torch.zeros(4, dtype=torch.int64), np.zeros((4, 0, 0, 3), np.uint8), latents)
     strategy.ledger.pool = [samples.scored(torch.ones(4))]
-    strategy.ledger.arms = Arms(torch.tensor([True, True, False, True]), tested, 5)
+    strategy.ledger.arms = Arms(torch.tensor([True, True, False, True]), tested, 5, torch.zeros(4, dtype=torch.bool))
     return strategy, tested, newer
 
 
@@ -272,7 +272,8 @@ def test_the_challenger_that_made_the_batch_is_accepted_and_what_it_learned_sinc
 
     verdict = judge(strategy)
 
-    assert verdict == {"verdict": "accepted", "preference": {"votes": 3.0}, "rounds": 1, "step": 1.0}
+    told = {"rounds": 1, "step": 1.0, "base": 0.5}
+    assert verdict == {"verdict": "accepted", "preference": {"votes": 3.0}} | told
     assert states_equal(strategy.generator.adapter.state(), tested)
     guard = strategy.ledger.guard
     assert guard.trial.challenger is newer

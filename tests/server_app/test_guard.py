@@ -13,9 +13,10 @@ from fedmmkt.server_app.guard import (
     Trial,
     after_round,
     centred_ranks,
-    champion_part,
     compare,
     decide,
+    spread_part,
+    worth_of_base,
 )
 
 BETTER, WORSE, EVEN = Evidence(30, 100), Evidence(-30, 100), Evidence(5, 100)
@@ -141,21 +142,30 @@ def test_the_step_is_halved_with_each_update_taken_back_and_grows_again():
 def test_the_champion_s_part_is_spread_over_classes():
     group = np.random.default_rng(0).permutation(np.arange(400) % 10)
 
-    part = champion_part(group.tolist(), 0.125, seed=3)
+    part = spread_part(group.tolist(), 0.125, seed=3)
 
     assert len(set(part.tolist())) == len(part) == 50
     assert np.bincount(group[part]).tolist() == [5] * 10
-    assert not np.array_equal(part, champion_part(group.tolist(), 0.125, seed=4))
+    assert not np.array_equal(part, spread_part(group.tolist(), 0.125, seed=4))
 
 
 @pytest.mark.parametrize(("count", "share", "made"), [(2, 0.125, 1), (2, 0.875, 1), (3, 0.5, 2), (8, 0.125, 1)])
 def test_both_have_a_part_in_a_small_batch(count, share, made):
-    assert len(champion_part([0] * count, share, seed=0)) == made
+    assert len(spread_part([0] * count, share, seed=0)) == made
+
+
+def test_the_worth_of_the_unadapted_model_is_its_part_of_the_mean_scores():
+    scores_N = torch.tensor([1.0, 3.0, 6.0, 100.0])
+    base_N, adapted_N = torch.tensor([True, True, False, False]), torch.tensor([False, False, True, False])
+
+    assert worth_of_base(0.75, scores_N, base_N, adapted_N) == 0.5  # Halfway from 3/4 to 2 / (2 + 6).
+    assert worth_of_base(0.75, torch.zeros(4), base_N, adapted_N) == 0.75
+    assert worth_of_base(0.75, scores_N, base_N, base_N & adapted_N) == 0.75  # The adapted one made nothing.
 
 
 def test_the_state_survives_a_checkpoint():
     trial = Trial({"lora.a": torch.rand(2, 3)}, {"votes": Evidence(1.5, 4)}, (torch.tensor([True, False]),))
-    state = GuardState(trial, 0.25, trusted=False)
+    state = GuardState(trial, 0.25, trusted=False, number=3, base=0.125)
 
     again = GuardState.from_parts(state.to_json(), state.tensors())
 

@@ -23,6 +23,8 @@ HARM = {
     "t2i__samples_per_round": 120,
 }
 
+NOBODY = torch.zeros(40, dtype=torch.bool)
+
 
 def states_equal(some, others):
     return all(torch.equal(some[name], others[name]) for name in some)
@@ -45,7 +47,7 @@ def test_both_make_their_part_of_a_batch_in_the_order_of_the_prompts(strategy, c
     guard = Guard(0.25, generator, strategy.ledger)
     before = {name: tensor.clone() for name, tensor in generator.adapter.state().items()}
 
-    def generate(part):
+    def generate(part, new=False):
         return generator.generate([prompt.text for prompt in part], sample_seeds(0, 1, len(part)), 1.0)
 
     batch, arms = guard.generate(prompts, 0, generate)
@@ -66,7 +68,7 @@ def test_after_an_update_was_taken_back_the_next_makes_the_smaller_part(strategy
     guard = Guard(0.2, strategy.generator, strategy.ledger)
     prompts = strategy.make_prompts(1)
 
-    _, arms = guard.generate(prompts, 0, lambda part: strategy.generate(1, part, []))
+    _, arms = guard.generate(prompts, 0, lambda part, new: strategy.generate(1, part, []))
 
     assert int(arms.made_N.sum()) == 6
 
@@ -75,7 +77,7 @@ def test_a_batch_of_one_sample_is_the_champions(strategy, challenger):
     strategy.ledger.guard = GuardState(Trial(challenger))
     guard, prompts = Guard(0.25, strategy.generator, strategy.ledger), strategy.make_prompts(1)[:1]
 
-    batch, arms = guard.generate(prompts, 0, lambda part: strategy.generate(1, part, []))
+    batch, arms = guard.generate(prompts, 0, lambda part, new: strategy.generate(1, part, []))
 
     assert batch.prompts == (prompts[0].text,)
     assert arms.made_N.tolist() == [False]
@@ -84,8 +86,10 @@ def test_a_batch_of_one_sample_is_the_champions(strategy, challenger):
 def test_each_adapter_varies_the_first_part_of_what_it_makes():
     made_N = torch.tensor([True, False, True, True, False, True, True])
 
-    assert varied(made_N, 0.5).tolist() == [True, True, True, False, False, False, False]  # Two of five, one of two.
-    assert not bool(varied(made_N, 0.0).any())
+    varied_N = varied((made_N, ~made_N), 0.5)
+
+    assert varied_N.tolist() == [True, True, True, False, False, False, False]  # Two of five, one of two.
+    assert not bool(varied((made_N, ~made_N), 0.0).any())
 
 
 @pytest.mark.parametrize(
@@ -112,9 +116,9 @@ def test_variations_that_no_adapter_denoises_say_nothing_of_either(strategy, cha
     generator = strategy.generator
     generator.config = generator.config.model_copy(update={"explore_strength": strength})
     made_N, prompted_N = torch.arange(40) % 2 == 1, torch.arange(40) // 20
-    varied_N = varied(made_N, 0.5)
+    varied_N = varied((made_N, ~made_N), 0.5)
     ledger = strategy.ledger
-    ledger.arms, ledger.guard = Arms(made_N, challenger, 1), GuardState(Trial(challenger), number=1)
+    ledger.arms, ledger.guard = Arms(made_N, challenger, 1, NOBODY), GuardState(Trial(challenger), number=1)
     ledger.pool = [Samples(("",) * 40, prompted_N, np.zeros((40, 0, 0, 3), np.uint8), torch.zeros(40, 4, 8, 8))]
     votes_N = torch.where(varied_N, 100.0 * made_N, 1.0 * ~made_N)
     logits_NC, counts_C = np.zeros((40, 2), np.float16), np.array([5, 5])
@@ -125,6 +129,43 @@ def test_variations_that_no_adapter_denoises_say_nothing_of_either(strategy, cha
 
     # Where both count, the two preferences are as clear, and balance.
     assert judged["preference"]["votes"] == (pytest.approx(0, abs=1e-6) if counts else pytest.approx(-4.36, abs=0.01))
+
+
+def test_once_the_t2i_is_adapted_the_unadapted_one_makes_a_part_of_new_images(strategy, challenger):
+    generator, prompts = strategy.generator, strategy.make_prompts(1)
+    first = strategy.generate(1, prompts, [])
+    pool = [replace(first, scores_N=torch.ones(len(prompts)))]
+    guard = Guard(0.25, generator, strategy.ledger, explore=1.0, most_base=0.5)
+    assert guard.base_share == 0  # The champion is the unadapted T2I.
+    generator.adapter.load_state(challenger, "the champion")
+    strategy.ledger.guard = GuardState(Trial(challenger), base=0.2, number=1)
+
+    batch, arms = guard.generate(prompts, 0, lambda part, new: strategy.generate(2, part, [] if new else pool))
+
+    assert int(arms.base_N.sum()) == 6  # A fifth of 30.
+    assert int(arms.made_N.sum()) == 18  # Three quarters of the rest.
+    assert not bool((arms.base_N & arms.made_N).any())
+    assert states_equal(generator.adapter.state(), challenger)
+    generator.adapter.load_state(generator.adapter.unadapted, "no adapter")
+    assert generator.adapter.is_unadapted
+    by_base = strategy.generate(2, [prompt for prompt, base in zip(prompts, arms.base_N, strict=True) if base], [])
+    assert torch.allclose(batch.latents_NCHW[arms.base_N], by_base.latents_NCHW, atol=1e-4)
+
+
+def test_the_unadapted_t2i_s_part_follows_from_the_scores_of_its_new_images(strategy, challenger):
+    generator, ledger = strategy.generator, strategy.ledger
+    generator.adapter.load_state(challenger, "the champion")
+    base_N, made_N = torch.arange(40) < 10, torch.arange(40) >= 20
+    prompted_N = torch.zeros(40, dtype=torch.int64)
+    scores_N = torch.where(base_N, 1.0, 3.0)
+    scores_N[10:15], scores_N[20:30] = 99.0, 99.0  # Variations, the first half of what each adapter makes.
+    samples = Samples(("",) * 40, prompted_N, np.zeros((40, 0, 0, 3), np.uint8), torch.zeros(40, 4, 8, 8), scores_N)
+    ledger.pool, ledger.arms = [samples], Arms(made_N, challenger, 1, base_N)
+    ledger.guard = GuardState(Trial(challenger), number=1)
+
+    judged = Guard(0.25, generator, ledger, explore=0.5, most_base=0.5).judge([], prompted_N, None)
+
+    assert judged["base"] == ledger.guard.base == 0.375  # Halfway from 1/2 to 1 / (1 + 3).
 
 
 @pytest.mark.parametrize("feedback", ["logits+votes", "logits"])
