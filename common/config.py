@@ -296,7 +296,8 @@ class T2IConfig(_Section):
     guidance: Numbers = Field((1.5, 1.0), description="guidance scale of each round; later rounds use the last value")
     explore: Fraction = Field(
         0.5,
-        description="fraction of the samples that vary well-scored ones of the last round while clients accept updates",
+        description="fraction of the adapted T2I's samples that vary well-scored ones of the last round while clients "
+        "accept updates",
     )
     explore_warp: float = Field(
         1.0,
@@ -370,13 +371,15 @@ class T2IConfig(_Section):
         0.25,
         ge=0,
         le=0.5,
-        description="fraction of a round's samples with which clients decide whether the last update is kept; 0: every "
-        "update is kept",
+        description="fraction of a round's samples (of those that the adapted T2I makes) with which clients decide "
+        "whether the last update is kept; 0: every update is kept",
     )
-    base_share: Fraction = Field(
+    base_share: float = Field(
         0.5,
-        description="largest fraction of a round's samples that the unadapted T2I makes once an update was accepted; "
-        "the fraction itself is that of its samples in the scores",
+        ge=0,
+        le=0.5,
+        description="largest fraction of a round's samples that the unadapted T2I makes once clients have accepted an "
+        "update; the better its images score beside adapted ones, the larger the fraction; 0, or without guard: none",
     )
 
     def guidance_of(self, server_round: int) -> float:

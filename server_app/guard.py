@@ -126,7 +126,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Arms:
-    """Who made the samples of a batch: the champion, or the challenger of a trial.
+    """Who made the samples of a batch: the champion, the challenger of a trial, or the unadapted T2I.
 
     Attributes
     ----------
@@ -145,6 +145,11 @@ class Arms:
     number: int
     base_N: Tensor
 
+    @property
+    def champion_N(self) -> Tensor:
+        """Whether the champion made the sample (bool)."""
+        return ~(self.made_N | self.base_N)
+
 
 @dataclass(frozen=True)
 class GuardState:
@@ -161,22 +166,22 @@ class GuardState:
         that clients learn little from it.
     number : int
         Number of trials that have ended, which is that of the present one.
-    base : float
-        What the unadapted T2I's new images are worth beside those of the adapted one: the former's mean score divided
-        by the sum of both, over all rounds so far, each with half the weight of the next.
+    base_worth : float
+        What the unadapted T2I's new images are worth beside those of champion and challenger: the former's mean score
+        divided by the sum of both means, over the rounds that judged a trial, each with half the weight of the next.
     """
 
     trial: Trial | None = None
     step: float = 1.0
     trusted: bool = True
     number: int = 0
-    base: float = 0.5
+    base_worth: float = 0.5
 
     def to_json(self) -> dict[str, Any]:
         """Return what is not a tensor."""
         evidence = self.trial.evidence if self.trial else {}
         sums = {name: [found.effect, found.variance] for name, found in evidence.items()}
-        plain = {"step": self.step, "trusted": self.trusted, "number": self.number, "base": self.base}
+        plain = {"step": self.step, "trusted": self.trusted, "number": self.number, "base_worth": self.base_worth}
         return plain | {"evidence": sums}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -197,8 +202,8 @@ class GuardState:
         if parts["challenger"]:
             evidence = {name: Evidence(*sums) for name, sums in described["evidence"].items()}
             trial = Trial(parts["challenger"], evidence, tuple(parts["made"][key] for key in sorted(parts["made"])))
-        number, base = described.get("number", 0), described.get("base", cls.base)
-        return cls(trial, described["step"], described["trusted"], number, base)
+        number, base_worth = described.get("number", 0), described.get("base_worth", cls.base_worth)
+        return cls(trial, described["step"], described["trusted"], number, base_worth)
 
 
 NO_TRIAL = GuardState()
@@ -259,7 +264,7 @@ def after_round(state: GuardState, found: dict[str, Evidence]) -> tuple[GuardSta
 
 
 def worth_of_base(before: float, scores_N: Tensor, base_N: Tensor, adapted_N: Tensor) -> float:
-    """Return `GuardState.base` after a batch; pure.
+    """Return `GuardState.base_worth` after a batch; pure.
 
     Parameters
     ----------

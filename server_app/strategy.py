@@ -148,9 +148,10 @@ class FedMMKT(Strategy):
     def generate(self, server_round: int, prompts: list[Prompt], pool: Sequence[Samples]) -> Samples:
         """Generate one image per prompt, with the round's guidance scale.
 
-        For the first ``t2i.explore`` fraction of the prompts, the image is a variation of a well-scored sample of the
-        last round with the same class, as in Private Evolution (arXiv 2305.15560). All other images are new; all are
-        new until the guard lets the T2I explore (`Guard.explored_share`).
+        It is called for each part of a batch: what the champion, the challenger and the unadapted T2I make, with the
+        same seeds. For the first ``t2i.explore`` fraction of the prompts, the image is a variation of a well-scored
+        sample of the last round with the same class, as in Private Evolution (arXiv 2305.15560). All other images are
+        new; all are new until the guard lets the T2I explore (`Guard.explored_share`).
 
         Parameters
         ----------
@@ -159,7 +160,7 @@ class FedMMKT(Strategy):
         prompts : list of Prompt
             Prompts from `make_prompts`.
         pool : sequence of Samples
-            The scored samples of earlier rounds, oldest first.
+            The scored samples of earlier rounds, oldest first. Empty in the first round, and for the unadapted T2I.
         """
         seeds = sample_seeds(self.config.seed, server_round, len(prompts))
         guidance = self.guidance(server_round)

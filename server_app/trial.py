@@ -1,4 +1,4 @@
-"""Batches of champion and challenger, and what clients say of them: the guard's rules applied to a generator."""
+"""Batches of champion, challenger and unadapted T2I, and what clients say of them: the guard's rules at work."""
 
 from __future__ import annotations
 
@@ -74,15 +74,15 @@ def _by_prompt(counts_C: Tensor, prompted_N: Tensor) -> Tensor:
 
 
 class Guard:
-    """Makes batches of champion and challenger, and acts on what clients say of them.
+    """Makes batches of champion, challenger and unadapted T2I, and acts on what clients say of them.
 
-    The generator always holds the champion, except while the challenger generates or learns.
+    The generator always holds the champion, except while another one generates or learns.
 
     Parameters
     ----------
     share : float
-        The part of a batch that tests: the champion's, or that of a challenger after one was taken back. At 0, every
-        update is kept, untested.
+        The part that tests, of what champion and challenger make: the champion's, or that of a challenger after one was
+        taken back. At 0, every update is kept, untested.
     generator : Generator
         The T2I model.
     ledger : Ledger
@@ -91,7 +91,8 @@ class Guard:
         The first part of what each adapter makes that varies earlier samples. New samples are compared with new ones;
         variations that no adapter denoises say nothing of either, and do not count.
     most_base : float
-        The largest part of a batch that the unadapted T2I makes, once an update is accepted.
+        The largest part of a batch that the unadapted T2I makes, once clients have accepted an update. None without a
+        guard.
     """
 
     def __init__(
@@ -104,11 +105,12 @@ class Guard:
     def base_share(self) -> float:
         """The fraction of a batch that the unadapted T2I makes: by what its images are worth beside adapted ones.
 
-        It is 0 as long as the champion is the unadapted T2I itself. What clients learn from then keeps the variety with
-        which the T2I began, however far it adapts.
+        It is 0 until a trial has ended, and as long as the champion is the unadapted T2I itself. With it, what clients
+        learn from keeps the variety with which the T2I began, however far it adapts.
         """
-        adapted = bool(self.share) and not self.generator.adapter.is_unadapted
-        return min(self.most_base, self.ledger.guard.base) if adapted else 0.0
+        state = self.ledger.guard
+        adapted = bool(self.share) and state.number > 0 and not self.generator.adapter.is_unadapted
+        return min(self.most_base, state.base_worth) if adapted else 0.0
 
     @property
     def explored_share(self) -> float:
@@ -142,8 +144,10 @@ class Guard:
         state, trial, adapter = self.ledger.guard, self.ledger.guard.trial, self.generator.adapter
         groups = np.array([prompt.class_index for prompt in prompts])
         made_N, base_N = (torch.zeros(len(prompts), dtype=torch.bool) for _ in range(2))
-        if share := self.base_share:
-            base_N[spread_part(groups, share, seed + 1)] = True
+        if trial is None and not self.base_share:
+            return generate(list(prompts), False), None
+        if self.base_share and len(prompts) > 2:  # Champion and challenger have one sample each at least.
+            base_N[spread_part(groups, min(self.base_share, 1 - 2 / len(prompts)), seed + 1)] = True
         rest = torch.nonzero(~base_N)[:, 0].numpy()
         if trial is not None:
             share = self.share if state.trusted else 1 - self.share
@@ -181,8 +185,8 @@ class Guard:
         -------
         dict or None
             For ``metrics.jsonl``: the verdict, the preference for the challenger by measure in standard deviations, the
-            rounds of the trial, and the factor of the next update's learning rate. None if no challenger of the
-            present trial made a part of the batch.
+            rounds of the trial, the factor of the next update's learning rate, and `base_share` from now on. None if no
+            challenger of the present trial made a part of the batch.
         """
         arms, state = self.ledger.arms, self.ledger.guard
         if arms is None:
@@ -193,19 +197,15 @@ class Guard:
             return None
         trial = state.trial.with_batch(arms.made_N)
         said = opinions(answers, prompted_N, text_consensus_NC)
-        varied_N = varied((arms.made_N, ~(arms.made_N | arms.base_N)), self.explored_share)
+        varied_N = varied((arms.made_N, arms.champion_N), self.explored_share)
         tested_N = ~arms.base_N if self.generator.config.explore_strength else ~(varied_N | arms.base_N)
         group_N = 2 * prompted_N + varied_N
         found = {
             name: compare(opinion.of(tested_N), arms.made_N[tested_N], group_N[tested_N])
             for name, opinion in said.items()
         }
-        base_N = ~arms.made_N if self.generator.adapter.is_unadapted else arms.base_N
-        scores_N = self.ledger.pool[-1].scores_N
-        if scores_N is not None and len(scores_N) == len(base_N):
-            base = worth_of_base(state.base, scores_N, base_N & ~varied_N, ~base_N & ~varied_N)
-            state = replace(state, base=base)
-        state, verdict, evidence = after_round(replace(state, trial=trial), found)
+        state = replace(state, trial=trial, base_worth=self._base_worth(arms, ~varied_N))
+        state, verdict, evidence = after_round(state, found)
         if verdict == "accepted":
             self.generator.adapter.load_state(arms.challenger, "an adapter on trial")
             if _differ(trial.challenger, arms.challenger):
@@ -214,8 +214,16 @@ class Guard:
             self.ledger.pool = _without(self.ledger.pool, trial.made)
         self.ledger.guard = state
         preference = {name: round(evidence[name].z, 3) for name in evidence}
-        told = {"rounds": len(trial.made), "step": state.step, "base": round(self.base_share, 3)}
+        told = {"rounds": len(trial.made), "step": state.step, "base_share": round(self.base_share, 3)}
         return {"verdict": verdict, "preference": preference} | told
+
+    def _base_worth(self, arms: Arms, new_N: Tensor) -> float:
+        """Return `GuardState.base_worth` after the scored batch of these arms, by its new images (bool, samples)."""
+        unadapted_N = ~arms.made_N if self.generator.adapter.is_unadapted else arms.base_N
+        before, scores_N = self.ledger.guard.base_worth, self.ledger.pool[-1].scores_N
+        if scores_N is None:
+            return before
+        return worth_of_base(before, scores_N, unadapted_N & new_N, ~unadapted_N & new_N)
 
     def update(self, adapt: Callable[[], float | None]) -> float | None:
         """Let the challenger learn with ``adapt``, or a new one that starts as the champion; return the loss.
@@ -266,7 +274,8 @@ def log_verdict(judged: Mapping[str, Any]) -> None:
     """Show in plain words what `Guard.judge` returned."""
     verdict, preference = judged["verdict"], judged["preference"]
     figures = ", ".join(f"{name} {z:+.1f}" for name, z in preference.items()) or "nobody compared the two"
-    base = f"; {judged['base']:.0%} of the next images are the unadapted T2I's" if judged["base"] else ""
+    share = judged["base_share"]
+    base = f"; the unadapted T2I now makes {share:.0%} of a batch" if share else ""
     slight = "" if any(abs(z) >= CLEAR for z in preference.values()) else "slightly "
     if verdict == "accepted":
         log(INFO, "  guard     the T2I's update is accepted: clients %sprefer its images (%s sd)%s",
@@ -276,4 +285,4 @@ def log_verdict(judged: Mapping[str, Any]) -> None:
             figures, judged["rounds"], PATIENCE, base)  # fmt: skip
     else:
         log(WARNING, "  guard     the T2I's update is taken back: clients %sprefer the images before it (%s sd); the "
-                     "next has %g of the learning rate", slight, figures, judged["step"])  # fmt: skip
+                     "next has %g of the learning rate%s", slight, figures, judged["step"], base)  # fmt: skip

@@ -272,7 +272,7 @@ def test_the_challenger_that_made_the_batch_is_accepted_and_what_it_learned_sinc
 
     verdict = judge(strategy)
 
-    told = {"rounds": 1, "step": 1.0, "base": 0.5}
+    told = {"rounds": 1, "step": 1.0, "base_share": 0.5}
     assert verdict == {"verdict": "accepted", "preference": {"votes": 3.0}} | told
     assert states_equal(strategy.generator.adapter.state(), tested)
     guard = strategy.ledger.guard

@@ -165,11 +165,25 @@ def test_the_worth_of_the_unadapted_model_is_its_part_of_the_mean_scores():
 
 def test_the_state_survives_a_checkpoint():
     trial = Trial({"lora.a": torch.rand(2, 3)}, {"votes": Evidence(1.5, 4)}, (torch.tensor([True, False]),))
-    state = GuardState(trial, 0.25, trusted=False, number=3, base=0.125)
+    state = GuardState(trial, 0.25, trusted=False, number=3, base_worth=0.125)
 
     again = GuardState.from_parts(state.to_json(), state.tensors())
 
     assert (again.step, again.trusted, again.trial.evidence) == (0.25, False, trial.evidence)
     assert torch.equal(again.trial.challenger["lora.a"], trial.challenger["lora.a"])
     assert [made.tolist() for made in again.trial.made] == [[True, False]]
+    assert again.base_worth == 0.125
     assert GuardState.from_parts(GuardState().to_json(), {}) == GuardState()
+
+
+def test_the_state_of_a_checkpoint_from_before_the_unadapted_model_had_a_part_is_read():
+    before = {name: value for name, value in GuardState(number=3).to_json().items() if name != "base_worth"}
+
+    assert GuardState.from_parts(before, {}) == GuardState(number=3)
+
+
+@pytest.mark.parametrize("found", [BETTER, WORSE])
+def test_the_worth_of_the_unadapted_model_outlives_a_trial(found):
+    state, _, _ = after_round(GuardState(Trial({}, made=(torch.ones(2),)), base_worth=0.125), {"votes": found})
+
+    assert (state.trial, state.base_worth) == (None, 0.125)

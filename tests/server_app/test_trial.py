@@ -135,13 +135,15 @@ def test_once_the_t2i_is_adapted_the_unadapted_one_makes_a_part_of_new_images(st
     generator, prompts = strategy.generator, strategy.make_prompts(1)
     first = strategy.generate(1, prompts, [])
     pool = [replace(first, scores_N=torch.ones(len(prompts)))]
-    guard = Guard(0.25, generator, strategy.ledger, explore=1.0, most_base=0.5)
+    strategy.ledger.pool = pool
+    guard = strategy.guard = Guard(0.25, generator, strategy.ledger, explore=1.0, most_base=0.5)
+    strategy.ledger.guard = GuardState(Trial(challenger), base_worth=0.2, number=1)
     assert guard.base_share == 0  # The champion is the unadapted T2I.
     generator.adapter.load_state(challenger, "the champion")
-    strategy.ledger.guard = GuardState(Trial(challenger), base=0.2, number=1)
 
-    batch, arms = guard.generate(prompts, 0, lambda part, new: strategy.generate(2, part, [] if new else pool))
+    made = strategy.ahead.make(2, [])
 
+    prompts, batch, arms = made.prompts, made.samples, made.arms
     assert int(arms.base_N.sum()) == 6  # A fifth of 30.
     assert int(arms.made_N.sum()) == 18  # Three quarters of the rest.
     assert not bool((arms.base_N & arms.made_N).any())
@@ -152,20 +154,46 @@ def test_once_the_t2i_is_adapted_the_unadapted_one_makes_a_part_of_new_images(st
     assert torch.allclose(batch.latents_NCHW[arms.base_N], by_base.latents_NCHW, atol=1e-4)
 
 
-def test_the_unadapted_t2i_s_part_follows_from_the_scores_of_its_new_images(strategy, challenger):
+@pytest.mark.parametrize(("number", "share", "most"), [(0, 0.25, 0.5), (1, 0.0, 0.5), (1, 0.25, 0.0)])
+def test_the_unadapted_t2i_makes_nothing_of(strategy, challenger, number, share, most):
+    """A run that starts with an adapter, one in which every update is kept, and one that wants none of it."""
+    strategy.generator.adapter.load_state(challenger, "the champion")
+    strategy.ledger.guard = GuardState(number=number)
+    guard = Guard(share, strategy.generator, strategy.ledger, most_base=most)
+
+    assert guard.base_share == 0
+
+
+@pytest.mark.parametrize(("count", "parts"), [(1, (1, 0, 0)), (2, (1, 1, 0)), (3, (1, 1, 1)), (4, (1, 1, 2))])
+def test_in_a_small_batch_champion_and_challenger_come_first(strategy, challenger, count, parts):
+    strategy.generator.adapter.load_state(challenger, "the champion")
+    strategy.ledger.guard = GuardState(Trial(challenger), number=1)
+    guard = Guard(0.25, strategy.generator, strategy.ledger, most_base=0.5)
+    prompts = strategy.make_prompts(1)[:count]
+
+    _, arms = guard.generate(prompts, 0, lambda part, new: strategy.generate(1, part, []))
+
+    assert tuple(int(part_N.sum()) for part_N in (arms.champion_N, arms.made_N, arms.base_N)) == parts
+
+
+@pytest.mark.parametrize(("adapted", "bases", "varied", "share"), [(True, 10, (10, 15), 0.375), (False, 0, (0, 10), 0)])
+def test_what_the_unadapted_t2i_makes_follows_from_the_scores(strategy, challenger, adapted, bases, varied, share):
+    """Its new samples have score 1, those of adapted ones 3. If it is the champion, the champion's samples are its."""
     generator, ledger = strategy.generator, strategy.ledger
-    generator.adapter.load_state(challenger, "the champion")
-    base_N, made_N = torch.arange(40) < 10, torch.arange(40) >= 20
+    if adapted:
+        generator.adapter.load_state(challenger, "the champion")
+    made_N, base_N = torch.arange(40) >= 20, torch.arange(40) < bases
     prompted_N = torch.zeros(40, dtype=torch.int64)
-    scores_N = torch.where(base_N, 1.0, 3.0)
-    scores_N[10:15], scores_N[20:30] = 99.0, 99.0  # Variations, the first half of what each adapter makes.
+    scores_N = torch.where(base_N if adapted else ~made_N, 1.0, 3.0)
+    scores_N[slice(*varied)], scores_N[20:30] = 99.0, 99.0  # Variations, the first half of what each adapter makes.
     samples = Samples(("",) * 40, prompted_N, np.zeros((40, 0, 0, 3), np.uint8), torch.zeros(40, 4, 8, 8), scores_N)
     ledger.pool, ledger.arms = [samples], Arms(made_N, challenger, 1, base_N)
     ledger.guard = GuardState(Trial(challenger), number=1)
 
     judged = Guard(0.25, generator, ledger, explore=0.5, most_base=0.5).judge([], prompted_N, None)
 
-    assert judged["base"] == ledger.guard.base == 0.375  # Halfway from 1/2 to 1 / (1 + 3).
+    assert ledger.guard.base_worth == 0.375  # Halfway from 1/2 to 1 / (1 + 3).
+    assert judged["base_share"] == share
 
 
 @pytest.mark.parametrize("feedback", ["logits+votes", "logits"])

@@ -1,11 +1,15 @@
 """The app on the newest Flower that the registry has, although the project stays within one release of it."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
-from packaging.version import Version
+from packaging.requirements import Requirement
 
 from tests.environments import fresh_environment, run
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 BRIEF = (
     'rounds=1 min-available-nodes=2 judge=false tracker="" t2i.samples-per-round=12 t2i.inference-steps=2 '
@@ -18,7 +22,9 @@ BRIEF = (
 def test_a_simulation_runs_unchanged(tmp_path):
     home = fresh_environment(tmp_path, "--upgrade", "flwr[simulation]")
     shown = run(home, "python", "-c", "import flwr; print(flwr.__version__)", cwd=tmp_path).stdout
-    if Version(shown.strip()) < Version("1.40"):
+    needed = map(Requirement, tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"])
+    own = next(requirement.specifier for requirement in needed if requirement.name == "flwr")
+    if shown.strip() in own:
         pytest.skip(f"the registry has no newer Flower than {shown.strip()}")
 
     ran = run(home, "fedmmkt", "demo", "--nodes", "2", "--out", "out", "--run-config", BRIEF, cwd=tmp_path)
