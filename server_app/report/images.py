@@ -45,6 +45,7 @@ class VerdictRow:
     verdict: str
     preference: str
     step: str
+    base_share: str
 
 
 def measure_rows(lines: Sequence[Mapping[str, Any]], floors: Mapping[str, Any]) -> list[MeasureRow]:
@@ -74,6 +75,7 @@ def verdict_rows(lines: Sequence[Mapping[str, Any]]) -> list[VerdictRow]:
             VERDICTS[line["guard"]["verdict"]],
             ", ".join(f"{name} {z:+.1f}".replace("-", "−") for name, z in line["guard"]["preference"].items()) or "–",
             percent(line["guard"]["step"]),
+            percent(line["guard"].get("base_share")),
         )
         for line in lines
         if "guard" in line

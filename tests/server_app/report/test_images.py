@@ -17,7 +17,7 @@ def make_lines():
         for number, (generator, coverage) in enumerate([(BEFORE, 0.5), (BEFORE, 0.5), (AFTER, 0.25)])
     ]
     preference = {"agreement": -0.5, "votes": 3.25}
-    lines[2]["guard"] = {"verdict": "accepted", "preference": preference, "rounds": 1, "step": 0.5}
+    lines[2]["guard"] = {"verdict": "accepted", "preference": preference, "rounds": 1, "step": 0.5, "base_share": 0.25}
     return lines
 
 
@@ -38,7 +38,7 @@ def test_runs_of_earlier_versions_have_no_such_rows():
 
 def test_a_verdict_is_told_in_words():
     assert verdict_rows(make_lines()) == [
-        VerdictRow(2, "accepted: clients prefer its images", "agreement −0.5, votes +3.2", "50.0 %")
+        VerdictRow(2, "accepted: clients prefer its images", "agreement −0.5, votes +3.2", "50.0 %", "25.0 %")
     ]
 
 
@@ -46,7 +46,7 @@ def test_the_page_shows_both(tmp_path):
     page = text_of(write_report(make_run(tmp_path / "run", make_lines()).path).read_text())
 
     assert "Recall 75.0 % 25.0 %" in page
-    assert "2 accepted: clients prefer its images agreement −0.5, votes +3.2 50.0 %" in page
+    assert "2 accepted: clients prefer its images agreement −0.5, votes +3.2 50.0 % 25.0 %" in page
 
 
 def test_the_headlines_say_that_images_are_nearer_to_real_ones_and_more_alike(tmp_path):
