@@ -144,10 +144,11 @@ class Guard:
         state, trial, adapter = self.ledger.guard, self.ledger.guard.trial, self.generator.adapter
         groups = np.array([prompt.class_index for prompt in prompts])
         made_N, base_N = (torch.zeros(len(prompts), dtype=torch.bool) for _ in range(2))
-        if trial is None and not self.base_share:
+        base_share = self.base_share
+        if trial is None and not base_share:
             return generate(list(prompts), False), None
-        if self.base_share and len(prompts) > 2:  # Champion and challenger have one sample each at least.
-            base_N[spread_part(groups, min(self.base_share, 1 - 2 / len(prompts)), seed + 1)] = True
+        if base_share and len(prompts) > 2:  # Champion and challenger have one sample each at least.
+            base_N[spread_part(groups, min(base_share, 1 - 2 / len(prompts)), seed + 1)] = True
         rest = torch.nonzero(~base_N)[:, 0].numpy()
         if trial is not None:
             share = self.share if state.trusted else 1 - self.share

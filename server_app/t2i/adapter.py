@@ -134,7 +134,7 @@ class Adapter:
     @property
     def is_unadapted(self) -> bool:
         """Whether the adapter changes nothing."""
-        return not any(bool(tensor.any()) for name, tensor in self.state().items() if UP in name)
+        return not any(bool(part.any()) for name, part in self.family.denoiser.named_parameters() if UP in name)
 
     def is_finite(self) -> bool:
         """Return whether no value of the adapter is NaN or infinite."""

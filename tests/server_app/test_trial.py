@@ -155,8 +155,8 @@ def test_once_the_t2i_is_adapted_the_unadapted_one_makes_a_part_of_new_images(st
 
 
 @pytest.mark.parametrize(("number", "share", "most"), [(0, 0.25, 0.5), (1, 0.0, 0.5), (1, 0.25, 0.0)])
-def test_the_unadapted_t2i_makes_nothing_of(strategy, challenger, number, share, most):
-    """A run that starts with an adapter, one in which every update is kept, and one that wants none of it."""
+def test_the_unadapted_t2i_makes_no_part(strategy, challenger, number, share, most):
+    """Of a run that starts with an adapter, one in which every update is kept, and one that wants none of it."""
     strategy.generator.adapter.load_state(challenger, "the champion")
     strategy.ledger.guard = GuardState(number=number)
     guard = Guard(share, strategy.generator, strategy.ledger, most_base=most)
@@ -176,8 +176,10 @@ def test_in_a_small_batch_champion_and_challenger_come_first(strategy, challenge
     assert tuple(int(part_N.sum()) for part_N in (arms.champion_N, arms.made_N, arms.base_N)) == parts
 
 
-@pytest.mark.parametrize(("adapted", "bases", "varied", "share"), [(True, 10, (10, 15), 0.375), (False, 0, (0, 10), 0)])
-def test_what_the_unadapted_t2i_makes_follows_from_the_scores(strategy, challenger, adapted, bases, varied, share):
+@pytest.mark.parametrize(
+    ("adapted", "bases", "variations", "share"), [(True, 10, (10, 15), 0.375), (False, 0, (0, 10), 0)]
+)
+def test_what_the_unadapted_t2i_makes_follows_from_the_scores(strategy, challenger, adapted, bases, variations, share):
     """Its new samples have score 1, those of adapted ones 3. If it is the champion, the champion's samples are its."""
     generator, ledger = strategy.generator, strategy.ledger
     if adapted:
@@ -185,7 +187,7 @@ def test_what_the_unadapted_t2i_makes_follows_from_the_scores(strategy, challeng
     made_N, base_N = torch.arange(40) >= 20, torch.arange(40) < bases
     prompted_N = torch.zeros(40, dtype=torch.int64)
     scores_N = torch.where(base_N if adapted else ~made_N, 1.0, 3.0)
-    scores_N[slice(*varied)], scores_N[20:30] = 99.0, 99.0  # Variations, the first half of what each adapter makes.
+    scores_N[slice(*variations)], scores_N[20:30] = 99.0, 99.0  # Variations, the first half of what each adapter makes.
     samples = Samples(("",) * 40, prompted_N, np.zeros((40, 0, 0, 3), np.uint8), torch.zeros(40, 4, 8, 8), scores_N)
     ledger.pool, ledger.arms = [samples], Arms(made_N, challenger, 1, base_N)
     ledger.guard = GuardState(Trial(challenger), number=1)
