@@ -3,7 +3,7 @@
 The champion is the last accepted adapter, the challenger the newest one. Both make a part of each batch, mixed, and
 clients do not know which made what. Their answers compare the two at no further cost. A challenger that they clearly
 prefer becomes the champion; one that they clearly do not is taken back, and the next update is smaller. What is between
-waits for more answers, for a bounded number of rounds; then the slighter preference decides.
+waits for more answers, for a bounded number of rounds; without a clear preference it is then taken back too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 CLEAR = 1.645  # Standard normal quantile of .95: beyond it, a preference is clear (one-sided).
-PATIENCE = 3  # Rounds of answers after which a slight preference decides.
+PATIENCE = 3  # Rounds of answers within which clients must clearly prefer a challenger.
 SMALLEST_STEP = 1 / 64
 
 Verdict = Literal["accepted", "undecided", "taken back"]
@@ -215,7 +215,8 @@ def decide(evidence: dict[str, Evidence], rounds: int) -> Verdict:
 
     Votes (whether samples look real) and agreement (whether they show what the prompt says) are looked at apart. It is
     accepted if one clearly prefers it and the other is not clearly against it, and taken back in the opposite case.
-    After `PATIENCE` rounds without a decision, the sign of the sum decides; without any evidence it is taken back.
+    After `PATIENCE` rounds without a clear preference it is taken back, for it may harm; if both are clear, and
+    contradict each other, the clearer one decides.
 
     Parameters
     ----------
@@ -230,7 +231,7 @@ def decide(evidence: dict[str, Evidence], rounds: int) -> Verdict:
         return "accepted" if better else "taken back"
     if rounds < PATIENCE:
         return "undecided"
-    return "accepted" if sum(scores) > 0 else "taken back"
+    return "accepted" if better and sum(scores) > 0 else "taken back"
 
 
 def after_round(state: GuardState, found: dict[str, Evidence]) -> tuple[GuardState, Verdict, dict[str, Evidence]]:

@@ -277,13 +277,13 @@ def log_verdict(judged: Mapping[str, Any]) -> None:
     figures = ", ".join(f"{name} {z:+.1f}" for name, z in preference.items()) or "nobody compared the two"
     share = judged["base_share"]
     base = f"; the unadapted T2I now makes {share:.0%} of a batch" if share else ""
-    slight = "" if any(abs(z) >= CLEAR for z in preference.values()) else "slightly "
     if verdict == "accepted":
-        log(INFO, "  guard     the T2I's update is accepted: clients %sprefer its images (%s sd)%s",
-            slight, figures, base)  # fmt: skip
+        log(INFO, "  guard     the T2I's update is accepted: clients prefer its images (%s sd)%s", figures, base)
     elif verdict == "undecided":
         log(INFO, "  guard     the T2I's update waits: no clear preference (%s sd) in %s of %s rounds%s",
             figures, judged["rounds"], PATIENCE, base)  # fmt: skip
     else:
-        log(WARNING, "  guard     the T2I's update is taken back: clients %sprefer the images before it (%s sd); the "
-                     "next has %g of the learning rate%s", slight, figures, judged["step"], base)  # fmt: skip
+        clear = judged["rounds"] < PATIENCE or any(z <= -CLEAR for z in preference.values())
+        why = "prefer the images before it" if clear else f"do not clearly prefer its images in {PATIENCE} rounds"
+        log(WARNING, "  guard     the T2I's update is taken back: clients %s (%s sd); the next has %g of the learning "
+                     "rate%s", why, figures, judged["step"], base)  # fmt: skip

@@ -23,7 +23,7 @@ PERCENT = {"alignment", "precision", "recall", "coverage"}
 VERDICTS = {
     "accepted": "accepted: clients prefer its images",
     "undecided": "waits: no clear preference yet",
-    "taken back": "taken back: clients do not prefer its images",
+    "taken back": "taken back: clients do not clearly prefer its images",
 }
 
 

@@ -98,9 +98,11 @@ def test_liars_with_huge_votes_count_no_more_than_their_ranks():
         (EVEN, WORSE, 1, "taken back"),
         (BETTER, WORSE, 1, "undecided"),
         (EVEN, EVEN, PATIENCE - 1, "undecided"),
-        (EVEN, EVEN, PATIENCE, "accepted"),  # Both lean towards it.
+        (EVEN, EVEN, PATIENCE, "taken back"),  # Both lean towards it, neither clearly.
         (Evidence(-8, 100), EVEN, PATIENCE, "taken back"),
-        (BETTER, WORSE, PATIENCE, "taken back"),
+        (BETTER, WORSE, PATIENCE, "taken back"),  # Equally clear.
+        (Evidence(-20, 100), Evidence(56, 100), PATIENCE, "accepted"),  # The clearer one decides.
+        (Evidence(-20, 100), Evidence(56, 100), PATIENCE - 1, "undecided"),
         (BETTER, EVEN, PATIENCE, "accepted"),
     ],
 )

@@ -14,7 +14,7 @@ from fedmmkt.server_app.exchange import Answer
 from fedmmkt.server_app.guard import NO_TRIAL, Arms, GuardState, Trial
 from fedmmkt.server_app.strategy import placeholder_report
 from fedmmkt.server_app.t2i.samples import Samples, sample_seeds
-from fedmmkt.server_app.trial import Guard, varied
+from fedmmkt.server_app.trial import Guard, log_verdict, varied
 
 HARM = {
     "t2i__guard": 0.125,
@@ -196,6 +196,24 @@ def test_what_the_unadapted_t2i_makes_follows_from_the_scores(strategy, challeng
 
     assert ledger.guard.base_worth == 0.375  # Halfway from 1/2 to 1 / (1 + 3).
     assert judged["base_share"] == share
+
+
+@pytest.mark.parametrize(
+    ("verdict", "z", "rounds", "said"),
+    [
+        ("accepted", 2.0, 1, "is accepted: clients prefer its images (votes +2.0 sd)"),
+        ("undecided", 1.0, 1, "waits: no clear preference (votes +1.0 sd) in 1 of 3 rounds"),
+        ("taken back", -2.0, 1, "clients prefer the images before it (votes -2.0 sd)"),
+        ("taken back", 1.0, 3, "clients do not clearly prefer its images in 3 rounds (votes +1.0 sd)"),
+    ],
+)
+def test_the_log_says_what_was_decided_and_why(caplog, verdict, z, rounds, said):
+    judged = {"verdict": verdict, "preference": {"votes": z}, "rounds": rounds, "step": 0.5, "base_share": 0.0}
+
+    with caplog.at_level("INFO"):
+        log_verdict(judged)
+
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize("feedback", ["logits+votes", "logits"])
