@@ -216,7 +216,7 @@ def decide(evidence: dict[str, Evidence], rounds: int) -> Verdict:
     Votes (whether samples look real) and agreement (whether they show what the prompt says) are looked at apart. It is
     accepted if one clearly prefers it and the other is not clearly against it, and taken back in the opposite case.
     After `PATIENCE` rounds without a clear preference it is taken back, for it may harm; if both are clear, and
-    contradict each other, the clearer one decides.
+    contradict each other, the clearer one decides then.
 
     Parameters
     ----------

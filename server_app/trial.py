@@ -116,8 +116,8 @@ class Guard:
     def explored_share(self) -> float:
         """The fraction of an adapter's samples that vary earlier ones: ``explore``, or 0 if clients are not for it.
 
-        With a guard, that is until they have accepted an update, and after they refused one. Variations take the place
-        of new samples, from which clients learn more where the T2I does not improve.
+        With a guard, that is until they have accepted an update, and after one was taken back. Variations take the
+        place of new samples, from which clients learn more where the T2I does not improve.
         """
         state = self.ledger.guard
         return self.explore if not self.share or (state.number > 0 and state.trusted) else 0.0
@@ -274,16 +274,16 @@ def _without(pool: Sequence[Samples], made: Sequence[Tensor]) -> list[Samples]:
 def log_verdict(judged: Mapping[str, Any]) -> None:
     """Show in plain words what `Guard.judge` returned."""
     verdict, preference = judged["verdict"], judged["preference"]
-    figures = ", ".join(f"{name} {z:+.1f}" for name, z in preference.items()) or "nobody compared the two"
+    figures = ", ".join(f"{name} {z:+.1f} sd" for name, z in preference.items()) or "nobody compared the two"
     share = judged["base_share"]
     base = f"; the unadapted T2I now makes {share:.0%} of a batch" if share else ""
     if verdict == "accepted":
-        log(INFO, "  guard     the T2I's update is accepted: clients prefer its images (%s sd)%s", figures, base)
+        log(INFO, "  guard     the T2I's update is accepted: clients prefer its images (%s)%s", figures, base)
     elif verdict == "undecided":
-        log(INFO, "  guard     the T2I's update waits: no clear preference (%s sd) in %s of %s rounds%s",
+        log(INFO, "  guard     the T2I's update waits: not clear yet (%s), round %s of at most %s%s",
             figures, judged["rounds"], PATIENCE, base)  # fmt: skip
     else:
         clear = judged["rounds"] < PATIENCE or any(z <= -CLEAR for z in preference.values())
         why = "prefer the images before it" if clear else f"do not clearly prefer its images in {PATIENCE} rounds"
-        log(WARNING, "  guard     the T2I's update is taken back: clients %s (%s sd); the next has %g of the learning "
+        log(WARNING, "  guard     the T2I's update is taken back: clients %s (%s); the next has %g of the learning "
                      "rate%s", why, figures, judged["step"], base)  # fmt: skip

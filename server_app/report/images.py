@@ -22,8 +22,8 @@ IN_PUBLIC = {"kernel_distance": "Kernel distance"} | {
 PERCENT = {"alignment", "precision", "recall", "coverage"}
 VERDICTS = {
     "accepted": "accepted: clients prefer its images",
-    "undecided": "waits: no clear preference yet",
-    "taken back": "taken back: clients do not clearly prefer its images",
+    "undecided": "waits: not clear yet",
+    "taken back": "taken back: clients do not prefer its images",
 }
 
 

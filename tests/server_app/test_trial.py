@@ -202,7 +202,7 @@ def test_what_the_unadapted_t2i_makes_follows_from_the_scores(strategy, challeng
     ("verdict", "z", "rounds", "said"),
     [
         ("accepted", 2.0, 1, "is accepted: clients prefer its images (votes +2.0 sd)"),
-        ("undecided", 1.0, 1, "waits: no clear preference (votes +1.0 sd) in 1 of 3 rounds"),
+        ("undecided", 1.0, 1, "waits: not clear yet (votes +1.0 sd), round 1 of at most 3"),
         ("taken back", -2.0, 1, "clients prefer the images before it (votes -2.0 sd)"),
         ("taken back", 1.0, 3, "clients do not clearly prefer its images in 3 rounds (votes +1.0 sd)"),
     ],
