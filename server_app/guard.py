@@ -231,6 +231,7 @@ def decide(evidence: dict[str, Evidence], rounds: int) -> Verdict:
         return "accepted" if better else "taken back"
     if rounds < PATIENCE:
         return "undecided"
+    # Both are clear, or neither is.
     return "accepted" if better and sum(scores) > 0 else "taken back"
 
 

@@ -283,7 +283,7 @@ def log_verdict(judged: Mapping[str, Any]) -> None:
         log(INFO, "  guard     the T2I's update waits: not clear yet (%s), round %s of at most %s%s",
             figures, judged["rounds"], PATIENCE, base)  # fmt: skip
     else:
-        clear = judged["rounds"] < PATIENCE or any(z <= -CLEAR for z in preference.values())
-        why = "prefer the images before it" if clear else f"do not clearly prefer its images in {PATIENCE} rounds"
+        refused = any(z <= -CLEAR for z in preference.values())
+        why = "prefer the images before it" if refused else f"do not clearly prefer its images in {PATIENCE} rounds"
         log(WARNING, "  guard     the T2I's update is taken back: clients %s (%s); the next has %g of the learning "
                      "rate%s", why, figures, judged["step"], base)  # fmt: skip

@@ -1,6 +1,7 @@
 """Parts that several tests need: tiny settings, and a whole federation in one process."""
 
 import os
+import signal
 
 # Before anything imports torch: small models are slower on many threads. `make test` has a process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -18,6 +19,12 @@ from fedmmkt.deploy.in_process import InProcessGrid
 # The same examples each time, so that an unlucky draw does not fail an unrelated change. FEDMMKT_EXAMPLES draws others.
 settings.register_profile("repeatable", derandomize="FEDMMKT_EXAMPLES" not in os.environ)
 settings.load_profile("repeatable")
+
+
+def pytest_sessionstart():
+    """Let a stop from outside end the tests as Ctrl-C does, so that the servers of a fixture are stopped too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
 
 TINY = {
     "data.dataset": "digits",
