@@ -3,9 +3,10 @@
 From local-only training over prompt labels, FedMD and the recipe with a frozen T2I to the whole, then the whole with
 logits alone and with a privacy budget; beside them FedAvg of one model (Flower's own strategy, the same partitions,
 private epochs and loss) and central training. All rows of a seed have the same partitions. The T2I is measured before
-and after each run on ``--images`` images, with the guidance scale of the last round. ``vendors`` and ``cifar10`` need
-``--data``, a folder with ``emoji-vendors`` and ``cifar10``; their T2I is trained first. Tables are written to
-``ladder.md`` in the output folder as they grow. Finished runs are kept there and not repeated.
+and after each run on ``--images`` images, with the guidance scale of the last round; with ``--draws`` above 1 on so
+many sets of images, whose mean is taken. ``vendors`` and ``cifar10`` need ``--data``, a folder with ``emoji-vendors``
+and ``cifar10``; their T2I is trained first. Tables are written to ``ladder.md`` in the output folder as they grow.
+Finished runs are kept there and not repeated.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def rows_of(dataset: Dataset) -> dict[str, Run]:
     }
 
 
-def floors_of(out: Path, seed: int, images: int) -> str:
+def floors_of(out: Path, seed: int, images: int, draws: int) -> str:
     """Return a sentence with the sizes and floors of the T2I's measures, as a run with a judge has noted them."""
     for file in sorted(out.glob(f"*/seed-{seed}/run/config.json")):
         judge = json.loads(file.read_text(encoding="utf-8")).get("judge")
@@ -121,7 +122,8 @@ def floors_of(out: Path, seed: int, images: int) -> str:
             floors, real = judge["floors"], judge["images"]["real"]
             told = ", ".join(f"{measure} {floors[measure]:.3g}" for measure in MEASURES if floors.get(measure))
             halves = f"Half of these against the other half ({floors['images']} each): {told}."
-            return f"The T2I is measured on {images} images against {real} real ones. {halves}"
+            sets = f", mean of {draws} draws" if draws > 1 else ""
+            return f"The T2I is measured on {images} images{sets} against {real} real ones. {halves}"
     return ""
 
 
@@ -145,6 +147,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="by default those of the dataset")
     parser.add_argument("--rows", nargs="+", choices=list(rows_of(DATASETS["digits"])))
     parser.add_argument("--images", type=int, default=500, help="on which the T2I is measured before and after a run")
+    parser.add_argument("--draws", type=int, default=1, help="sets of so many images, whose mean is taken")
     parser.add_argument("--bounds", action="store_true", help="also measure what bounds the T2I, with seed 0")
     parser.add_argument("--data", type=Path, help="folder of emoji-vendors and cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ladder"))
@@ -165,14 +168,17 @@ def main() -> None:
             folder = out / name / f"alpha-{alpha:g}{f'-rounds-{arguments.rounds}' if arguments.rounds else ''}"
             common: Overrides = settings | {"data.alpha": alpha}
             runs = measured_again(
-                run_each(rows, common, arguments.seeds, dataset.nodes, folder), folder, arguments.images
+                run_each(rows, common, arguments.seeds, dataset.nodes, folder),
+                folder,
+                arguments.images,
+                arguments.draws,
             )
             parts = [
                 f"### {name}, alpha {alpha:g}, {arguments.seeds} seed(s)",
                 table(runs, COLUMNS),
                 t2i_before(runs, MEASURES),
             ]
-            parts.append(floors_of(folder, 0, arguments.images))
+            parts.append(floors_of(folder, 0, arguments.images, arguments.draws))
             parts.append(harms(runs, FROZEN, COLUMNS) if arguments.seeds > 1 and FROZEN in rows else "")
             guidance = RunConfig.from_flower(to_flower(RunConfig()) | common).t2i.guidance[-1]
             measured = {"t2i.evaluation-samples": arguments.images, "t2i.evaluation-guidance": guidance}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import statistics
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +26,10 @@ from fedmmkt.server_app.record.run_folder import RunFolder
 from fedmmkt.server_app.t2i.generator import Generator
 from fedmmkt.server_app.trained import FinishedRun, load_generator
 
+SEEDS_APART = 1000  # Between draws, so that no draw of one run's seed is another's.
 
-def measured_again(runs: Runs, out: Path, images: int) -> Runs:
+
+def measured_again(runs: Runs, out: Path, images: int, draws: int = 1) -> Runs:
     """Return runs with the T2I's measures before the first and after the last round made again.
 
     Both are on equal prompts and seeds, at the guidance scale of the last round. They are kept beside the run. Runs
@@ -39,29 +43,32 @@ def measured_again(runs: Runs, out: Path, images: int) -> Runs:
         The folder of these runs.
     images : int
         Number of images.
+    draws : int
+        Sets of so many images, each with its own prompts and seeds, of which a measure is the mean. The first has those
+        of the run. Recall most of all differs from set to set.
     """
     return {
-        name: [_again(row_folder(out, name, seed), lines, images) for seed, lines in enumerate(seeds)]
+        name: [_again(row_folder(out, name, seed), lines, images, draws) for seed, lines in enumerate(seeds)]
         for name, seeds in runs.items()
     }
 
 
-def _again(folder: Path, lines: Lines, images: int) -> Lines:
+def _again(folder: Path, lines: Lines, images: int, draws: int) -> Lines:
     run = folder / "run"
     if lines[-1]["generator"].get("frechet") is None or not RunFolder(run).lora.is_dir():
         return lines
-    file = folder / f"t2i-on-{images}-images.json"
+    file = folder / f"t2i-on-{f'{draws}-times-' if draws > 1 else ''}{images}-images.json"
     if not file.exists():
         # A process of its own, as the run had: the judge depends on the number of threads that trained it.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = pool.submit(_measure, run, images).result()
+            found = pool.submit(_measure, run, images, draws).result()
         write_atomically(file, lambda place: place.write_text(json.dumps(found), encoding="utf-8"))
     before, after = json.loads(file.read_text(encoding="utf-8"))
     last = lines[-1] | {"generator": lines[-1]["generator"] | after}
     return [lines[0] | {"generator": lines[0]["generator"] | before}, *lines[1:-1], last]
 
 
-def _measure(run: Path, images: int) -> list[dict[str, Any]]:
+def _measure(run: Path, images: int, draws: int) -> list[dict[str, Any]]:
     """Measure the T2I of a run as it was before any round, and as it is now."""
     finished = FinishedRun.read(run)
     config = finished.config
@@ -73,8 +80,21 @@ def _measure(run: Path, images: int) -> list[dict[str, Any]]:
     if all(torch.equal(new[name], learned[name]) for name in new):
         generators.pop()
     guidance = config.t2i.guidance_of(config.rounds)
-    found = [measure(judge, one, finished.classes, images, guidance, config.seed) for one in generators]
+    seeds = [config.seed + SEEDS_APART * draw for draw in range(draws)]
+    found = [
+        mean_of([measure(judge, one, finished.classes, images, guidance, seed) for seed in seeds]) for one in generators
+    ]
     return [found[0], found[-1]]
+
+
+def mean_of(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of each measure over several draws; None where one lacks it, or where it is no number."""
+    return {
+        name: statistics.mean(found[name] for found in draws)
+        if all(isinstance(found[name], float) for found in draws)
+        else None
+        for name in draws[0]
+    }
 
 
 def measure(

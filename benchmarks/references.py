@@ -168,9 +168,10 @@ def _kept(folder: Path, line: dict[str, Any], start: float) -> Lines:
 
 
 def t2i_bounds(overrides: Overrides) -> list[tuple[str, GeneratorMeasures]]:
-    """Measure upper bounds of the T2I: real images, their reconstructions, and a LoRA trained on private images.
+    """Measure bounds of the T2I: real images, their reconstructions, a LoRA trained on private images, and blocks.
 
-    The LoRA has as many steps as all updates of a run, on the training images with prompts of their classes.
+    The LoRA has as many steps as all updates of a run, on the training images with prompts of their classes. Random
+    blocks show nothing; what a measure says of them is no merit of a T2I.
     """
     config = RunConfig.from_flower(to_flower(RunConfig()) | overrides)
     splits = load_splits(config.data, config.seed)
@@ -194,7 +195,16 @@ def t2i_bounds(overrides: Overrides) -> list[tuple[str, GeneratorMeasures]]:
         generator.adapt(private, torch.ones(len(private)), t2i.adaptation_steps, update)
     found = measure(judge, generator, splits.classes, count, t2i.evaluation_guidance, config.seed)
     rows.append(("the same LoRA, trained on the private images themselves", GeneratorMeasures(**found)))
+    measured(
+        "black and white blocks at random", random_blocks(count, config.seed), np.arange(count) % len(splits.classes)
+    )
     return rows
+
+
+def random_blocks(count: int, seed: int) -> np.ndarray:
+    """Return images (uint8, 32 x 32, RGB) of four times four blocks, each black or white at random."""
+    blocks_N441 = np.random.default_rng(seed).integers(0, 2, (count, 4, 4, 1), np.uint8) * 255
+    return blocks_N441.repeat(8, axis=1).repeat(8, axis=2).repeat(3, axis=3)
 
 
 @torch.no_grad()

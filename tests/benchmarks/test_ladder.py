@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import ladder
-from benchmarks.references import _measured, centralised, fedavg
+from benchmarks.references import _measured, centralised, fedavg, random_blocks
 from benchmarks.rows import ACCURACY, harms, keep, t2i
 from fedmmkt.client_app.learning.training import AlignedModel
 from fedmmkt.client_app.models.building import build_task_model
@@ -100,3 +100,14 @@ def test_the_tables_have_each_row_and_what_it_is_compared_with(tmp_path, monkeyp
     assert "| minus the recipe, frozen T2I |" in written
     assert "The T2I before: alignment 0.500 ± 0.000, frechet 100 ± 1, precision -, recall -, coverage -." in written
     assert written.strip() in capsys.readouterr().out.strip()
+
+
+def test_random_blocks_are_four_times_four_and_black_or_white():
+    images_NHWC = random_blocks(50, seed=0)
+
+    assert (images_NHWC.shape, images_NHWC.dtype) == ((50, 32, 32, 3), np.uint8)
+    corners_N44C = images_NHWC[:, ::8, ::8]
+    assert np.array_equal(images_NHWC, corners_N44C.repeat(8, axis=1).repeat(8, axis=2))
+    assert set(np.unique(images_NHWC)) == {0, 255}
+    assert 0.4 < corners_N44C.mean() / 255 < 0.6
+    assert len(np.unique(images_NHWC.reshape(50, -1), axis=0)) == 50

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.measured import measured_again
+from benchmarks.measured import mean_of, measured_again
 from benchmarks.rows import run_once
 from tests.conftest import TINY
 
@@ -42,6 +42,23 @@ def test_on_as_many_images_the_measures_are_those_of_the_run(finished):
     assert again[0]["generator"]["frechet"] != again[-1]["generator"]["frechet"]
     assert again[1:-1] == lines[1:-1]
     assert again[-1]["clients"] == lines[-1]["clients"]
+
+
+def test_several_draws_are_sets_of_their_own_and_their_mean_is_kept(finished):
+    out, lines = finished
+
+    (once,) = measured_again({"whole": [lines]}, out, 30)["whole"]
+    (twice,) = measured_again({"whole": [lines]}, out, 30, draws=2)["whole"]
+
+    assert twice[-1]["generator"]["frechet"] != once[-1]["generator"]["frechet"]
+    kept = json.loads((out / "whole" / "seed-0" / "t2i-on-2-times-30-images.json").read_text())
+    assert kept[1]["frechet"] == twice[-1]["generator"]["frechet"]
+
+
+def test_the_mean_of_draws_is_of_each_measure_that_all_have():
+    draws = [{"recall": 0.5, "frechet": 4.0, "public": None}, {"recall": 0.7, "frechet": None, "public": None}]
+
+    assert mean_of(draws) == {"recall": pytest.approx(0.6), "frechet": None, "public": None}
 
 
 def test_measures_are_kept_beside_the_run(finished):
