@@ -122,7 +122,7 @@ def floors_of(out: Path, seed: int, images: int, draws: int) -> str:
             floors, real = judge["floors"], judge["images"]["real"]
             told = ", ".join(f"{measure} {floors[measure]:.3g}" for measure in MEASURES if floors.get(measure))
             halves = f"Half of these against the other half ({floors['images']} each): {told}."
-            sets = f", mean of {draws} draws" if draws > 1 else ""
+            sets = f" (mean of {draws} draws)" if draws > 1 else ""
             return f"The T2I is measured on {images} images{sets} against {real} real ones. {halves}"
     return ""
 
