@@ -153,6 +153,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ladder"))
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    if arguments.draws < 1:
+        parser.error(f"--draws is {arguments.draws}; allowed: 1 or more")
     out, sections = arguments.out.resolve(), []
     for name in arguments.datasets:
         dataset = DATASETS[name]

@@ -88,7 +88,9 @@ def _measure(run: Path, images: int, draws: int) -> list[dict[str, Any]]:
 
 
 def mean_of(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean of each measure over several draws; None where one lacks it, or where it is no number."""
+    """Return the mean of each measure over draws; of several, None where one lacks it, or where it is no number."""
+    if len(draws) == 1:
+        return dict(draws[0])
     return {
         name: statistics.mean(found[name] for found in draws)
         if all(isinstance(found[name], float) for found in draws)

@@ -61,6 +61,12 @@ def test_the_mean_of_draws_is_of_each_measure_that_all_have():
     assert mean_of(draws) == {"recall": pytest.approx(0.6), "frechet": None, "public": None}
 
 
+def test_one_draw_keeps_all_that_was_measured():
+    draw = {"recall": 0.5, "public": {"encoder": "efficientnet-lite0", "recall": 0.25}}
+
+    assert mean_of([draw]) == draw
+
+
 def test_measures_are_kept_beside_the_run(finished):
     out, lines = finished
     kept = [{"frechet": 7.0}, {"frechet": 5.0}]
